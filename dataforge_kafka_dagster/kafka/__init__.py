@@ -1,0 +1,1 @@
+"""Publishing to Kafka without Dagster; nothing in this package imports it."""

@@ -1,0 +1,246 @@
+"""Clients with a memory for causes, and calls that end: every wait has a deadline and yields to signals.
+
+librdkafka's calls hold the interpreter until they return, so that a signal handler has to wait for them. Here they
+wait in slices.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar
+
+import confluent_kafka
+from confluent_kafka.admin import AdminClient
+
+from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig, client_options, oauth_callback
+from dataforge_kafka_dagster.kafka.errors import (
+    FENCED_CODES,
+    LATCHED_CODES,
+    KafkaConfigError,
+    KafkaError,
+    KafkaTimeoutError,
+    NoBrokersAvailable,
+    Remedy,
+    fix_for,
+    from_broker,
+    remedy_of,
+)
+
+T = TypeVar("T")
+
+logger: Final = logging.getLogger("dataforge_kafka_dagster")
+
+SLICE: Final = 0.25
+"""Longest time, seconds, that a call holds back a signal."""
+
+
+class Connection:
+    """Makes the clients of one cluster and remembers why they could not connect."""
+
+    def __init__(self, config: KafkaProducerConfig) -> None:
+        self.config = config
+        self._latched: confluent_kafka.KafkaError | None = None
+        self._transport: confluent_kafka.KafkaError | None = None
+        self._oauth_error: Exception | None = None
+        self.fatal: confluent_kafka.KafkaError | None = None
+        self._admin: AdminClient | None = None
+
+    @property
+    def name(self) -> str:
+        """What errors call this cluster."""
+        return f"Kafka at {self.config.servers}"
+
+    def _on_error(self, error: confluent_kafka.KafkaError) -> None:
+        if error.fatal() or error.name() in FENCED_CODES:
+            self.fatal = self.fatal or error
+        elif error.name() in LATCHED_CODES:
+            self._latched = error
+        else:
+            self._transport = error
+        logger.debug("%s: %s", self.name, self.config.redact(str(error)))
+
+    def _client(self, make: Callable[..., T], options: dict[str, Any]) -> T:
+        extra: dict[str, Any] = {"error_cb": self._on_error, "logger": _Quiet("librdkafka")}
+        token = oauth_callback(self.config)
+        if token is not None:
+            extra["oauth_cb"] = self._remember_oauth(token)
+        try:
+            return make(options | extra)
+        except (confluent_kafka.KafkaException, ValueError, TypeError) as error:
+            text = error.args[0].str() if isinstance(error, confluent_kafka.KafkaException) else str(error)
+            raise KafkaConfigError(
+                "librdkafka's settings",
+                self.config.redact(text),
+                "Correct the option that this names, in the config or in librdkafka_config",
+                code="_INVALID_ARG",
+            ) from None
+
+    def _remember_oauth(self, token: Callable[[str], tuple[str, float]]) -> Callable[[str], Any]:
+        def fetch(oauth_config: str) -> Any:
+            try:
+                return token(oauth_config)
+            except Exception as error:
+                self._oauth_error = error
+                raise
+
+        return fetch
+
+    def producer(self, options: dict[str, Any]) -> confluent_kafka.Producer:
+        """A producer with these settings of librdkafka.
+
+        Raises:
+            KafkaConfigError: librdkafka refuses one of them.
+        """
+        return self._client(confluent_kafka.Producer, options)
+
+    def consumer(self, options: dict[str, Any]) -> confluent_kafka.Consumer:
+        """A consumer with these settings on top of servers and security.
+
+        Raises:
+            KafkaConfigError: librdkafka refuses one of them.
+        """
+        return self._client(confluent_kafka.Consumer, client_options(self.config) | options)
+
+    @property
+    def admin(self) -> AdminClient:
+        """The cluster's admin client, made when first asked for."""
+        if self._admin is None:
+            self._admin = self._client(AdminClient, client_options(self.config))
+        return self._admin
+
+    def close(self) -> None:
+        """Let go of the admin client."""
+        self._admin = None
+
+    def cause(self, error: confluent_kafka.KafkaError, culprit: str) -> KafkaError:
+        """Our error for one of confluent-kafka's, or for the connection error that it stands for.
+
+        A wrong password, an unknown host or a TLS mismatch is seen only by the error callback: to the request it looks
+        like a time-out.
+        """
+        ours = from_broker(error, culprit)
+        hidden = self._hidden_cause() if remedy_of(error.name()) is Remedy.RETRY else None
+        return hidden or ours
+
+    def _hidden_cause(self) -> KafkaError | None:
+        if self._oauth_error is not None:
+            error = self._oauth_error
+            return KafkaError(
+                f"sasl_oauthbearer_callback={self.config.sasl_oauthbearer_callback!r}",
+                self.config.redact(f"it raised {type(error).__name__}: {error}"),
+                "Correct the function, or what it asks for the token",
+                code="_AUTHENTICATION",
+            )
+        if self._latched is None:
+            return None
+        code = self._latched.name()
+        cause = f"{self.config.redact(self._latched.str())} [{code}]"
+        return NoBrokersAvailable(self.name, cause, fix_for(code), code=code)
+
+    def unreachable(self, seconds: float) -> KafkaError:
+        """The error for a cluster that gave no answer in this time."""
+        hidden = self._hidden_cause()
+        if hidden is not None:
+            return hidden
+        code = self._transport.name() if self._transport else "_TIMED_OUT"
+        text = self.config.redact(self._transport.str()) if self._transport else "no broker answered"
+        return NoBrokersAvailable(
+            self.name, f"no answer in {seconds:.1f} s: {text} [{code}]", fix_for(code), code=code, remedy=Remedy.RETRY
+        )
+
+    def resume(self, call: Callable[[float], T], timeout: float, culprit: str) -> T:
+        """Call, and call again while the error can be retried, until it returns.
+
+        Args:
+            call: Takes the seconds that it may wait; librdkafka's transactional calls resume where they were.
+            timeout: Longest time for all calls, seconds.
+            culprit: What an error's message begins with.
+
+        Raises:
+            KafkaError: The call failed for good, or the time was up.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                return call(max(0.01, min(SLICE, deadline - time.monotonic())))
+            except confluent_kafka.KafkaException as exception:
+                error = exception.args[0]
+                fatal = self.fatal or error
+                if fatal.fatal() or fatal.name() in FENCED_CODES or error.txn_requires_abort() or not error.retriable():
+                    raise self.cause(fatal, culprit) from None
+                if time.monotonic() >= deadline:
+                    raise self.cause(error, f"{culprit}, {timeout:.0f} s") from None
+            time.sleep(0.02)
+
+    def answer(self, ask: Callable[[], concurrent.futures.Future[T]], timeout: float, culprit: str) -> T:
+        """The answer to an admin request, asked again while the error can be retried.
+
+        Raises:
+            KafkaError: The request failed for good, or the time was up.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            future = ask()
+            try:
+                while True:
+                    with contextlib.suppress(concurrent.futures.TimeoutError):
+                        return future.result(max(0.01, min(SLICE, deadline - time.monotonic())))
+                    self._serve_errors()
+                    if time.monotonic() >= deadline:
+                        raise self.unreachable(timeout)
+            except confluent_kafka.KafkaException as exception:
+                self._serve_errors()
+                error = exception.args[0]
+                if remedy_of(error.name()) is not Remedy.RETRY:
+                    raise self.cause(error, culprit) from None
+                if time.monotonic() + 0.1 >= deadline:
+                    if error.name() in {"_TIMED_OUT", "_TRANSPORT", "_ALL_BROKERS_DOWN"}:
+                        raise self.unreachable(timeout) from None
+                    raise self.cause(error, culprit) from None
+            time.sleep(0.1)
+
+    def _serve_errors(self) -> None:
+        """The error callback of an admin client is called from its poll only."""
+        if self._admin is not None:
+            self._admin.poll(0)
+
+    def topic_partitions(self, topics: Sequence[str], timeout: float) -> dict[str, int]:
+        """Number of Kafka partitions by topic.
+
+        Raises:
+            NoBrokersAvailable: No broker answered in time, or none let us in.
+            KafkaError: A topic does not exist, or this user may not see it.
+        """
+        deadline = time.monotonic() + timeout
+        counts = {}
+        for topic in topics:
+
+            def ask(topic: str = topic) -> concurrent.futures.Future[Any]:
+                left = max(0.1, deadline - time.monotonic())
+                names = confluent_kafka.TopicCollection([topic])
+                future: concurrent.futures.Future[Any] = self.admin.describe_topics(names, request_timeout=left)[topic]
+                return future
+
+            description = self.answer(ask, max(0.1, deadline - time.monotonic()), f"topic {topic!r}, {self.name}")
+            counts[topic] = len(description.partitions)
+        return counts
+
+
+class _Quiet(logging.Logger):
+    """librdkafka's log, at debug level: what matters of it reaches the user as an error with its cause."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{logger.name}.{name}")
+        self.parent = logger
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        super().log(min(level, logging.DEBUG), msg, *args, **kwargs)
+
+
+def timed_out(culprit: str, seconds: float, code: str = "_TIMED_OUT") -> KafkaTimeoutError:
+    """The error for a deadline of our own."""
+    return KafkaTimeoutError(culprit, f"not done in {seconds:.1f} s [{code}]", fix_for(code), code=code)

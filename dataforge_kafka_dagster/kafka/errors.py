@@ -1,0 +1,201 @@
+"""One base error. Each message names the culprit, the cause and the fix; each broker error has one remedy.
+
+librdkafka's own ``retriable()``, ``fatal()`` and ``txn_requires_abort()`` flags are unset in delivery reports, so
+errors are classified by code alone, from `REMEDIES`.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Final
+
+import confluent_kafka
+
+
+class Remedy(Enum):
+    """What can be done about an error."""
+
+    RETRY = "retry"
+    """The same work may succeed later: a broker was away, a deadline passed."""
+    REBUILD = "rebuild"
+    """The same work may succeed with a new producer: this one's state is lost."""
+    FAIL = "fail"
+    """The same work fails again until somebody changes a setting, a permission or the data."""
+
+
+class KafkaError(Exception):
+    """Base of every error that this package raises.
+
+    Attributes:
+        culprit: What is wrong: a topic, an option, a record, a broker address.
+        cause: What happened to it, in the words of Kafka where it has some.
+        fix: What to do about it.
+        code: Name of the Kafka error code, such as ``"MSG_SIZE_TOO_LARGE"``; ``None`` if the error is not Kafka's.
+            Names are those of https://kafka.apache.org/protocol#protocol_error_codes; local ones begin with ``_``.
+        remedy: Whether trying again can help.
+    """
+
+    def __init__(
+        self, culprit: str, cause: str, fix: str, *, code: str | None = None, remedy: Remedy | None = None
+    ) -> None:
+        super().__init__(f"{culprit}: {cause}. {fix}")
+        self.culprit = culprit
+        self.cause = cause
+        self.fix = fix
+        self.code = code
+        self.remedy = remedy or (remedy_of(code) if code else Remedy.FAIL)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild_error, (type(self), self.__dict__.copy(), str(self)))
+
+
+def _rebuild_error(cls: type[KafkaError], state: dict[str, object], message: str) -> KafkaError:
+    error = cls.__new__(cls, message)
+    error.args = (message,)
+    error.__dict__.update(state)
+    return error
+
+
+class KafkaConfigError(KafkaError, ValueError):
+    """A setting that cannot work, alone or together with another one."""
+
+
+class KafkaTimeoutError(KafkaError):
+    """A deadline passed. The record or request may still have reached the broker."""
+
+
+class NoBrokersAvailable(KafkaError):  # noqa: N818  (the DataForge module's documented name)
+    """No broker answered within the connect timeout, or none let us in."""
+
+
+class InvalidRecordError(KafkaError, ValueError):
+    """A record that cannot be published; nothing of its publication is visible.
+
+    Attributes:
+        index: Position of the record in the output, from 0; ``None`` if the output as a whole is refused.
+        field: Name of the field at fault, if one is.
+    """
+
+    def __init__(
+        self, culprit: str, cause: str, fix: str, *, index: int | None = None, field: str | None = None
+    ) -> None:
+        super().__init__(culprit, cause, fix)
+        self.index = index
+        self.field = field
+
+
+class FencedError(KafkaError):
+    """Another attempt of the same publication took over; this one has published nothing."""
+
+
+_RETRY: Final = (
+    "_TRANSPORT _RESOLVE _MSG_TIMED_OUT _ALL_BROKERS_DOWN _TIMED_OUT _TIMED_OUT_QUEUE _QUEUE_FULL _ISR_INSUFF "
+    "_NODE_UPDATE _WAIT_COORD _IN_PROGRESS _PREV_IN_PROGRESS _OUTDATED _WAIT_CACHE _INTR _RETRY _UNKNOWN_BROKER "
+    "_DESTROY_BROKER _PARTIAL "
+    "LEADER_NOT_AVAILABLE NOT_LEADER_FOR_PARTITION REQUEST_TIMED_OUT BROKER_NOT_AVAILABLE REPLICA_NOT_AVAILABLE "
+    "STALE_CTRL_EPOCH NETWORK_EXCEPTION COORDINATOR_LOAD_IN_PROGRESS COORDINATOR_NOT_AVAILABLE NOT_COORDINATOR "
+    "NOT_ENOUGH_REPLICAS NOT_ENOUGH_REPLICAS_AFTER_APPEND NOT_CONTROLLER CONCURRENT_TRANSACTIONS "
+    "TRANSACTION_COORDINATOR_FENCED KAFKA_STORAGE_ERROR REASSIGNMENT_IN_PROGRESS FENCED_LEADER_EPOCH "
+    "UNKNOWN_LEADER_EPOCH STALE_BROKER_EPOCH OFFSET_NOT_AVAILABLE PREFERRED_LEADER_NOT_AVAILABLE "
+    "ELIGIBLE_LEADERS_NOT_AVAILABLE UNSTABLE_OFFSET_COMMIT THROTTLING_QUOTA_EXCEEDED TRANSACTION_ABORTABLE "
+    "UNKNOWN_TOPIC_ID INCONSISTENT_TOPIC_ID REBOOTSTRAP_REQUIRED REBALANCE_IN_PROGRESS"
+)
+_REBUILD: Final = (
+    "_FATAL _GAPLESS_GUARANTEE _INCONSISTENT _DESTROY _CRIT_SYS_RESOURCE _STATE _CONFLICT _PURGE_QUEUE _PURGE_INFLIGHT "
+    "OUT_OF_ORDER_SEQUENCE_NUMBER DUPLICATE_SEQUENCE_NUMBER UNKNOWN_PRODUCER_ID INVALID_PRODUCER_ID_MAPPING "
+    "INVALID_TXN_STATE INVALID_PRODUCER_EPOCH"
+)
+REMEDIES: Final[dict[str, Remedy]] = {
+    **dict.fromkeys(_RETRY.split(), Remedy.RETRY),
+    **dict.fromkeys(_REBUILD.split(), Remedy.REBUILD),
+}
+"""Remedy by error code. Every code that is not here fails: a code nobody foresaw is shown, not repeated."""
+
+FENCED_CODES: Final = frozenset({"_FENCED", "PRODUCER_FENCED", "INVALID_PRODUCER_EPOCH"})
+
+LATCHED_CODES: Final = frozenset({"_AUTHENTICATION", "_SSL", "_RESOLVE", "SASL_AUTHENTICATION_FAILED"})
+"""Codes that only the error callback sees: the request itself just times out."""
+
+_FIXES: Final[dict[str, str]] = {
+    "_AUTHENTICATION": "Check sasl_mechanism, sasl_username and sasl_password against the cluster's users",
+    "SASL_AUTHENTICATION_FAILED": "Check sasl_mechanism, sasl_username and sasl_password against the cluster's users",
+    "UNSUPPORTED_SASL_MECHANISM": "Set sasl_mechanism to one that the listener offers",
+    "_SSL": "Check security_protocol, ssl_ca_location and the client certificate against the listener",
+    "_RESOLVE": "Check the host names in bootstrap_servers, and the advertised listeners of the brokers",
+    "_TRANSPORT": "Check that bootstrap_servers names the cluster's listener, and that a firewall lets you through",
+    "_ALL_BROKERS_DOWN": "Check that the brokers run, and that security_protocol is that of the listener",
+    "_MSG_TIMED_OUT": "Check the brokers' health, or raise delivery_timeout",
+    "_TIMED_OUT": "Check that the brokers in bootstrap_servers run and can be reached from here",
+    "REQUEST_TIMED_OUT": "Check the brokers' health, or raise delivery_timeout",
+    "_UNKNOWN_TOPIC": "Create the topic, or correct its name",
+    "UNKNOWN_TOPIC_OR_PART": "Create the topic, or correct its name",
+    "TOPIC_EXCEPTION": "Use a legal topic name: 1 to 249 of the characters a-z A-Z 0-9 . _ -",
+    "_UNKNOWN_PARTITION": "Use a Kafka partition that the topic has, or none and let the key decide",
+    "MSG_SIZE_TOO_LARGE": (
+        "Split the record, or raise 'message.max.bytes' in librdkafka_config and max.message.bytes on the topic"
+    ),
+    "RECORD_LIST_TOO_LARGE": "Lower batch_size, or raise max.message.bytes on the topic",
+    "TOPIC_AUTHORIZATION_FAILED": "Grant this user the WRITE and DESCRIBE ACLs on the topic",
+    "GROUP_AUTHORIZATION_FAILED": (
+        "Grant this user the READ and DESCRIBE ACLs on Group, prefixed with the resource's transactional_id_prefix,"
+        " or set delivery_guarantee='at_least_once'"
+    ),
+    "TRANSACTIONAL_ID_AUTHORIZATION_FAILED": (
+        "Grant this user the WRITE and DESCRIBE ACLs on TransactionalId, prefixed with the resource's"
+        " transactional_id_prefix, or set delivery_guarantee='at_least_once'"
+    ),
+    "CLUSTER_AUTHORIZATION_FAILED": (
+        "Grant this user the IDEMPOTENT_WRITE ACL on Cluster (brokers before 3.0 need it), or set acks to 1"
+    ),
+    "INVALID_TRANSACTION_TIMEOUT": "Lower transaction_timeout to at most the broker's transaction.max.timeout.ms",
+    "NOT_ENOUGH_REPLICAS": "Wait until enough replicas are in sync, or lower the topic's min.insync.replicas",
+    "NOT_ENOUGH_REPLICAS_AFTER_APPEND": (
+        "Wait until enough replicas are in sync, or lower the topic's min.insync.replicas"
+    ),
+    "INVALID_RECORD": "Give every record a key (the topic is compacted), or correct what the broker's log names",
+    "INVALID_TIMESTAMP": "Use a timestamp that the topic's message.timestamp.*.max.ms settings allow",
+    "POLICY_VIOLATION": "Ask the cluster's owner which policy refused the request",
+    "UNSUPPORTED_VERSION": "Use a broker of Kafka 2.5 or later",
+    "_INVALID_ARG": "Correct the option that the message names",
+    "_QUEUE_FULL": "Raise buffer_memory, or send more slowly",
+    "_STATE": "Make a new producer: this one was closed or has failed",
+    "_PURGE_QUEUE": "Call flush() before close() and give it time enough",
+    "_PURGE_INFLIGHT": "Call flush() before close() and give it time enough",
+}
+
+
+def remedy_of(code: str) -> Remedy:
+    """The remedy for an error code; `Remedy.FAIL` for one that the table does not have."""
+    return REMEDIES.get(code, Remedy.FAIL)
+
+
+def fix_for(code: str) -> str:
+    """What a user can do about an error code, as an imperative sentence without its full stop."""
+    default = {
+        Remedy.RETRY: "Try again; if it goes on, check the brokers' health",
+        Remedy.REBUILD: "Try again with a new producer",
+        Remedy.FAIL: f"Look up {code} in Kafka's protocol error codes",
+    }
+    return _FIXES.get(code, default[remedy_of(code)])
+
+
+def from_broker(error: confluent_kafka.KafkaError, culprit: str) -> KafkaError:
+    """Our error for one of confluent-kafka's.
+
+    Returns:
+        `KafkaTimeoutError` for a deadline, `FencedError` for a fenced producer, else `KafkaError`, with code,
+        cause and fix.
+    """
+    code = error.name()
+    text = error.str() or code
+    cause = f"{text} [{code}]"
+    if code in {"_FENCED", "PRODUCER_FENCED"}:
+        return FencedError(
+            culprit,
+            f"another attempt with the same transactional id took over ({cause})",
+            "Nothing of this attempt is visible; look at the other attempt's run",
+            code=code,
+            remedy=Remedy.FAIL,
+        )
+    timed_out = code in {"_MSG_TIMED_OUT", "_TIMED_OUT", "_TIMED_OUT_QUEUE", "REQUEST_TIMED_OUT"}
+    return (KafkaTimeoutError if timed_out else KafkaError)(culprit, cause, fix_for(code), code=code)

@@ -1,0 +1,285 @@
+"""The DataForge Kafka Producer Module: single records, sync and async."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import datetime as dt
+import threading
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+import confluent_kafka
+from typing_extensions import Self
+
+from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig, check_topic, producer_options
+from dataforge_kafka_dagster.kafka.connection import SLICE, Connection, logger, timed_out
+from dataforge_kafka_dagster.kafka.errors import KafkaError
+from dataforge_kafka_dagster.kafka.records import KafkaRecord, encode_record
+from dataforge_kafka_dagster.kafka.serialization import Headers
+
+DeliveryCallback = Callable[["confluent_kafka.KafkaError | None", confluent_kafka.Message], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordMetadata:
+    """Where a delivered record is; always true.
+
+    Attributes:
+        topic: The topic.
+        partition: Kafka partition, from 0.
+        offset: Offset in it, from 0; -1 if acks=0, where the broker does not tell.
+        timestamp: Milliseconds since the epoch; None if the broker did not tell.
+    """
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int | None
+
+
+class DataForgeKafkaProducer:
+    """Sends single records to Kafka and says what became of each.
+
+    Thread-safe. Not for use after a fork: make one per process. Every failure is logged to the logger
+    ``dataforge_kafka_dagster``.
+
+    Args:
+        config: The options; the documented defaults if None.
+
+    Raises:
+        NoBrokersAvailable: No broker answered within the config's connect_timeout, or none let us in.
+        KafkaConfigError: librdkafka refuses an option.
+
+    Example:
+        >>> with DataForgeKafkaProducer(config) as producer:
+        ...     producer.send_sync("my-topic", {"message": "Hello Kafka!"})
+    """
+
+    def __init__(self, config: KafkaProducerConfig | None = None) -> None:
+        self.config = config or KafkaProducerConfig()
+        self._connection = Connection(self.config)
+        self._failures: collections.Counter[str] = collections.Counter()
+        self._first_failure: KafkaError | None = None
+        self._lock = threading.Lock()
+        self._poller: threading.Thread | None = None
+        self._closed = threading.Event()
+        self._producer = self._connection.producer(producer_options(self.config))
+        try:
+            admin = self._connection.admin
+            timeout = self.config.connect_timeout
+            self._connection.answer(
+                lambda: admin.describe_cluster(request_timeout=timeout), timeout, self._connection.name
+            )
+        except KafkaError as error:
+            logger.error("Cannot connect: %s", error)  # noqa: TRY400  (the message says it all)
+            raise
+        finally:
+            self._connection.close()
+
+    def send_sync(
+        self,
+        topic: str,
+        value: Any,
+        key: Any = None,
+        headers: Headers | None = None,
+        partition: int | None = None,
+        timestamp: int | dt.datetime | None = None,
+    ) -> RecordMetadata:
+        """Send one record and wait until it is delivered.
+
+        Args:
+            topic: The topic.
+            value: Mapping, dataclass or pydantic model (sent as JSON), str (UTF-8), bytes, or None (a tombstone).
+            key: str, bytes, int, date, UUID, or a mapping or list of those.
+            headers: Mapping or (name, value) pairs of str to str, bytes or None.
+            partition: Kafka partition, from 0; None lets the key decide (murmur2, as Kafka's Java client).
+            timestamp: Milliseconds since the epoch or an aware datetime; None is now.
+
+        Returns:
+            Where the record is.
+
+        Raises:
+            KafkaTimeoutError: Not delivered within the config's delivery_timeout; it may have been written.
+            KafkaError: The broker refused the record; `KafkaError.code` says why.
+            InvalidRecordError: It cannot be encoded; nothing was sent.
+        """
+        future = self._produce(topic, KafkaRecord(value, key, headers, partition, timestamp), None)
+        deadline = time.monotonic() + self.config.delivery_timeout + 5
+        while not future.done():
+            if self._poller is None:
+                self._producer.poll(SLICE)
+            else:
+                concurrent.futures.wait([future], SLICE)
+            if time.monotonic() > deadline:
+                raise self._logged(timed_out(f"topic {topic!r}", self.config.delivery_timeout))
+        return future.result()
+
+    def send_async(
+        self,
+        topic: str,
+        value: Any,
+        key: Any = None,
+        headers: Headers | None = None,
+        partition: int | None = None,
+        timestamp: int | dt.datetime | None = None,
+        callback: DeliveryCallback | None = None,
+    ) -> concurrent.futures.Future[RecordMetadata]:
+        """Send one record without waiting. A full buffer makes this call wait: backpressure, not an error.
+
+        Args:
+            topic: The topic.
+            value: As for `send_sync`, and so are key, headers, partition and timestamp.
+            key: See value.
+            headers: See value.
+            partition: See value.
+            timestamp: See value.
+            callback: Called with ``(err, msg)`` from a thread of the producer when the record is delivered (``err`` is
+                None; ``msg.topic()``, ``msg.partition()``, ``msg.offset()``) or has failed. What it raises is logged.
+
+        Returns:
+            A future of the `RecordMetadata`, or of the `KafkaError`.
+
+        Raises:
+            KafkaTimeoutError: The buffer stayed full for delivery_timeout.
+            KafkaError: The record was refused at once, for instance as too large.
+            InvalidRecordError: It cannot be encoded; nothing was sent.
+        """
+        if self._poller is None:
+            with self._lock:
+                if self._poller is None:
+                    self._poller = threading.Thread(target=self._poll, name="dataforge-kafka-poll", daemon=True)
+                    self._poller.start()
+        return self._produce(topic, KafkaRecord(value, key, headers, partition, timestamp), callback or _count_only)
+
+    def _poll(self) -> None:
+        while not self._closed.is_set():
+            # A callback's error is logged by itself; what else poll raises, produce and flush raise again.
+            with contextlib.suppress(Exception):
+                self._producer.poll(0.1)
+
+    def _produce(
+        self, topic: str, record: KafkaRecord, callback: DeliveryCallback | None
+    ) -> concurrent.futures.Future[RecordMetadata]:
+        check_topic(topic)
+        if self._closed.is_set():
+            raise KafkaError(f"topic {topic!r}", "the producer is closed", "Send before close()", code="_STATE")
+        value, key, extra = encode_record(record)
+        future: concurrent.futures.Future[RecordMetadata] = concurrent.futures.Future()
+
+        def on_delivery(err: confluent_kafka.KafkaError | None, msg: confluent_kafka.Message) -> None:
+            if err is None:
+                kind, timestamp = msg.timestamp()
+                known = timestamp if kind else None
+                future.set_result(RecordMetadata(topic, msg.partition(), max(msg.offset(), -1), known))
+            else:
+                error = self._logged(self._connection.cause(self._connection.fatal or err, f"topic {topic!r}"))
+                if callback is _count_only:
+                    self._failures[err.name()] += 1
+                    self._first_failure = self._first_failure or error
+                future.set_exception(error)
+            if callback is not None:
+                try:
+                    callback(err, msg)
+                except Exception:
+                    logger.exception("The delivery callback of a record to topic %r raised", topic)
+
+        deadline = time.monotonic() + self.config.delivery_timeout
+        while True:
+            try:
+                self._producer.produce(
+                    topic, value, key, extra.partition, on_delivery, timestamp=extra.timestamp, headers=extra.headers
+                )
+            except BufferError:
+                if time.monotonic() > deadline:
+                    waited = self.config.delivery_timeout
+                    raise self._logged(timed_out(f"topic {topic!r}, buffer_memory", waited, "_QUEUE_FULL")) from None
+                self._producer.poll(SLICE)
+            except confluent_kafka.KafkaException as exception:
+                error = self._connection.fatal or exception.args[0]
+                raise self._logged(self._connection.cause(error, f"topic {topic!r}")) from None
+            else:
+                return future
+
+    def _logged(self, error: KafkaError) -> KafkaError:
+        logger.error("%s", error)
+        return error
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Wait until everything sent is delivered or has failed.
+
+        Args:
+            timeout: Longest wait, seconds; the config's delivery_timeout if None.
+
+        Raises:
+            KafkaTimeoutError: Records are still on their way.
+            KafkaError: A record that was sent async without a callback failed since the last flush.
+        """
+        seconds = self.config.delivery_timeout if timeout is None else timeout
+        deadline = time.monotonic() + seconds
+        while (left := self._producer.flush(max(0.0, min(SLICE, deadline - time.monotonic())))) > 0:
+            if time.monotonic() >= deadline:
+                raise self._logged(timed_out(f"{left} records not yet delivered", seconds))
+        first, failures = self._first_failure, dict(self._failures)
+        self._first_failure, self._failures = None, collections.Counter()
+        if first is not None:
+            counts = ", ".join(f"{count} x {code}" for code, count in failures.items())
+            raise type(first)(
+                f"{sum(failures.values())} records were not delivered ({counts}); the first: {first.culprit}",
+                first.cause,
+                first.fix,
+                code=first.code,
+            ) from first
+
+    def close(self, timeout: float | None = None) -> None:
+        """Flush, give up what is not delivered by then, and let go of the connection. Again is harmless.
+
+        Args:
+            timeout: Longest wait for deliveries, seconds; the config's delivery_timeout if None.
+
+        Raises:
+            KafkaTimeoutError: Records were given up; each one's callback and future say so too.
+            KafkaError: As `flush`.
+        """
+        if self._closed.is_set():
+            return
+        try:
+            self.flush(timeout)
+        finally:
+            self._producer.purge()
+            self._producer.flush(SLICE)
+            self._closed.set()
+            if self._poller is not None and self._poller is not threading.current_thread():
+                self._poller.join(2)
+            self._producer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        with contextlib.suppress(KafkaError):
+            # An interrupt is not to wait for a broker that may be away.
+            self.close(None if isinstance(error, Exception) else 1.0)
+
+
+def _count_only(_err: object, _msg: object) -> None:
+    """Stands for no callback: the failure is kept for flush."""
+
+
+def create_kafka_producer(config_dict: Mapping[str, Any]) -> DataForgeKafkaProducer:
+    """A connected producer from a mapping of `KafkaProducerConfig`'s options.
+
+    Raises:
+        pydantic.ValidationError: An option is unknown or its value not allowed.
+        NoBrokersAvailable: No broker answered within connect_timeout.
+    """
+    return DataForgeKafkaProducer(KafkaProducerConfig(**config_dict))

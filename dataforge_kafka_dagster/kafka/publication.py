@@ -1,0 +1,740 @@
+"""One publication: all records of one output, visible together and once, or not at all.
+
+A publication is one transaction (KIP-98) of a producer of its own. Its ledger, what was published where, is the metadata
+of consumer-group offsets that the same transaction commits, so it exists exactly if the records do. The next attempt
+fences the last one (`init_transactions`), then reads the ledger, and publishes nothing if the work is done.
+"""
+
+from __future__ import annotations
+
+import base64
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import datetime as dt
+import hashlib
+import itertools
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Final, cast
+
+import confluent_kafka
+import orjson
+from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException, TopicPartition
+from typing_extensions import Self
+
+from dataforge_kafka_dagster.kafka.config import PublicationConfig, check_topic, publication_options
+from dataforge_kafka_dagster.kafka.connection import SLICE, Connection, logger, timed_out
+from dataforge_kafka_dagster.kafka.errors import FENCED_CODES, FencedError, InvalidRecordError, KafkaError, Remedy
+from dataforge_kafka_dagster.kafka.records import Chunk, KafkaRecord, chunks, encode_record
+from dataforge_kafka_dagster.kafka.serialization import Headers, ValueFormat, format_of
+
+_LEDGER_VERSION: Final = 1
+# Brokers refuse more than offset.metadata.max.bytes, 4096 by default.
+_LEDGER_BYTES: Final = 3500
+_ID_BYTES: Final = 180
+_PROGRESS_SECONDS: Final = 5.0
+_ABORT_SECONDS: Final = 5.0
+_INTERRUPTED_SECONDS: Final = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class PartitionOffsets:
+    """The records of a publication in one Kafka partition.
+
+    Attributes:
+        topic: The topic.
+        partition: Kafka partition, from 0.
+        runs: (first offset, last offset) of each unbroken run, both inclusive, in order. Other writers' records, and the
+            markers that end transactions, lie between runs.
+    """
+
+    topic: str
+    partition: int
+    runs: tuple[tuple[int, int], ...]
+
+    @property
+    def first(self) -> int:
+        """Offset of the first record."""
+        return self.runs[0][0]
+
+    @property
+    def last(self) -> int:
+        """Offset of the last record."""
+        return self.runs[-1][1]
+
+    @property
+    def records(self) -> int:
+        """Number of records."""
+        return sum(last - first + 1 for first, last in self.runs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Publication:
+    """What was published, and where it is.
+
+    Attributes:
+        publication_id: Names the work: the same for every attempt at it.
+        transactional_id: Names the publisher: the same for every publication of one output and Dagster partition.
+        topic: The topic, or the first of several.
+        records: Number of records.
+        bytes: Bytes of their values and keys, before compression.
+        value_format: "json", "string" or "bytes"; None if there is no value.
+        offsets: Where they are, by topic and Kafka partition.
+        replayed: True if an earlier attempt had published it, so that this one published nothing.
+        seconds: Time this attempt took, from connecting to commit.
+    """
+
+    publication_id: str
+    transactional_id: str
+    topic: str
+    records: int
+    bytes: int
+    value_format: ValueFormat | None
+    offsets: tuple[PartitionOffsets, ...]
+    replayed: bool
+    seconds: float
+
+    @property
+    def topics(self) -> tuple[str, ...]:
+        """The topics that hold its records, and its own first."""
+        return tuple(dict.fromkeys((self.topic, *(offsets.topic for offsets in self.offsets))))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready values; `from_dict` reads them."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "offsets"}
+        places: dict[str, dict[str, list[int]]] = collections.defaultdict(dict)
+        for offsets in self.offsets:
+            places[offsets.topic][str(offsets.partition)] = _pack(offsets.runs)
+        return fields | {"offsets": dict(places)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Publication:
+        """What `to_dict` wrote.
+
+        Raises:
+            KeyError: A value is missing.
+        """
+        names = (f.name for f in dataclasses.fields(cls) if f.name != "offsets")
+        offsets = tuple(
+            PartitionOffsets(topic, int(partition), _unpack(packed))
+            for topic, partitions in values["offsets"].items()
+            for partition, packed in partitions.items()
+        )
+        return cls(**{name: values[name] for name in names}, offsets=offsets)
+
+
+def make_transactional_id(prefix: str, name: Sequence[str], partition: Sequence[str] = ()) -> str:
+    """A transactional id (and ledger group): readable in front, unique by a hash behind, at most 249 characters.
+
+    Args:
+        prefix: Of the deployment; grant ACLs by it.
+        name: Of the publisher: asset key and output, or job and step.
+        partition: The Dagster partition keys; any text.
+    """
+    exact = "\0".join([*(f"n{part}" for part in name), *(f"p{part}" for part in partition)])
+    digest = hashlib.sha256(exact.encode()).digest()[:15]
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", ".".join([*name, *partition]))[: _ID_BYTES - len(prefix)]
+    return f"{prefix}.{readable}.{base64.b32encode(digest).decode().lower()}"
+
+
+class PublicationWriter:
+    """Publishes one publication: a context manager that commits at its end, and aborts on an exception.
+
+    Used by one thread. If an earlier attempt has published the same publication id, `replayed` is true from the start,
+    what is sent is ignored, and `publication` says where the records are.
+
+    Args:
+        config: Cluster, guarantee and deadlines.
+        transactional_id: Names the publisher, see `make_transactional_id`.
+        publication_id: Names the work, the same for each attempt at it.
+        topic: Where records go that name no other.
+        key: Field or column that is the key of records that have none; several make a JSON object.
+        on_progress: Called every 5 seconds or so with records, bytes and seconds so far.
+
+    Raises:
+        NoBrokersAvailable: No broker answered within connect_timeout, or none let us in.
+        FencedError: Another attempt took over.
+        KafkaError: The topic does not exist, an ACL is missing, a record was refused, a deadline passed.
+        InvalidRecordError: A record cannot be encoded.
+    """
+
+    def __init__(
+        self,
+        config: PublicationConfig,
+        *,
+        transactional_id: str,
+        publication_id: str,
+        topic: str,
+        key: str | Sequence[str] | None = None,
+        on_progress: Callable[[int, int, float], object] | None = None,
+    ) -> None:
+        self.topic = check_topic(topic)
+        self.publication: Publication | None = None
+        self._config = config
+        self._transactional_id = transactional_id
+        self._publication_id = publication_id
+        self._key = key
+        self._on_progress = on_progress or _log_progress
+        self._exactly_once = config.delivery_guarantee == "exactly_once"
+        self._connection = Connection(config.producer)
+        self._producer: confluent_kafka.Producer | None = None
+        self._tracks: dict[str, _Track] = {}
+        self._form: ValueFormat | None = None
+        self._records = 0
+        self._bytes = 0
+        self._began = time.monotonic()
+        self._reported = self._began
+        self._in_transaction = False
+        self._committing = False
+
+    @property
+    def replayed(self) -> bool:
+        """Whether an earlier attempt had published it all."""
+        return self.publication is not None and self.publication.replayed
+
+    def __enter__(self) -> Self:
+        try:
+            self._open()
+        except BaseException as error:
+            self._abandon(error)
+            raise
+        return self
+
+    def _open(self) -> None:
+        config = self._config
+        connection = self._connection
+        timeout = config.producer.connect_timeout
+        self._add_topic(self.topic, timeout)
+        producer = self._producer = connection.producer(publication_options(config, self._transactional_id))
+        if not self._exactly_once:
+            return
+        name = f"transactional id {self._transactional_id!r}, {connection.name}"
+        connection.resume(producer.init_transactions, config.producer.delivery_timeout, name)
+        done = self._read_ledger()
+        if done is not None:
+            self.publication = done
+            self._close()
+            return
+        producer.begin_transaction()
+        self._in_transaction = True
+
+    def _add_topic(self, topic: str, timeout: float) -> _Track:
+        track = self._tracks.get(topic)
+        if track is None:
+            partitions = self._connection.topic_partitions([topic], timeout)[topic]
+            track = self._tracks[topic] = _Track(topic, partitions)
+        return track
+
+    def send(
+        self,
+        value: Any,
+        key: Any = None,
+        headers: Headers | None = None,
+        partition: int | None = None,
+        timestamp: int | dt.datetime | None = None,
+        *,
+        topic: str | None = None,
+    ) -> None:
+        """Add one record to the publication.
+
+        Args:
+            value: Mapping, dataclass or pydantic model (sent as JSON), str, bytes, or None (a tombstone); a
+                `KafkaRecord` has the other arguments in it.
+            key: str, bytes, int, date, UUID, or a mapping or list of those.
+            headers: Mapping or (name, value) pairs of str to str, bytes or None.
+            partition: Kafka partition, from 0; None lets the key decide.
+            timestamp: Milliseconds since the epoch or an aware datetime; None is now.
+            topic: Another topic than the publication's own; both are committed together.
+
+        Raises:
+            KafkaError: As the class says.
+        """
+        if self.replayed:
+            return
+        record = value if isinstance(value, KafkaRecord) else KafkaRecord(value, key, headers, partition, timestamp)
+        fields = (self._key,) if isinstance(self._key, str) else tuple(self._key or ())
+        value_bytes, key_bytes, extra = encode_record(record, self._records, fields)
+        size = len(value_bytes or b"") + len(key_bytes or b"")
+        form = None if record.value is None else format_of(type(record.value))
+        self._write(Chunk([value_bytes], [key_bytes], [extra], size, form), topic or self.topic)
+
+    def send_all(self, output: Any, key: str | Sequence[str] | None = None, *, topic: str | None = None) -> None:
+        """Add an output's records to the publication; generators are streamed.
+
+        Args:
+            output: A mapping, dataclass, pydantic model, str, bytes or `KafkaRecord`; a list, iterator or generator of
+                those; or a data frame.
+            key: Field or column that is the record's key; the publication's own if None.
+            topic: Another topic than the publication's own.
+
+        Raises:
+            KafkaError: As the class says.
+        """
+        if self.replayed:
+            return
+        for chunk in chunks(output, self._key if key is None else key, self._records):
+            self._write(chunk, topic or self.topic)
+
+    def _write(self, chunk: Chunk, topic: str) -> None:
+        producer = self._live_producer()
+        track = self._tracks.get(topic) or self._add_topic(check_topic(topic), self._config.producer.connect_timeout)
+        if chunk.form is not None:
+            self._form = self._form or chunk.form
+            if self._form != chunk.form:
+                raise InvalidRecordError(
+                    f"record {self._records}",
+                    f"its value is {chunk.form}, those before are {self._form}",
+                    "Publish values of one format per publication",
+                    index=self._records,
+                )
+        produce, index = producer.produce, self._records
+        keys: Iterable[bytes | None] = chunk.keys if chunk.keys is not None else itertools.repeat(None)
+        if chunk.extras is None:
+            for value, key in zip(chunk.values, keys):
+                try:
+                    produce(topic, value, key, -1, track)
+                except BufferError:
+                    self._produce_with_room(topic, index, value=value, key=key, on_delivery=track)
+                except KafkaException as exception:
+                    raise self._refused(exception.args[0], topic, index, key) from None
+                index += 1
+        else:
+            for value, key, extra in zip(chunk.values, keys, chunk.extras):
+                if extra.partition >= track.partitions:
+                    raise InvalidRecordError(
+                        f"record {index}",
+                        f"topic {topic!r} has no Kafka partition {extra.partition}",
+                        f"Use 0 to {track.partitions - 1}, or None and let the key decide",
+                        index=index,
+                    )
+                self._produce_with_room(topic, index, value=value, key=key, on_delivery=track, **extra._asdict())
+                index += 1
+        self._records = index
+        self._bytes += chunk.size
+        self._poll(0)
+        self._check()
+        now = time.monotonic()
+        if now - self._reported >= _PROGRESS_SECONDS:
+            self._reported = now
+            self._on_progress(self._records, self._bytes, now - self._began)
+
+    def _produce_with_room(self, topic: str, index: int, **record: Any) -> None:
+        producer = self._live_producer()
+        deadline = time.monotonic() + self._config.producer.delivery_timeout + 5
+        while True:
+            try:
+                producer.produce(topic, **record)
+            except BufferError:
+                # The buffer is full: wait for the broker. Records that wait too long fail by themselves.
+                self._poll(SLICE)
+                self._check()
+                if time.monotonic() > deadline:
+                    waited = self._config.producer.delivery_timeout
+                    raise timed_out(f"topic {topic!r}, buffer_memory", waited, "_QUEUE_FULL") from None
+            except KafkaException as exception:
+                raise self._refused(exception.args[0], topic, index, record["key"]) from None
+            else:
+                return
+
+    def _live_producer(self) -> confluent_kafka.Producer:
+        if self._producer is None:
+            raise KafkaError(
+                f"publication {self._publication_id!r}", "it has ended", "Send inside the with block", code="_STATE"
+            )
+        return self._producer
+
+    def _refused(self, error: confluent_kafka.KafkaError, topic: str, index: int, key: bytes | None) -> KafkaError:
+        """The error for a record that librdkafka does not even take."""
+        broken = self._failure()
+        if broken is not None:
+            return broken
+        shown = f" (key {key[:100]!r})" if key else ""
+        return self._explain(error, f"record {index}{shown}, topic {topic!r}")
+
+    def _explain(self, error: confluent_kafka.KafkaError, culprit: str) -> KafkaError:
+        """Our error, told apart: another attempt took over, or the broker gave up on a transaction that ran too long."""
+        seconds = time.monotonic() - self._began
+        if error.name() in FENCED_CODES and seconds > self._config.transaction_timeout:
+            return KafkaError(
+                culprit,
+                f"the broker aborted the transaction: it ran for {seconds:.0f} s, longer than"
+                f" transaction_timeout={self._config.transaction_timeout:g} s [{error.name()}]",
+                "Raise transaction_timeout (at most the broker's transaction.max.timeout.ms), or publish less at a time",
+                code=error.name(),
+                remedy=Remedy.FAIL,
+            )
+        if error.name() in FENCED_CODES:
+            return FencedError(
+                culprit,
+                f"another attempt of the same publication took over [{error.name()}]",
+                "Nothing of this attempt is visible; look at the run of the other one",
+                code=error.name(),
+                remedy=Remedy.FAIL,
+            )
+        return self._connection.cause(error, culprit)
+
+    def _failure(self) -> KafkaError | None:
+        """Why this publication cannot succeed any more, if so."""
+        if self._connection.fatal is not None:
+            return self._explain(self._connection.fatal, f"publication to {', '.join(self._tracks)!r}")
+        for track in self._tracks.values():
+            if track.failures:
+                counts = ", ".join(f"{count} x {code}" for code, count in track.failures.items())
+                culprit = f"topic {track.topic!r}: {sum(track.failures.values())} records not delivered ({counts})"
+                first = next(iter(track.errors.values()))
+                return self._explain(first, culprit)
+        return None
+
+    def _check(self) -> None:
+        failure = self._failure()
+        if failure is not None:
+            raise failure
+        seconds = time.monotonic() - self._began
+        if self._in_transaction and seconds > self._config.transaction_timeout:
+            raise KafkaError(
+                f"publication to {', '.join(self._tracks)!r}",
+                f"it has run for {seconds:.0f} s and {self._records} records, longer than"
+                f" transaction_timeout={self._config.transaction_timeout:g} s",
+                "Raise transaction_timeout (at most the broker's transaction.max.timeout.ms), or publish less at a time",
+                remedy=Remedy.FAIL,
+            )
+
+    def _poll(self, seconds: float) -> None:
+        try:
+            self._live_producer().poll(seconds)
+        except Exception:
+            # After a fatal error, poll raises errors of many shapes.
+            self._check()
+            raise
+
+    def commit(self) -> Publication:
+        """Wait for every record and commit; called by the end of the with block.
+
+        Raises:
+            KafkaError: As the class says. After a time-out of the commit itself the outcome is unknown: the next
+                attempt reads it from the ledger.
+        """
+        if self.publication is not None:
+            return self.publication
+        producer = self._live_producer()
+        self._flush(producer)
+        offsets = tuple(
+            PartitionOffsets(track.topic, partition, tuple((first, last) for first, last in runs))
+            for track in self._tracks.values()
+            for partition, runs in sorted(track.runs.items())
+        )
+        publication = Publication(
+            self._publication_id,
+            self._transactional_id,
+            self.topic,
+            self._records,
+            self._bytes,
+            self._form,
+            offsets,
+            replayed=False,
+            seconds=0.0,
+        )
+        if self._exactly_once:
+            self._commit_transaction(producer, publication)
+        self.publication = dataclasses.replace(publication, seconds=time.monotonic() - self._began)
+        self._close()
+        return self.publication
+
+    def _flush(self, producer: confluent_kafka.Producer) -> None:
+        deadline = time.monotonic() + self._config.producer.delivery_timeout + 5
+        while len(producer):
+            self._poll(SLICE)
+            self._check()
+            if time.monotonic() > deadline:
+                raise timed_out(f"{len(producer)} records not yet delivered", self._config.producer.delivery_timeout)
+        self._check()
+        delivered = sum(track.delivered for track in self._tracks.values())
+        if delivered != self._records:
+            raise KafkaError(
+                f"publication to {', '.join(self._tracks)!r}",
+                f"{self._records} records were sent, but {delivered} acknowledged",
+                "Try again",
+                remedy=Remedy.REBUILD,
+            )
+
+    def _commit_transaction(self, producer: confluent_kafka.Producer, publication: Publication) -> None:
+        timeout = self._config.producer.delivery_timeout
+        name = f"commit of {publication.records} records to {', '.join(self._tracks)!r}"
+        try:
+            for number, entries in enumerate(_encode_ledger(publication)):
+                group = _ledger_group(self._transactional_id, number)
+                consumer = self._connection.consumer({"group.id": group, "enable.auto.commit": False})
+                metadata = consumer.consumer_group_metadata()
+                consumer.close()
+
+                def send_offsets(seconds: float, entries: Any = entries, metadata: Any = metadata) -> None:
+                    producer.send_offsets_to_transaction(entries, metadata, seconds)
+
+                self._connection.resume(send_offsets, timeout, name)
+            self._committing = True
+            self._connection.resume(producer.commit_transaction, timeout, name)
+        except KafkaError as error:
+            raise self._commit_error(error, name) from None
+        self._in_transaction = False
+
+    def _commit_error(self, error: KafkaError, name: str) -> KafkaError:
+        fatal = self._connection.fatal
+        if fatal is not None:
+            return self._explain(fatal, name)
+        failure = self._failure()
+        if failure is not None:
+            return failure
+        if self._committing and error.remedy is Remedy.RETRY:
+            error.cause += "; whether it was committed is not known"
+            error.fix = "Try again: the next attempt reads the outcome from the ledger. " + error.fix
+            error.args = (f"{error.culprit}: {error.cause}. {error.fix}",)
+        return error
+
+    def abort(self, timeout: float = _ABORT_SECONDS) -> None:
+        """Give up: nothing of the publication becomes visible. Called by an exception in the with block."""
+        producer = self._producer
+        if producer is None:
+            return
+        with contextlib.suppress(Exception):
+            producer.purge()
+            if self._in_transaction and self._connection.fatal is None:
+                self._connection.resume(producer.abort_transaction, timeout, "abort")
+        self._close()
+
+    def _abandon(self, error: BaseException) -> None:
+        self.abort(_ABORT_SECONDS if isinstance(error, Exception) else _INTERRUPTED_SECONDS)
+        self._close()
+
+    def _close(self) -> None:
+        # Not Producer.close(): with an open transaction and a dead broker it would wait for minutes.
+        self._producer = None
+        self._in_transaction = False
+        self._connection.close()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._abandon(error)
+            return
+        try:
+            self.commit()
+        except BaseException as failure:
+            self._abandon(failure)
+            raise
+
+    def _read_ledger(self) -> Publication | None:
+        """What the last publication with this transactional id was, if it is this one."""
+        entries: list[TopicPartition] = []
+        number, count = 0, 1
+        header: dict[str, Any] | None = None
+        while number < count:
+            request = ConsumerGroupTopicPartitions(_ledger_group(self._transactional_id, number))
+            seconds = self._config.producer.delivery_timeout
+
+            def ask(
+                request: ConsumerGroupTopicPartitions = request, seconds: float = seconds
+            ) -> concurrent.futures.Future[ConsumerGroupTopicPartitions]:
+                futures = self._connection.admin.list_consumer_group_offsets(
+                    [request], require_stable=True, request_timeout=min(10.0, seconds)
+                )
+                future = next(iter(futures.values()))
+                return cast("concurrent.futures.Future[ConsumerGroupTopicPartitions]", future)
+
+            answer = self._connection.answer(ask, seconds, f"ledger group {request.group_id!r}")
+            entries += answer.topic_partitions
+            if number == 0:
+                header = _find_header(entries, self._publication_id)
+                if header is None:
+                    return None
+                count = header["groups"]
+            number += 1
+        if header is None:
+            return None
+        return _decode_ledger(header, entries, self._transactional_id, self._publication_id)
+
+
+class _Track:
+    """Delivery reports of one topic, collapsed into runs of offsets. A callback: it records and never raises."""
+
+    def __init__(self, topic: str, partitions: int) -> None:
+        self.topic = topic
+        self.partitions = partitions
+        self.runs: dict[int, list[list[int]]] = {}
+        self.failures: collections.Counter[str] = collections.Counter()
+        self.errors: dict[str, confluent_kafka.KafkaError] = {}
+        self._last: dict[int, list[int]] = {}
+
+    def __call__(self, err: confluent_kafka.KafkaError | None, msg: confluent_kafka.Message) -> None:
+        if err is not None:
+            self.failures[err.name()] += 1
+            self.errors.setdefault(err.name(), err)
+            return
+        partition, offset = msg.partition(), msg.offset()
+        run = self._last.get(partition)
+        if run is not None and run[1] + 1 == offset:
+            run[1] = offset
+        else:
+            run = self._last[partition] = [offset, offset]
+            self.runs.setdefault(partition, []).append(run)
+
+    @property
+    def delivered(self) -> int:
+        return sum(last - first + 1 for runs in self.runs.values() for first, last in runs)
+
+
+def publish(
+    config: PublicationConfig,
+    output: Any,
+    *,
+    transactional_id: str,
+    publication_id: str,
+    topic: str,
+    key: str | Sequence[str] | None = None,
+    on_progress: Callable[[int, int, float], object] | None = None,
+) -> Publication:
+    """Publish an output's records in one publication, and say where they are.
+
+    Takes what `PublicationWriter` takes, and raises what it raises.
+
+    Returns:
+        The publication; `Publication.replayed` if an earlier attempt had published it.
+    """
+    with PublicationWriter(
+        config,
+        transactional_id=transactional_id,
+        publication_id=publication_id,
+        topic=topic,
+        key=key,
+        on_progress=on_progress,
+    ) as writer:
+        writer.send_all(output)
+    return cast("Publication", writer.publication)
+
+
+def _log_progress(records: int, size: int, seconds: float) -> None:
+    logger.info("Published %d records, %.1f MB, in %.0f s; not committed yet", records, size / 1e6, seconds)
+
+
+def _pack(runs: Iterable[tuple[int, int]]) -> list[int]:
+    """Runs of offsets as [first offset, length, gap, length, gap, length, ...]."""
+    packed: list[int] = []
+    end = 0
+    for first, last in runs:
+        packed += (first - end, last - first + 1)
+        end = last + 1
+    return packed
+
+
+def _unpack(packed: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    runs, end = [], 0
+    for gap, length in zip(packed[::2], packed[1::2]):
+        first = end + gap
+        end = first + length
+        runs.append((first, end - 1))
+    return tuple(runs)
+
+
+def _ledger_group(transactional_id: str, number: int) -> str:
+    return f"{transactional_id}.{number}" if number else transactional_id
+
+
+def _ledger_key(publication_id: str) -> str:
+    return base64.b32encode(hashlib.sha256(publication_id.encode()).digest()[:15]).decode().lower()
+
+
+def _encode_ledger(publication: Publication) -> list[list[TopicPartition]]:
+    """The ledger as offsets to commit, a list per consumer group; more than one only for thousands of runs."""
+    key = _ledger_key(publication.publication_id)
+    groups: list[dict[tuple[str, int], dict[str, Any]]] = [{(publication.topic, 0): {"p": key}}]
+    ends = {(publication.topic, 0): 0}
+    for offsets in publication.offsets:
+        place = (offsets.topic, offsets.partition)
+        ends[place] = offsets.last + 1
+        for number, some in enumerate(_split(offsets.runs)):
+            if number == len(groups):
+                groups.append({})
+            groups[number].setdefault(place, {"p": key})["r"] = _pack(some)
+    groups[0][publication.topic, 0]["h"] = {
+        "v": _LEDGER_VERSION,
+        "groups": len(groups),
+        "topic": publication.topic,
+        "records": publication.records,
+        "bytes": publication.bytes,
+        "format": publication.value_format,
+    }
+    return [
+        [
+            TopicPartition(topic, partition, ends[topic, partition], orjson.dumps(entry).decode())
+            for (topic, partition), entry in group.items()
+        ]
+        for group in groups
+    ]
+
+
+def _split(runs: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Runs, cut where their packed text would outgrow one entry."""
+    pieces: list[list[tuple[int, int]]] = [[]]
+    size = 0
+    end = 0
+    for first, last in runs:
+        size += len(f"{first - end},{last - first + 1},")
+        if size > _LEDGER_BYTES - 400:
+            pieces.append([])
+            size = 2 * len(f"{last},")
+        pieces[-1].append((first, last))
+        end = last + 1
+    return pieces
+
+
+def _find_header(entries: Iterable[TopicPartition], publication_id: str) -> dict[str, Any] | None:
+    for entry in _own_entries(entries, publication_id):
+        header = entry[1].get("h")
+        if header is not None:
+            return cast("dict[str, Any]", header)
+    return None
+
+
+def _own_entries(entries: Iterable[TopicPartition], publication_id: str) -> list[tuple[TopicPartition, dict[str, Any]]]:
+    key = _ledger_key(publication_id)
+    own = []
+    for entry in entries:
+        try:
+            content = orjson.loads(entry.metadata or "null")
+        except ValueError:
+            continue
+        if isinstance(content, dict) and content.get("p") == key:
+            own.append((entry, content))
+    return own
+
+
+def _decode_ledger(
+    header: Mapping[str, Any], entries: Iterable[TopicPartition], transactional_id: str, publication_id: str
+) -> Publication:
+    runs: dict[tuple[str, int], list[tuple[int, int]]] = collections.defaultdict(list)
+    for entry, content in _own_entries(entries, publication_id):
+        if "r" in content:
+            runs[entry.topic, entry.partition] += _unpack(content["r"])
+    publication = Publication(
+        publication_id,
+        transactional_id,
+        header["topic"],
+        header["records"],
+        header["bytes"],
+        header["format"],
+        tuple(PartitionOffsets(topic, partition, tuple(found)) for (topic, partition), found in sorted(runs.items())),
+        replayed=True,
+        seconds=0.0,
+    )
+    found = sum(offsets.records for offsets in publication.offsets)
+    if found != publication.records:
+        raise KafkaError(
+            f"ledger group {transactional_id!r}",
+            f"it names {publication.records} records, but the offsets of {found}",
+            "Somebody changed the group's offsets: start a new run, which publishes again",
+        )
+    return publication

@@ -1,0 +1,366 @@
+"""An output (mapping, iterable, generator, data frame) to chunks of encoded records, never held whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import narwhals as nw
+
+from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
+from dataforge_kafka_dagster.kafka.serialization import (
+    Headers,
+    ValueFormat,
+    format_of,
+    refuse_non_finite,
+    serialize_headers,
+    serialize_key,
+    serialize_value,
+    to_json,
+)
+
+ACCEPTED: Final = (
+    "a mapping, dataclass, pydantic model, str, bytes or KafkaRecord; a list, iterator or generator of those;"
+    " or a pandas, polars or pyarrow data frame"
+)
+
+_CHUNK_BYTES: Final = 1_000_000
+_CHUNK_ROWS: Final = 5_000
+_CHUNK_SECONDS: Final = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class KafkaRecord:
+    """One record, where a plain value does not say enough.
+
+    Attributes:
+        value: Mapping, dataclass, pydantic model (JSON), str (UTF-8), bytes, or None (a tombstone; it needs a key).
+        key: str, bytes, int, date, UUID, or a mapping or list of those; None lets the producer choose the
+            Kafka partition.
+        headers: Mapping or (name, value) pairs of str to str, bytes or None.
+        partition: Kafka partition, from 0; None lets the key decide.
+        timestamp: Milliseconds since the epoch, or an aware datetime; None is now.
+    """
+
+    value: Any
+    key: Any = None
+    headers: Headers | None = None
+    partition: int | None = None
+    timestamp: int | dt.datetime | None = None
+
+
+class Extra(NamedTuple):
+    """What a record has besides value and key, ready for librdkafka."""
+
+    headers: list[tuple[str, bytes | None]] | None
+    partition: int
+    timestamp: int
+
+
+class Chunk(NamedTuple):
+    """Some records in order, encoded.
+
+    Attributes:
+        values: One per record; None is a tombstone.
+        keys: As many, or None if no record has a key.
+        extras: As many, or None if no record has more than value and key.
+        size: Bytes of all values and keys.
+        form: Format of the values; None if all are tombstones.
+    """
+
+    values: Sequence[bytes | None]
+    keys: Sequence[bytes | None] | None
+    extras: Sequence[Extra] | None
+    size: int
+    form: ValueFormat | None
+
+
+def refuse_output(output: object) -> InvalidRecordError:
+    """The error for an output of a type that cannot be published."""
+    return InvalidRecordError(
+        f"output of type {type(output).__module__}.{type(output).__qualname__}",
+        "it cannot be published",
+        f"Return {ACCEPTED}",
+    )
+
+
+def chunks(output: Any, key: str | Sequence[str] | None = None, start: int = 0) -> Iterator[Chunk]:
+    """The records of an output, encoded, about a megabyte at a time.
+
+    Args:
+        output: A mapping, dataclass, pydantic model, str, bytes or `KafkaRecord`; a list, iterator or generator of
+            those; or a data frame, one record per row.
+        key: Field or column that is the record's key; several make a JSON object of them.
+        start: What errors add to a record's position.
+
+    Raises:
+        InvalidRecordError: The output, a record or a field cannot be published. The output's type and a frame's columns
+            are checked by the call itself, records when their chunk is made.
+    """
+    fields = (key,) if isinstance(key, str) else tuple(key or ())
+    if isinstance(output, KafkaRecord) or format_of(type(output)) is not None:
+        output = [output]
+    if nw.dependencies.is_into_dataframe(output):
+        return _frame_chunks(output, fields, start)
+    if isinstance(output, Iterator):
+        return _paced(lambda _, size: _take(output, size), _RowEncoder(fields), start)
+    if isinstance(output, Sequence):
+        return _paced(lambda start, size: output[start : start + size], _RowEncoder(fields), start)
+    raise refuse_output(output)
+
+
+def _paced(take: Callable[[int, int], Any], encode: Callable[[Any, int], Chunk], first: int) -> Iterator[Chunk]:
+    """Take rows and encode them, as many at a time as make a megabyte, going by those before."""
+    start, size = 0, 64
+    while rows := take(start, size):
+        chunk = encode(rows, first + start)
+        yield chunk
+        start += len(rows)
+        fitting = _CHUNK_BYTES * len(rows) // max(chunk.size, 1)
+        size = max(1, min(_CHUNK_ROWS, fitting, size * 8))
+
+
+def _take(rows: Iterator[Any], size: int) -> list[Any]:
+    """The next rows: as many as asked for, or as come within half a second."""
+    taken = []
+    deadline = time.monotonic() + _CHUNK_SECONDS
+    for row in rows:
+        taken.append(row)
+        if len(taken) >= size or time.monotonic() > deadline:
+            break
+    return taken
+
+
+class _RowEncoder:
+    """Encodes lists of rows; all rows of an output have one format."""
+
+    def __init__(self, fields: tuple[str, ...]) -> None:
+        self._fields = fields
+        self._first: type | None = None
+        self._form: ValueFormat | None = None
+
+    def __call__(self, rows: Sequence[Any], start: int) -> Chunk:
+        self._first = self._first or type(rows[0])
+        types = set(map(type, rows))
+        if self._first is KafkaRecord or KafkaRecord in types:
+            if types != {KafkaRecord} or self._first is not KafkaRecord:
+                raise self._odd_one_out(rows, start, lambda row: type(row) is not KafkaRecord)
+            return self._records(rows, start)
+        self._check_types(rows, start, types)
+        try:
+            values = self._values(rows)
+        except (TypeError, ValueError, RecursionError):
+            for i, row in enumerate(rows):
+                serialize_value(row, start + i)
+            raise
+        if self._form == "json":
+            for i, value in enumerate(values):
+                if b"null" in value:
+                    refuse_non_finite(rows[i], start + i)
+        keys = self._keys(rows, start) if self._fields else None
+        return Chunk(values, keys, None, _size(values, keys), self._form)
+
+    def _values(self, rows: Sequence[Any]) -> list[bytes]:
+        if self._form == "json":
+            return [to_json(row) for row in rows]
+        if self._form == "string":
+            return [row.encode() for row in rows]
+        return [bytes(row) for row in rows]
+
+    def _check_types(self, rows: Sequence[Any], start: int, types: set[type]) -> None:
+        for cls in types:
+            form = format_of(cls)
+            if form is None:
+                i = next(i for i, row in enumerate(rows) if type(row) is cls)
+                fix = (
+                    "Use KafkaRecord(value=None, key=...) for a tombstone"
+                    if rows[i] is None
+                    else f"Publish {ACCEPTED.partition(';')[0]}"
+                )
+                raise InvalidRecordError(
+                    f"record {start + i}", f"its value is of type {cls.__qualname__}", fix, index=start + i
+                )
+            self._form = self._form or form
+            if form != self._form:
+                first = format_of(self._first or cls)
+                raise self._odd_one_out(rows, start, lambda row: format_of(type(row)) != first)
+            if self._fields and form != "json":
+                raise InvalidRecordError(
+                    f"key {', '.join(self._fields)!r}",
+                    f"a {cls.__qualname__} has no fields to take it from",
+                    "Leave the key out, or publish KafkaRecord(value, key=...)",
+                    field=self._fields[0],
+                )
+
+    def _odd_one_out(self, rows: Sequence[Any], start: int, odd: Callable[[Any], bool]) -> InvalidRecordError:
+        first = self._first.__qualname__ if self._first else "?"
+        if self._first is not KafkaRecord and any(isinstance(row, KafkaRecord) for row in rows):
+            i = next(i for i, row in enumerate(rows) if isinstance(row, KafkaRecord))
+        else:
+            i = next((i for i, row in enumerate(rows) if odd(row)), 0)
+        return InvalidRecordError(
+            f"record {start + i}",
+            f"its type {type(rows[i]).__qualname__} is of another kind than the first record's, {first}",
+            "Publish records of one kind per output: all mappings or models, all str, all bytes, or all KafkaRecord",
+            index=start + i,
+        )
+
+    def _keys(self, rows: Sequence[Any], start: int) -> list[bytes | None]:
+        keys: list[bytes | None] = []
+        single = self._fields[0] if len(self._fields) == 1 else None
+        for i, row in enumerate(rows):
+            try:
+                if single is not None:
+                    raw = row[single] if isinstance(row, Mapping) else getattr(row, single)
+                elif isinstance(row, Mapping):
+                    raw = {field: row[field] for field in self._fields}
+                else:
+                    raw = {field: getattr(row, field) for field in self._fields}
+            except (KeyError, AttributeError):
+                raise self._no_key_field(row, start + i) from None
+            keys.append(raw.encode() if type(raw) is str else serialize_key(raw, start + i, ".".join(self._fields)))
+        return keys
+
+    def _no_key_field(self, row: Any, index: int) -> InvalidRecordError:
+        names = list(row) if isinstance(row, Mapping) else list(getattr(row, "__dict__", ()))
+        field = next(f for f in self._fields if f not in names)
+        return InvalidRecordError(
+            f"record {index}, field {field!r}",
+            "the key field is missing",
+            f"Name a field that every record has; this one has {', '.join(map(str, names[:20]))}",
+            index=index,
+            field=field,
+        )
+
+    def _records(self, rows: Sequence[KafkaRecord], start: int) -> Chunk:
+        values, keys, extras = [], [], []
+        for index, row in enumerate(rows, start):
+            form = None if row.value is None else format_of(type(row.value))
+            if form is not None:
+                self._form = self._form or form
+                if form != self._form:
+                    raise InvalidRecordError(
+                        f"record {index}",
+                        f"its value is {form}, those before are {self._form}",
+                        "Publish values of one format per output",
+                        index=index,
+                    )
+            value, key, extra = encode_record(row, index, self._fields)
+            values.append(value)
+            keys.append(key)
+            extras.append(extra)
+        plain = all(extra == _PLAIN for extra in extras)
+        return Chunk(values, keys, None if plain else extras, _size(values, keys), self._form)
+
+
+_PLAIN: Final = Extra(None, -1, 0)
+
+
+def encode_record(
+    record: KafkaRecord, index: int | None = None, fields: Sequence[str] = ()
+) -> tuple[bytes | None, bytes | None, Extra]:
+    """One record's value, key and the rest, checked and encoded.
+
+    Raises:
+        InvalidRecordError: One of them cannot be published, or a tombstone has no key.
+    """
+    name = "record" if index is None else f"record {index}"
+    value = serialize_value(record.value, index)
+    raw_key = record.key
+    if raw_key is None and fields and isinstance(record.value, Mapping):
+        picked = {field: record.value.get(field) for field in fields}
+        raw_key = picked[fields[0]] if len(fields) == 1 else picked
+    key = serialize_key(raw_key, index)
+    if value is None and key is None:
+        raise InvalidRecordError(
+            name, "a tombstone (value None) without a key deletes nothing", "Give it the key to delete", index=index
+        )
+    partition = record.partition
+    if partition is not None and (isinstance(partition, bool) or not isinstance(partition, int) or partition < 0):
+        raise InvalidRecordError(
+            name, f"partition={partition!r} is not a Kafka partition", "Give an int from 0, or None", index=index
+        )
+    return (
+        value,
+        key,
+        Extra(
+            serialize_headers(record.headers, index),
+            -1 if partition is None else partition,
+            _timestamp(record.timestamp, name, index),
+        ),
+    )
+
+
+def _timestamp(timestamp: object, name: str, index: int | None) -> int:
+    if timestamp is None:
+        return 0
+    if isinstance(timestamp, dt.datetime) and timestamp.tzinfo is not None:
+        timestamp = round(timestamp.timestamp() * 1000)
+    if isinstance(timestamp, bool) or not isinstance(timestamp, int) or not 0 < timestamp < 2**63:
+        raise InvalidRecordError(
+            name,
+            f"timestamp={timestamp!r} is not a Kafka timestamp",
+            "Give milliseconds since the epoch as an int, or a datetime with a time zone",
+            index=index,
+        )
+    return timestamp
+
+
+def _size(values: Sequence[bytes | None], keys: Sequence[bytes | None] | None) -> int:
+    return sum(map(len, filter(None, values))) + (sum(map(len, filter(None, keys))) if keys else 0)
+
+
+def _frame_chunks(native: Any, fields: tuple[str, ...], first: int) -> Iterator[Chunk]:
+    try:
+        frame = nw.from_native(native, eager_only=True)
+        columns = frame.columns
+    except Exception as error:
+        raise InvalidRecordError(
+            f"data frame of type {type(native).__module__}.{type(native).__qualname__}",
+            f"it cannot be read: {error}",
+            "Give it unique column names that are all str",
+        ) from error
+    for name in (*fields, *columns):
+        if name not in columns or not isinstance(name, str):
+            raise InvalidRecordError(
+                f"data frame, column {name!r}",
+                "the key column is missing" if name in fields else "its name is not a str",
+                f"Its columns are {', '.join(map(repr, columns[:30]))}",
+                field=str(name),
+            )
+    encode = _FrameEncoder(fields)
+    return _paced(lambda start, size: frame[start : start + size].rows(named=True), encode, first)
+
+
+class _FrameEncoder:
+    """Encodes rows of a frame: missing values (None, NaN, NaT, NA) are null."""
+
+    def __init__(self, fields: tuple[str, ...]) -> None:
+        self._fields = fields
+
+    def __call__(self, rows: Sequence[dict[str, Any]], start: int) -> Chunk:
+        try:
+            values = [to_json(row) for row in rows]
+        except (TypeError, ValueError):
+            for i, row in enumerate(rows):
+                serialize_value(row, start + i)
+            raise
+        keys = None
+        if len(self._fields) == 1:
+            field = self._fields[0]
+            keys = [self._key(row[field], start + i, field) for i, row in enumerate(rows)]
+        elif self._fields:
+            keys = [to_json({field: row[field] for field in self._fields}) for row in rows]
+        return Chunk(values, keys, None, _size(values, keys), "json")
+
+    @staticmethod
+    def _key(value: Any, index: int, field: str) -> bytes | None:
+        if type(value) is str:
+            return value.encode()
+        if type(value).__name__ in {"NaTType", "NAType"} or (isinstance(value, float) and math.isnan(value)):
+            return None
+        return serialize_key(value, index, field)

@@ -1,0 +1,229 @@
+"""Values and keys to bytes, and back.
+
+A value's format follows from its type: mappings, dataclasses and pydantic models are JSON, a str is UTF-8 text, bytes
+are sent as they are. JSON is orjson's: RFC 8259, dates as RFC 3339; a Decimal is its text, so that no digit is lost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import decimal
+import math
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Literal, cast
+
+import orjson
+from pydantic import BaseModel
+
+from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
+
+ValueFormat = Literal["json", "string", "bytes"]
+
+Headers = Mapping[str, "str | bytes | None"] | Sequence[tuple[str, "str | bytes | None"]]
+
+_OPTIONS: Final = orjson.OPT_SERIALIZE_NUMPY
+
+
+class _UnsupportedTypeError(TypeError):
+    """A type that JSON does not know, with what to do; orjson keeps it as the cause of its own error."""
+
+
+def format_of(cls: type) -> ValueFormat | None:
+    """The format in which values of a type are published; ``None`` if they cannot be."""
+    if issubclass(cls, (bytes, bytearray, memoryview)):
+        return "bytes"
+    if issubclass(cls, str):
+        return "string"
+    if issubclass(cls, (Mapping, BaseModel)) or dataclasses.is_dataclass(cls):
+        return "json"
+    return None
+
+
+def _jsonable(value: Any) -> Any:
+    """What orjson is to write for a type it does not know."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, decimal.Decimal):
+        return str(value)
+    if value is None or type(value).__name__ in {"NaTType", "NAType"}:
+        return None
+    if isinstance(value, (dt.datetime, dt.date, dt.time)):
+        return value.isoformat()
+    if isinstance(value, tuple):
+        return list(value)
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        raise _UnsupportedTypeError("bytes inside a JSON value; decode them, or publish the record as bytes")
+    raise _UnsupportedTypeError(f"type {type(value).__qualname__} has no JSON form; convert it first")
+
+
+def to_json(value: Any) -> bytes:
+    """One value as UTF-8 JSON text; NaN and infinity become null.
+
+    Raises:
+        TypeError: Something in it has no JSON form.
+    """
+    return orjson.dumps(value, _jsonable, _OPTIONS)
+
+
+def serialize_value(value: Any, index: int | None = None) -> bytes | None:
+    """A record's value as bytes; ``None`` stays ``None`` (a tombstone).
+
+    Raises:
+        InvalidRecordError: The type cannot be published, or something in the value has no JSON form.
+    """
+    if value is None:
+        return None
+    form = format_of(type(value))
+    if form == "bytes":
+        return bytes(value)
+    if form is None:
+        raise InvalidRecordError(
+            _record(index),
+            f"its value is of type {type(value).__qualname__}",
+            "Publish a mapping, dataclass, pydantic model, str or bytes",
+            index=index,
+        )
+    try:
+        encoded = value.encode() if form == "string" else to_json(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _no_json_form(value, index, error) from error
+    if form == "json" and b"null" in encoded:
+        refuse_non_finite(value, index)
+    return cast("bytes", encoded)
+
+
+def refuse_non_finite(value: Any, index: int | None) -> None:
+    """Refuse NaN and infinity, for which JSON has no form and which orjson writes as null."""
+    field = _find(value, lambda v: isinstance(v, float) and not math.isfinite(v))
+    if field is not None:
+        raise InvalidRecordError(
+            f"{_record(index)}, field {field!r}",
+            "JSON has neither NaN nor infinity",
+            "Replace it by None, or publish a data frame, where NaN is null",
+            index=index,
+            field=field,
+        )
+
+
+def _no_json_form(value: Any, index: int | None, error: Exception) -> InvalidRecordError:
+    field = _find(value, lambda v: not _has_json_form(v)) or None
+    cause = error.__cause__ if isinstance(error.__cause__, _UnsupportedTypeError) else error
+    what, _, fix = str(cause).partition("; ")
+    place = f", field {field!r}" if field else ""
+    return InvalidRecordError(
+        f"{_record(index)}{place}",
+        f"it cannot be written as JSON: {what}" if format_of(type(value)) == "json" else what,
+        (fix or "Convert it to a type that JSON has").capitalize(),
+        index=index,
+        field=field,
+    )
+
+
+def _has_json_form(leaf: Any) -> bool:
+    try:
+        orjson.dumps(leaf, _jsonable, _OPTIONS)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _find(value: Any, wrong: Any, path: str = "", depth: int = 0) -> str | None:
+    """Dotted path of the first leaf for which ``wrong`` holds."""
+    if isinstance(value, BaseModel):
+        value = dict(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if depth > 50:  # noqa: PLR2004  (deeper than any error message is read)
+        return None
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str) and wrong({key: None}):
+                return f"{path}{key!r}"
+            found = _find(item, wrong, f"{path}{key}.", depth + 1)
+            if found is not None:
+                return found
+        return None
+    if isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            found = _find(item, wrong, f"{path}{i}.", depth + 1)
+            if found is not None:
+                return found
+        return None
+    return path.rstrip(".") if wrong(value) else None
+
+
+def _record(index: int | None) -> str:
+    return "record" if index is None else f"record {index}"
+
+
+def serialize_key(key: Any, index: int | None = None, field: str | None = None) -> bytes | None:
+    """A record's key as bytes: a str as UTF-8, a number, date or UUID as its text, a mapping or list as JSON.
+
+    The text forms are those of Kafka's StringSerializer, so other clients put the same key on the same Kafka partition.
+
+    Raises:
+        InvalidRecordError: The key has no such form.
+    """
+    if key is None or isinstance(key, bytes):
+        return key
+    if isinstance(key, str):
+        return key.encode()
+    if isinstance(key, bool):
+        return b"true" if key else b"false"
+    if isinstance(key, (dt.datetime, dt.date)):
+        return key.isoformat().encode()
+    if isinstance(key, (int, decimal.Decimal, uuid.UUID)) or (isinstance(key, float) and math.isfinite(key)):
+        return str(key).encode()
+    if isinstance(key, (bytearray, memoryview)):
+        return bytes(key)
+    if isinstance(key, (Mapping, list, tuple, BaseModel)) or dataclasses.is_dataclass(key):
+        try:
+            return to_json(key)
+        except (TypeError, ValueError) as error:
+            raise _no_json_form(key, index, error) from error
+    place = f", field {field!r}" if field else ""
+    raise InvalidRecordError(
+        f"{_record(index)}{place}",
+        f"a key cannot be {key!r}" if isinstance(key, float) else f"a key cannot be of type {type(key).__qualname__}",
+        "Use a str, bytes, int, date, UUID, or a mapping or list of those",
+        index=index,
+        field=field,
+    )
+
+
+def serialize_headers(headers: Headers | None, index: int | None = None) -> list[tuple[str, bytes | None]] | None:
+    """A record's headers as a list of (name, bytes).
+
+    Raises:
+        InvalidRecordError: A name is not a str, or a value is neither str nor bytes nor None.
+    """
+    if headers is None:
+        return None
+    pairs = list(headers.items()) if isinstance(headers, Mapping) else headers
+    encoded: list[tuple[str, bytes | None]] = []
+    try:
+        for name, value in pairs:
+            if not isinstance(name, str) or not isinstance(value, (str, bytes, type(None))):
+                raise TypeError(f"{name!r} is of type {type(value).__qualname__}")
+            encoded.append((name, value.encode() if isinstance(value, str) else value))
+    except (TypeError, ValueError) as error:
+        raise InvalidRecordError(
+            f"{_record(index)}, headers", str(error), "Give a mapping, or (name, value) pairs, of str to str or bytes",
+            index=index,
+        ) from error  # fmt: skip
+    return encoded
+
+
+def deserialize(value: bytes | None, form: ValueFormat) -> Any:
+    """A published value back from its bytes.
+
+    Raises:
+        ValueError: The bytes are not of this format.
+    """
+    if value is None or form == "bytes":
+        return value
+    return value.decode() if form == "string" else orjson.loads(value)
