@@ -34,28 +34,11 @@ def _not(option: str, value: object, allowed: str) -> ValueError:
     return ValueError(f"{option}={value!r} is not possible: {allowed}")
 
 
-class KafkaProducerConfig(BaseModel):
-    """Options of a producer, with the names and defaults of the DataForge Kafka Producer Module.
+class KafkaOptions(BaseModel):
+    """The options of a producer whose types Dagster's configuration knows too, without their checks."""
 
-    The options that every Kafka client shares (servers, security) are named as librdkafka's, with underscores for dots.
-    Each is checked when the config is made; a `pydantic.ValidationError` names option, value and what is allowed.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
-
-    bootstrap_servers: str | list[str] = Field(
-        default=["localhost:9092"],
-        description="Brokers to connect to first, as 'host:port': a list, or one string with commas.",
-    )
     client_id: str | None = Field(
         default=None, description="Name of this client in the brokers' logs and quotas; librdkafka's own if None."
-    )
-    acks: str | int = Field(
-        default="all",
-        description=(
-            "Replicas that must have a record before it counts as delivered: 'all' (or -1), 1 (the leader) or 0 (none)."
-            " 0 and 1 turn idempotence off, so a retry may write a record twice."
-        ),
     )
     retries: int = Field(
         default=3,
@@ -136,6 +119,28 @@ class KafkaProducerConfig(BaseModel):
         default_factory=dict,
         repr=False,
         description="Raw librdkafka settings, applied last: they win over every option above.",
+    )
+
+
+class KafkaProducerConfig(KafkaOptions):
+    """Options of a producer, with the names and defaults of the DataForge Kafka Producer Module.
+
+    The options that every Kafka client shares (servers, security) are named as librdkafka's, with underscores for dots.
+    Each is checked when the config is made; a `pydantic.ValidationError` names option, value and what is allowed.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    bootstrap_servers: str | list[str] = Field(
+        default=["localhost:9092"],
+        description="Brokers to connect to first, as 'host:port': a list, or one string with commas.",
+    )
+    acks: str | int = Field(
+        default="all",
+        description=(
+            "Replicas that must have a record before it counts as delivered: 'all' (or -1), 1 (the leader) or 0 (none)."
+            " 0 and 1 turn idempotence off, so a retry may write a record twice."
+        ),
     )
 
     @model_validator(mode="before")
@@ -228,7 +233,8 @@ class KafkaProducerConfig(BaseModel):
             return
         if self.sasl_mechanism is None:
             raise ValueError(
-                f"security_protocol={self.security_protocol!r} needs sasl_mechanism: one of {', '.join(SASL_MECHANISMS)}"
+                f"security_protocol={self.security_protocol!r} needs sasl_mechanism:"
+                f" one of {', '.join(SASL_MECHANISMS)}"
             )
         if self.sasl_mechanism == "OAUTHBEARER":
             if self.sasl_oauthbearer_method != "oidc" and not self.sasl_oauthbearer_callback:

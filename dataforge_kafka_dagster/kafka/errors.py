@@ -33,6 +33,7 @@ class KafkaError(Exception):
         code: Name of the Kafka error code, such as ``"MSG_SIZE_TOO_LARGE"``; ``None`` if the error is not Kafka's.
             Names are those of https://kafka.apache.org/protocol#protocol_error_codes; local ones begin with ``_``.
         remedy: Whether trying again can help.
+        counts: Undelivered records by error code, if records failed.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class KafkaError(Exception):
         self.fix = fix
         self.code = code
         self.remedy = remedy or (remedy_of(code) if code else Remedy.FAIL)
+        self.counts: dict[str, int] = {}
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild_error, (type(self), self.__dict__.copy(), str(self)))

@@ -76,7 +76,7 @@ class DataForgeKafkaProducer:
                 lambda: admin.describe_cluster(request_timeout=timeout), timeout, self._connection.name
             )
         except KafkaError as error:
-            logger.error("Cannot connect: %s", error)  # noqa: TRY400  (the message says it all)
+            logger.error("Cannot connect: %s", error)
             raise
         finally:
             self._connection.close()

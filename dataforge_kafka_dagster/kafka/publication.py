@@ -1,8 +1,8 @@
 """One publication: all records of one output, visible together and once, or not at all.
 
-A publication is one transaction (KIP-98) of a producer of its own. Its ledger, what was published where, is the metadata
-of consumer-group offsets that the same transaction commits, so it exists exactly if the records do. The next attempt
-fences the last one (`init_transactions`), then reads the ledger, and publishes nothing if the work is done.
+A publication is one transaction (KIP-98) of a producer of its own. Its ledger, what was published where, is the
+metadata of consumer-group offsets that the same transaction commits, so it exists exactly if the records do. The next
+attempt fences the last one (`init_transactions`), then reads the ledger, and publishes nothing if the work is done.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ _LEDGER_VERSION: Final = 1
 _LEDGER_BYTES: Final = 3500
 _ID_BYTES: Final = 180
 _PROGRESS_SECONDS: Final = 5.0
+_TOO_LONG_FIX: Final = (
+    "Raise transaction_timeout (at most the broker's transaction.max.timeout.ms), or publish less at a time"
+)
 _ABORT_SECONDS: Final = 5.0
 _INTERRUPTED_SECONDS: Final = 1.0
 
@@ -48,8 +51,8 @@ class PartitionOffsets:
     Attributes:
         topic: The topic.
         partition: Kafka partition, from 0.
-        runs: (first offset, last offset) of each unbroken run, both inclusive, in order. Other writers' records, and the
-            markers that end transactions, lie between runs.
+        runs: (first offset, last offset) of each unbroken run, both inclusive, in order. Other writers' records, and
+            the markers that end transactions, lie between runs.
     """
 
     topic: str
@@ -274,9 +277,18 @@ class PublicationWriter:
         Raises:
             KafkaError: As the class says.
         """
+        if not self.replayed:
+            self.send_chunks(chunks(output, self._key if key is None else key, self._records), topic=topic)
+
+    def send_chunks(self, encoded: Iterable[Chunk], *, topic: str | None = None) -> None:
+        """Add records that are encoded already, as `chunks` does.
+
+        Raises:
+            KafkaError: As the class says.
+        """
         if self.replayed:
             return
-        for chunk in chunks(output, self._key if key is None else key, self._records):
+        for chunk in encoded:
             self._write(chunk, topic or self.topic)
 
     def _write(self, chunk: Chunk, topic: str) -> None:
@@ -294,7 +306,7 @@ class PublicationWriter:
         produce, index = producer.produce, self._records
         keys: Iterable[bytes | None] = chunk.keys if chunk.keys is not None else itertools.repeat(None)
         if chunk.extras is None:
-            for value, key in zip(chunk.values, keys):
+            for value, key in zip(chunk.values, keys, strict=False):
                 try:
                     produce(topic, value, key, -1, track)
                 except BufferError:
@@ -303,7 +315,7 @@ class PublicationWriter:
                     raise self._refused(exception.args[0], topic, index, key) from None
                 index += 1
         else:
-            for value, key, extra in zip(chunk.values, keys, chunk.extras):
+            for value, key, extra in zip(chunk.values, keys, chunk.extras, strict=False):
                 if extra.partition >= track.partitions:
                     raise InvalidRecordError(
                         f"record {index}",
@@ -356,14 +368,14 @@ class PublicationWriter:
         return self._explain(error, f"record {index}{shown}, topic {topic!r}")
 
     def _explain(self, error: confluent_kafka.KafkaError, culprit: str) -> KafkaError:
-        """Our error, told apart: another attempt took over, or the broker gave up on a transaction that ran too long."""
+        """Our error; another attempt that took over is told apart from a transaction that ran too long."""
         seconds = time.monotonic() - self._began
         if error.name() in FENCED_CODES and seconds > self._config.transaction_timeout:
             return KafkaError(
                 culprit,
                 f"the broker aborted the transaction: it ran for {seconds:.0f} s, longer than"
                 f" transaction_timeout={self._config.transaction_timeout:g} s [{error.name()}]",
-                "Raise transaction_timeout (at most the broker's transaction.max.timeout.ms), or publish less at a time",
+                _TOO_LONG_FIX,
                 code=error.name(),
                 remedy=Remedy.FAIL,
             )
@@ -386,7 +398,9 @@ class PublicationWriter:
                 counts = ", ".join(f"{count} x {code}" for code, count in track.failures.items())
                 culprit = f"topic {track.topic!r}: {sum(track.failures.values())} records not delivered ({counts})"
                 first = next(iter(track.errors.values()))
-                return self._explain(first, culprit)
+                failure = self._explain(first, culprit)
+                failure.counts = dict(track.failures)
+                return failure
         return None
 
     def _check(self) -> None:
@@ -399,7 +413,7 @@ class PublicationWriter:
                 f"publication to {', '.join(self._tracks)!r}",
                 f"it has run for {seconds:.0f} s and {self._records} records, longer than"
                 f" transaction_timeout={self._config.transaction_timeout:g} s",
-                "Raise transaction_timeout (at most the broker's transaction.max.timeout.ms), or publish less at a time",
+                _TOO_LONG_FIX,
                 remedy=Remedy.FAIL,
             )
 
@@ -632,7 +646,7 @@ def _pack(runs: Iterable[tuple[int, int]]) -> list[int]:
 
 def _unpack(packed: Sequence[int]) -> tuple[tuple[int, int], ...]:
     runs, end = [], 0
-    for gap, length in zip(packed[::2], packed[1::2]):
+    for gap, length in zip(packed[::2], packed[1::2], strict=True):
         first = end + gap
         end = first + length
         runs.append((first, end - 1))

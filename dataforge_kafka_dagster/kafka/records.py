@@ -186,8 +186,7 @@ class _RowEncoder:
                 )
             self._form = self._form or form
             if form != self._form:
-                first = format_of(self._first or cls)
-                raise self._odd_one_out(rows, start, lambda row: format_of(type(row)) != first)
+                raise self._odd_one_out(rows, start, lambda row: format_of(type(row)) != self._form)
             if self._fields and form != "json":
                 raise InvalidRecordError(
                     f"key {', '.join(self._fields)!r}",

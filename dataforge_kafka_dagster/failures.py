@@ -1,0 +1,68 @@
+"""Which Kafka error becomes a retry, which a failure, and what the Dagster UI says of it."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import dagster as dg
+
+from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaError, Remedy
+
+_LONGEST_DELAY = 300.0
+
+
+def failure_of(error: KafkaError, *, topic: str | None = None, brokers: str | None = None) -> dg.Failure:
+    """The Dagster failure for an error, with metadata that says what happened and what to do."""
+    said: dict[str, Any] = {
+        "kafka/topic": topic,
+        "kafka/brokers": brokers,
+        "kafka/error_code": error.code,
+        "kafka/culprit": error.culprit,
+        "kafka/cause": error.cause,
+        "kafka/what_to_do": error.fix,
+        "kafka/errors_by_code": dg.MetadataValue.json(error.counts) if error.counts else None,
+        "kafka/undelivered_records": sum(error.counts.values()) or None,
+    }
+    if isinstance(error, InvalidRecordError):
+        said |= {"kafka/record_index": error.index, "kafka/field": error.field}
+    return dg.Failure(
+        description=str(error),
+        metadata={name: value for name, value in said.items() if value is not None},
+        allow_retries=error.remedy is not Remedy.FAIL,
+    )
+
+
+def raise_in_dagster(
+    error: KafkaError,
+    *,
+    attempt: int,
+    has_retry_policy: bool,
+    max_retries: int,
+    retry_delay: float,
+    topic: str | None = None,
+    brokers: str | None = None,
+) -> None:
+    """Raise what makes Dagster retry or fail the step; never returns.
+
+    A RetryPolicy of the asset or op decides alone where there is one; else a retriable error asks for a retry itself.
+
+    Args:
+        error: What happened.
+        attempt: How many attempts of the step there were before this one.
+        has_retry_policy: Whether the step has a RetryPolicy of its own.
+        max_retries: Most retries of a retriable error, without a policy.
+        retry_delay: Wait before the first of them, seconds; twice as long before each next one, and up to a quarter
+            more by chance so that steps that failed together do not come back together.
+        topic: The topic, for the metadata.
+        brokers: The brokers, for the metadata.
+
+    Raises:
+        dagster.RetryRequested: The error may pass, and there is no policy.
+        dagster.Failure: Else; with ``allow_retries=False`` if trying again cannot help.
+    """
+    failure = failure_of(error, topic=topic, brokers=brokers)
+    if error.remedy is Remedy.FAIL or has_retry_policy or max_retries == 0:
+        raise failure from error
+    delay = min(retry_delay * 2**attempt, _LONGEST_DELAY) * random.uniform(1.0, 1.25)  # noqa: S311  (not a secret)
+    raise dg.RetryRequested(max_retries=max_retries, seconds_to_wait=delay) from failure

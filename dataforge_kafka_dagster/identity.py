@@ -1,0 +1,114 @@
+"""Who publishes what: the names by which attempts at the same work find each other in Kafka.
+
+The *publisher* names an output of an asset and its Dagster partition; it makes the transactional id, so that every
+attempt fences the one before. The *publication id* names the work; a retry has the id of what it repeats.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from collections.abc import Sequence
+
+import dagster as dg
+
+_RETRY_TAGS = ("dagster/retry_number", "dagster/is_resume_retry")
+_ASSET_RESUME_TAG = "dagster/is_asset_resume_retry"
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """Names of one publication.
+
+    Attributes:
+        name: Of the publisher: asset key and output, or job, step and run for an op.
+        partition: Dagster partition keys; empty if not partitioned.
+        publication_id: The same for each attempt at the same work.
+        origin: Id of the run whose work it is.
+    """
+
+    name: tuple[str, ...]
+    partition: tuple[str, ...]
+    publication_id: str
+    origin: str
+
+    def of_partition(self, partition: str) -> Identity:
+        """The same publisher for one Dagster partition: the names a run for that one alone has."""
+        return _identity(self.name, (partition,), self.origin)
+
+
+def origin_run_id(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str:
+    """Id of the run whose work this one does: the first ancestor that is not itself a retry.
+
+    Automatic run retries and re-executions from failure are retries. A re-execution of everything is new work.
+    """
+    while run.parent_run_id is not None:
+        parent = instance.get_run_by_id(run.parent_run_id)
+        if not _is_retry(instance, run, parent):
+            break
+        if parent is None:
+            return run.parent_run_id
+        run = parent
+    return run.run_id
+
+
+def _is_retry(instance: dg.DagsterInstance, run: dg.DagsterRun, parent: dg.DagsterRun | None) -> bool:
+    if any(tag in run.tags for tag in _RETRY_TAGS):
+        return True
+    if _ASSET_RESUME_TAG not in run.tags:
+        return False
+    if parent is None or _ASSET_RESUME_TAG not in parent.tags:
+        return True
+    # A re-execution of everything inherits this one tag from a parent that is itself a retry from asset failure.
+    # It then selects what the parent did, though some of that had succeeded.
+    if parent.status is dg.DagsterRunStatus.SUCCESS:
+        return False
+    if run.asset_selection != parent.asset_selection:
+        return True
+    succeeded = instance.all_logs(parent.run_id, of_type=dg.DagsterEventType.STEP_SUCCESS)
+    return not succeeded
+
+
+def output_identity(context: dg.OutputContext) -> Identity:
+    """Names of what a step publishes for one output."""
+    origin = _origin_of_output(context)
+    if context.has_asset_key:
+        name = ("asset", *context.asset_key.path, context.name)
+        partition = tuple(map(str, context.asset_partition_keys)) if context.has_asset_partitions else ()
+    else:
+        mapping = (context.mapping_key,) if context.mapping_key else ()
+        # Runs of an op job are different work and may overlap: they must not fence each other.
+        name = ("job", context.job_name, context.step_key, context.name, *mapping, origin)
+        partition = (str(context.partition_key),) if context.has_partition_key else ()
+    return _identity(name, partition, origin)
+
+
+def _origin_of_output(context: dg.OutputContext) -> str:
+    try:
+        step = context.step_context
+    except dg.DagsterInvariantViolationError:
+        # A context made by build_output_context: each is work of its own.
+        return str(uuid.uuid4())
+    return origin_run_id(step.instance, step.dagster_run)
+
+
+def session_identity(context: dg.OpExecutionContext | dg.AssetExecutionContext, session: str) -> Identity:
+    """Names of what a step publishes from its body, in one of its sessions."""
+    op_context = context.op_execution_context if isinstance(context, dg.AssetExecutionContext) else context
+    step = op_context.get_step_execution_context()
+    origin = origin_run_id(op_context.instance, op_context.run)
+    if op_context.has_assets_def:
+        keys = sorted(op_context.assets_def.keys)
+        path = keys[0].path if len(keys) == 1 else [op_context.assets_def.node_def.name]
+        name = ("asset", *path, "publishing", session)
+        partitioned = op_context.assets_def.partitions_def is not None
+    else:
+        name = ("job", op_context.job_name, step.step.key, "publishing", session, origin)
+        partitioned = op_context.has_partition_key
+    partition = tuple(map(str, op_context.partition_keys)) if partitioned else ()
+    return _identity(name, partition, origin)
+
+
+def _identity(name: Sequence[str], partition: tuple[str, ...], origin: str) -> Identity:
+    # Not the step key: Dagster renames the step of a multi-asset when a retry selects some of its assets.
+    return Identity(tuple(name), partition, "/".join([origin, *name, "|".join(partition)]), origin)

@@ -1,0 +1,262 @@
+"""`KafkaIOManager`: one output, one publication; and a publication back as an input."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import dagster as dg
+from pydantic import Field
+
+from dataforge_kafka_dagster.identity import Identity, output_identity
+from dataforge_kafka_dagster.kafka.config import check_topic
+from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError
+from dataforge_kafka_dagster.kafka.publication import Publication
+from dataforge_kafka_dagster.kafka.reader import ReadRecord, read_publication
+from dataforge_kafka_dagster.kafka.records import KafkaRecord, chunks
+from dataforge_kafka_dagster.kafka.serialization import ValueFormat, deserialize
+from dataforge_kafka_dagster.resource import PUBLICATION_METADATA, KafkaProducerResource, describe, publication_metadata
+
+
+class KafkaIOManager(dg.ConfigurableIOManager):
+    """Publishes each output to a Kafka topic in one transaction, and reads publications back.
+
+    An output may be a mapping, dataclass, pydantic model, str, bytes or `KafkaRecord`; a list, iterator or generator of
+    those (streamed); or a pandas, polars or pyarrow data frame, one record per row. ``None`` publishes nothing.
+
+    Topic and key come from, in this order: output metadata, the asset's definition metadata (``kafka/topic``,
+    ``kafka/key``), this IO manager's config; the topic in the end from the asset key, its parts joined by dots.
+
+    Example:
+        >>> defs = dg.Definitions(assets=[flights], resources={"io_manager": KafkaIOManager(kafka=kafka)})
+    """
+
+    kafka: KafkaProducerResource = Field(description="The cluster to publish to.")
+    topic: str | None = Field(
+        default=None,
+        description=(
+            "Topic of outputs whose metadata has no kafka/topic; '{asset_key}' (parts joined by dots), '{name}' (its"
+            " last part, or the output's name) and '{job}' are filled in."
+        ),
+    )
+    key: str | None = Field(
+        default=None,
+        description="Field that is the record's key, for outputs whose metadata has no kafka/key; several with commas.",
+    )
+    read_timeout: float = Field(
+        default=30.0, gt=0, description="Longest wait for the next records when reading back, seconds."
+    )
+
+    def handle_output(self, context: dg.OutputContext, obj: Any) -> None:
+        """Publish an output in one transaction; Dagster emits its materialization after the commit.
+
+        In a run over a range of Dagster partitions, a mapping from each of their keys to its output makes one
+        publication per Dagster partition; any other output is one publication for the whole range.
+
+        Raises:
+            dagster.RetryRequested: It failed for a cause that may pass.
+            dagster.Failure: It failed for good, or the asset's own RetryPolicy is to decide.
+        """
+        with self.kafka.errors_in_dagster(context):
+            topic = self._topic_of(context)
+            key = self._key_of(context)
+        identity = output_identity(context)
+        if len(identity.partition) > 1 and isinstance(obj, Mapping) and set(obj) == set(identity.partition):
+            step = context.step_context
+            for partition in identity.partition:
+                said = self._publish(context, obj[partition], topic, key, identity.of_partition(partition))
+                step.add_asset_metadata(said, asset_key=context.asset_key, partition_key=partition)
+            return
+        said = self._publish(context, obj, topic, key, identity)
+        if context.mapping_key:
+            said["kafka/mapping_key"] = context.mapping_key
+        context.add_output_metadata(said)
+
+    def _publish(
+        self, context: dg.OutputContext, obj: Any, topic: str, key: Sequence[str], identity: Identity
+    ) -> dict[str, Any]:
+        """Publish one output and return what its materialization says."""
+        if obj is None:
+            context.log.info(f"The output is None: nothing was published to {topic!r}")
+            return {"dagster/row_count": 0, "kafka/topic": topic, "kafka/records": 0}
+        with self.kafka.errors_in_dagster(context, topic):
+            encoded = chunks(obj, key)  # refuses the output before anything is connected
+            with self.kafka.writer(context, identity, topic, key) as writer:
+                writer.send_chunks(encoded)
+            publication = writer.commit()
+        context.log.info(describe(publication))
+        return publication_metadata(publication, identity.partition)
+
+    def _topic_of(self, context: dg.OutputContext) -> str:
+        given = _metadata(context, "kafka/topic")
+        if given is not None:
+            return check_topic(given)
+        path = list(context.asset_key.path) if context.has_asset_key else [context.step_key, context.name]
+        template = self.topic or "{asset_key}"
+        try:
+            topic = template.format(asset_key=".".join(path), name=path[-1], job=context.job_name)
+        except (KeyError, IndexError, ValueError) as error:
+            raise KafkaConfigError(
+                f"topic={template!r} of the IO manager",
+                f"{error} cannot be filled in",
+                "Use {asset_key}, {name} and {job} only",
+            ) from error
+        return check_topic(topic)
+
+    def _key_of(self, context: dg.OutputContext) -> tuple[str, ...]:
+        given = _metadata(context, "kafka/key")
+        if given is None:
+            return tuple(name.strip() for name in self.key.split(",")) if self.key else ()
+        names = [given] if isinstance(given, str) else given
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise KafkaConfigError(
+                f"metadata kafka/key={given!r}", "it is neither a field name nor a list of them", "Name the key's field"
+            )
+        return tuple(names)
+
+    def load_input(self, context: dg.InputContext) -> Any:
+        """The records of exactly the Dagster partitions (or the run, for an op) that the input asks for.
+
+        The input's annotation says in what form: ``pl.DataFrame``, ``pd.DataFrame``, ``pa.Table``,
+        ``list[KafkaRecord]``, ``dict`` (of the only record), else a list of values as they were published (a dataclass
+        or model comes back as dict).
+
+        Raises:
+            dagster.Failure: There is no publication to read, its records are gone, or Kafka failed for good.
+            dagster.RetryRequested: Kafka failed for a cause that may pass.
+        """
+        upstream = context.upstream_output
+        with self.kafka.errors_in_dagster(upstream or context):
+            publications = list(_publications(context))
+            config = self.kafka.producer_config()
+            records = (
+                (record, publication.value_format)
+                for publication in publications
+                for record in read_publication(config, publication, self.read_timeout)
+            )
+            return _in_form(context.dagster_type.typing_type, records)
+
+
+def _metadata(context: dg.OutputContext, name: str) -> Any:
+    """An entry of the output's metadata, else of its definition's, unwrapped."""
+    for metadata in (context.output_metadata, context.definition_metadata):
+        value = (metadata or {}).get(name)
+        if value is not None:
+            return value.value if isinstance(value, dg.MetadataValue) else value
+    return None
+
+
+def _publications(context: dg.InputContext) -> Iterator[Publication]:
+    """The publications that hold an input's records, each once, in the order of its Dagster partitions."""
+    if not context.has_asset_key:
+        yield _publication_of_op(context)
+        return
+    asset_key = context.asset_key
+    asked: list[str | None] = list(context.asset_partition_keys) if context.has_asset_partitions else [None]
+    lenient = bool((context.definition_metadata or {}).get("allow_missing_partitions"))
+    seen = set()
+    for partition in asked:
+        filters = dg.AssetRecordsFilter(
+            asset_key=asset_key, asset_partitions=None if partition is None else [partition]
+        )
+        found = context.instance.fetch_materializations(filters, limit=1).records
+        name = f"asset {asset_key.to_user_string()!r}" + ("" if partition is None else f", partition {partition!r}")
+        if not found:
+            if lenient:
+                continue
+            raise KafkaError(name, "it was never materialized", "Materialize it first")
+        materialization = found[0].asset_materialization
+        metadata = materialization.metadata if materialization else {}
+        publication, covered = _from_metadata(metadata, name)
+        if publication is None or publication.publication_id in seen:
+            continue
+        if not set(covered) <= {key for key in asked if key is not None}:
+            raise KafkaError(
+                name,
+                f"it was published together with {len(covered) - 1} other Dagster partitions in one publication",
+                "Read them all, or return a mapping from partition key to records from the upstream asset",
+            )
+        seen.add(publication.publication_id)
+        yield publication
+
+
+def _publication_of_op(context: dg.InputContext) -> Publication:
+    upstream = context.upstream_output
+    if upstream is None:
+        raise KafkaError(f"input {context.name!r}", "it has no upstream output", "Connect it to an output")
+    name = f"output {upstream.name!r} of step {upstream.step_key!r}"
+    for entry in context.instance.all_logs(upstream.run_id, of_type=dg.DagsterEventType.HANDLED_OUTPUT):
+        event = entry.dagster_event
+        if event is None or event.step_key != upstream.step_key:
+            continue
+        data = event.event_specific_data
+        mapping_key = data.metadata.get("kafka/mapping_key")
+        if data.output_name == upstream.name and (mapping_key and mapping_key.value) == upstream.mapping_key:
+            publication, _ = _from_metadata(data.metadata, name)
+            if publication is not None:
+                return publication
+    raise KafkaError(name, f"run {upstream.run_id} has published nothing for it", "Run it again")
+
+
+def _from_metadata(metadata: Mapping[str, Any], name: str) -> tuple[Publication | None, Sequence[str]]:
+    """The publication that an event tells of, None if it tells that nothing was published; and its partitions."""
+    said = metadata.get(PUBLICATION_METADATA)
+    if said is not None:
+        return Publication.from_dict(said.value), said.value.get("partitions", ())
+    count = metadata.get("kafka/records")
+    if count is not None and count.value == 0:
+        return None, ()
+    raise KafkaError(
+        name,
+        f"its last materialization has no {PUBLICATION_METADATA!r}: it was not published by a KafkaIOManager",
+        "Materialize it with this IO manager, or give the input the IO manager that stored it",
+    )
+
+
+def _in_form(form: Any, records: Iterable[tuple[ReadRecord, ValueFormat | None]]) -> Any:
+    """Records as what an input's annotation asks for; frames are imported only if it names one."""
+    origin = typing.get_origin(form) or form
+    if typing.get_args(form) == (KafkaRecord,):
+        return [_as_kafka_record(record, value_format) for record, value_format in records]
+    library = getattr(origin, "__module__", "").partition(".")[0]
+    if library in {"polars", "pandas", "pyarrow"}:
+        lines = [record.value for record, _ in records if record.value is not None]
+        return _frame(library, lines)
+    values = [_value(record, value_format) for record, value_format in records]
+    single = isinstance(origin, type) and issubclass(origin, (Mapping, str, bytes))
+    if not single:
+        return values
+    if len(values) != 1:
+        raise KafkaError(
+            f"input annotated {origin.__qualname__}",
+            f"its upstream output has {len(values)} records",
+            "Annotate it as a list or a data frame",
+        )
+    return values[0]
+
+
+def _value(record: ReadRecord, value_format: ValueFormat | None) -> Any:
+    return deserialize(record.value, value_format or "bytes")
+
+
+def _as_kafka_record(record: ReadRecord, value_format: ValueFormat | None) -> KafkaRecord:
+    message = record.message
+    _, timestamp = message.timestamp()
+    value = _value(record, value_format)
+    return KafkaRecord(value, record.key, message.headers(), message.partition(), timestamp)
+
+
+def _frame(library: str, lines: Sequence[bytes]) -> Any:
+    if library == "polars":
+        import polars as pl  # noqa: PLC0415  (optional, and slow to import)
+
+        return pl.read_ndjson(b"\n".join(lines), infer_schema_length=None) if lines else pl.DataFrame()
+    rows = [deserialize(line, "json") for line in lines]
+    if library == "pandas":
+        import pandas as pd  # noqa: PLC0415
+
+        return pd.DataFrame(rows)
+    import pyarrow as pa  # noqa: PLC0415
+
+    return pa.Table.from_pylist(rows)

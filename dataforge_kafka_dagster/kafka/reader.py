@@ -1,0 +1,113 @@
+"""Reads a publication's records back: those and no others, whoever else writes to the topic."""
+
+from __future__ import annotations
+
+import bisect
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+import confluent_kafka
+from confluent_kafka import TopicPartition
+
+from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig
+from dataforge_kafka_dagster.kafka.connection import SLICE, Connection
+from dataforge_kafka_dagster.kafka.errors import KafkaError, Remedy, remedy_of
+from dataforge_kafka_dagster.kafka.publication import PartitionOffsets, Publication
+
+_BATCH: Final = 5_000
+
+
+class ReadRecord(NamedTuple):
+    """A record as it is in Kafka; headers and timestamp are asked of the message when needed."""
+
+    value: bytes | None
+    key: bytes | None
+    message: confluent_kafka.Message
+
+
+def read_publication(
+    config: KafkaProducerConfig, publication: Publication, timeout: float = 30.0
+) -> Iterator[ReadRecord]:
+    """The records of a publication, Kafka partition by Kafka partition, each in its order.
+
+    Args:
+        config: The cluster.
+        publication: What to read.
+        timeout: Longest wait for the next records, seconds.
+
+    Raises:
+        KafkaError: Records are gone (retention, compaction, a deleted topic), the broker does not let us read, or it
+            gives no more of them within the timeout.
+    """
+    if not publication.offsets:
+        return
+    connection = Connection(config)
+    # The group is never joined or committed to; librdkafka wants a name.
+    consumer = connection.consumer(
+        {
+            "group.id": f"{config.client_id or 'dagster'}-read-{uuid.uuid4()}",
+            "enable.auto.commit": False,
+            "enable.auto.offset.store": False,
+            "auto.offset.reset": "error",
+            # The offsets are known to be committed: an open transaction of somebody else need not hold us up.
+            "isolation.level": "read_uncommitted",
+            "fetch.wait.max.ms": 100,
+            "queued.max.messages.kbytes": 32768,
+        }
+    )
+    try:
+        for offsets in publication.offsets:
+            yield from _read_partition(connection, consumer, offsets, timeout)
+    finally:
+        consumer.close()
+
+
+def _read_partition(
+    connection: Connection, consumer: confluent_kafka.Consumer, offsets: PartitionOffsets, timeout: float
+) -> Iterator[ReadRecord]:
+    consumer.assign([TopicPartition(offsets.topic, offsets.partition, offsets.first)])
+    whole = len(offsets.runs) == 1
+    starts = [first for first, _ in offsets.runs]
+    found = 0
+    deadline = time.monotonic() + timeout
+    while True:
+        messages = consumer.consume(_BATCH, SLICE)
+        for message in messages:
+            error = message.error()
+            if error is not None:
+                _check(connection, error, offsets)
+                continue
+            offset = message.offset()
+            if offset > offsets.last:
+                break
+            if whole or offset <= offsets.runs[bisect.bisect_right(starts, offset) - 1][1]:
+                found += 1
+                yield ReadRecord(message.value(), message.key(), message)
+        else:
+            position = consumer.position([TopicPartition(offsets.topic, offsets.partition)])[0].offset
+            if position <= offsets.last:
+                if messages:
+                    deadline = time.monotonic() + timeout
+                elif time.monotonic() > deadline:
+                    raise connection.unreachable(timeout)
+                continue
+        break
+    if found != offsets.records:
+        raise _gone(offsets, f"{offsets.records - found} of {offsets.records} records are gone")
+
+
+def _check(connection: Connection, error: confluent_kafka.KafkaError, offsets: PartitionOffsets) -> None:
+    if error.name() in {"OFFSET_OUT_OF_RANGE", "_AUTO_OFFSET_RESET"}:
+        raise _gone(offsets, f"offset {offsets.first} is gone")
+    if remedy_of(error.name()) is not Remedy.RETRY:
+        raise connection.cause(error, f"topic {offsets.topic!r}, Kafka partition {offsets.partition}")
+
+
+def _gone(offsets: PartitionOffsets, cause: str) -> KafkaError:
+    return KafkaError(
+        f"topic {offsets.topic!r}, Kafka partition {offsets.partition}, offsets {offsets.first} to {offsets.last}",
+        f"{cause}: retention or compaction removed them, or the topic was made anew",
+        "Materialize the upstream asset again, or raise the topic's retention.ms",
+    )

@@ -1,0 +1,418 @@
+"""`KafkaProducerResource`: the producer's life inside a run, and publications from the body of an asset or op."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import datetime as dt
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any, Final
+
+import dagster as dg
+from pydantic import Field, PrivateAttr, field_validator
+from typing_extensions import Self
+
+from dataforge_kafka_dagster.failures import raise_in_dagster
+from dataforge_kafka_dagster.identity import Identity, session_identity
+from dataforge_kafka_dagster.kafka.config import KafkaOptions, KafkaProducerConfig, PublicationConfig
+from dataforge_kafka_dagster.kafka.connection import logger
+from dataforge_kafka_dagster.kafka.errors import KafkaError
+from dataforge_kafka_dagster.kafka.producer import DataForgeKafkaProducer, DeliveryCallback, RecordMetadata
+from dataforge_kafka_dagster.kafka.publication import Publication, PublicationWriter, make_transactional_id
+from dataforge_kafka_dagster.kafka.serialization import Headers
+
+PUBLICATION_METADATA: Final = "kafka/publication"
+"""Name of the metadata that holds a publication as JSON: `Publication.to_dict`, and its Dagster partitions."""
+
+_CLOSE_SECONDS: Final = 10.0
+
+_COLUMNS: Final = dg.TableSchema(
+    columns=[
+        dg.TableColumn("topic", "string", "Kafka topic"),
+        dg.TableColumn("partition", "int", "Kafka partition"),
+        dg.TableColumn("first offset", "int", "Offset of the first record"),
+        dg.TableColumn("last offset", "int", "Offset of the last record"),
+        dg.TableColumn("records", "int", "Records of this publication"),
+    ]
+)
+
+
+class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions):  # type: ignore[type-arg]
+    """A Kafka cluster to publish to, for assets, ops and sensors.
+
+    Nothing is connected before the first send. Each process has a producer of its own, closed at the end of the run.
+    Give secrets as `dagster.EnvVar`: a plain string stands in Dagster's snapshots.
+
+    Raises:
+        pydantic.ValidationError: At definition, an option is unknown or not allowed. What environment variables hold is
+            checked when the run starts.
+
+    Example:
+        >>> kafka = KafkaProducerResource(bootstrap_servers=dg.EnvVar("KAFKA_BOOTSTRAP_SERVERS"))
+    """
+
+    bootstrap_servers: str = Field(
+        default="localhost:9092",
+        description="Brokers to connect to first, as 'host:port': a list, or one string with commas.",
+    )
+    acks: str = Field(
+        default="all",
+        description=(
+            "Replicas that must have a record before it counts as delivered: 'all', 1 or 0. 0 and 1 need"
+            " delivery_guarantee='at_least_once'."
+        ),
+    )
+    delivery_guarantee: str = Field(
+        default="exactly_once",
+        description=(
+            "Of publications. 'exactly_once': one transaction each. 'at_least_once': an idempotent producer without"
+            " transactions, for clusters that have none or do not grant their ACLs."
+        ),
+    )
+    transactional_id_prefix: str = Field(
+        default="dagster",
+        description=(
+            "Begins every transactional id and ledger group; grant ACLs by it. Deployments that share a cluster need"
+            " one each."
+        ),
+    )
+    transaction_timeout: float = Field(
+        default=600.0,
+        description="Longest publication, seconds; at most the broker's transaction.max.timeout.ms (900 s by default).",
+    )
+    step_retries: int = Field(
+        default=3,
+        ge=0,
+        description=(
+            "Retries of a step whose publication failed for a cause that may pass. A RetryPolicy of the asset or op"
+            " decides alone where there is one."
+        ),
+    )
+    step_retry_delay: float = Field(
+        default=2.0, gt=0, description="Wait before the first of them, seconds; doubled before each next one."
+    )
+
+    _producer: DataForgeKafkaProducer | None = PrivateAttr(default=None)
+    _producer_pid: int = PrivateAttr(default=0)
+    _lock: Any = PrivateAttr(default_factory=threading.Lock)
+    _sessions: collections.Counter[tuple[str, ...]] = PrivateAttr(default_factory=collections.Counter)
+
+    @field_validator("bootstrap_servers", mode="before")
+    @classmethod
+    def _join_servers(cls, value: Any) -> Any:
+        return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+
+    @field_validator("acks", mode="before")
+    @classmethod
+    def _acks_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        _publication_config(self, stand_in=True)
+
+    def publication_config(self) -> PublicationConfig:
+        """The checked options of this resource's publications; picklable.
+
+        Raises:
+            pydantic.ValidationError: An environment variable holds what is not allowed.
+        """
+        return _publication_config(self, stand_in=False)
+
+    def producer_config(self) -> KafkaProducerConfig:
+        """The checked options of this resource's producer.
+
+        Raises:
+            pydantic.ValidationError: An environment variable holds what is not allowed.
+        """
+        return self.publication_config().producer
+
+    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:  # noqa: ARG002
+        """Close the producer; what is still undelivered after 10 seconds is given up and logged as an error."""
+        producer, self._producer = self._producer, None
+        if producer is None or self._producer_pid != os.getpid():
+            return
+        try:
+            producer.close(_CLOSE_SECONDS)
+        except KafkaError as error:
+            # Dagster does not fail a run for it: call flush() in the step, or use publishing().
+            logger.error("Records were lost at the end of the run: %s", error)
+
+    @property
+    def producer(self) -> DataForgeKafkaProducer:
+        """The connected producer of this process, made when first asked for.
+
+        Raises:
+            NoBrokersAvailable: No broker answered within connect_timeout, or none let us in.
+        """
+        with self._lock:
+            if self._producer is None or self._producer_pid != os.getpid():
+                self._producer = DataForgeKafkaProducer(self.producer_config())
+                self._producer_pid = os.getpid()
+            return self._producer
+
+    def send_sync(
+        self,
+        topic: str,
+        value: Any,
+        key: Any = None,
+        headers: Headers | None = None,
+        partition: int | None = None,
+        timestamp: int | dt.datetime | None = None,
+    ) -> RecordMetadata:
+        """Send one record and wait until it is delivered; see `DataForgeKafkaProducer.send_sync`.
+
+        Returns:
+            Where the record is.
+
+        Raises:
+            KafkaError: It was not delivered.
+        """
+        return self.producer.send_sync(topic, value, key, headers, partition, timestamp)
+
+    def send_async(
+        self,
+        topic: str,
+        value: Any,
+        key: Any = None,
+        headers: Headers | None = None,
+        partition: int | None = None,
+        timestamp: int | dt.datetime | None = None,
+        callback: DeliveryCallback | None = None,
+    ) -> Future[RecordMetadata]:
+        """Send one record without waiting; see `DataForgeKafkaProducer.send_async`.
+
+        Call `flush` before the step ends: Dagster does not fail a run for what is lost after it.
+
+        Returns:
+            A future of the `RecordMetadata`, or of the `KafkaError`.
+        """
+        return self.producer.send_async(topic, value, key, headers, partition, timestamp, callback)
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Wait until everything sent async is delivered.
+
+        Args:
+            timeout: Longest wait, seconds; delivery_timeout if None.
+
+        Raises:
+            KafkaError: A record was not delivered.
+        """
+        self.producer.flush(timeout)
+
+    @contextlib.contextmanager
+    def publishing(
+        self,
+        context: dg.AssetExecutionContext | dg.OpExecutionContext,
+        *,
+        topic: str,
+        key: str | Sequence[str] | None = None,
+        name: str | None = None,
+    ) -> Iterator[PublishingSession]:
+        """A publication from the body of an asset or op: all of its records or none, whatever happens to the step.
+
+        It is committed at the end of the with block. A retry whose first attempt had committed publishes nothing and
+        reports what that one did.
+
+        Args:
+            context: The step's context.
+            topic: Where records go that name no other.
+            key: Field that is the key of records that have none; several make a JSON object.
+            name: Tells sessions of one step apart; the topic if None, numbered if it comes again.
+
+        Raises:
+            dagster.RetryRequested: It failed for a cause that may pass.
+            dagster.Failure: It failed for good, or the asset's own RetryPolicy is to decide.
+        """
+        identity = session_identity(context, self._session_name(context, name or topic))
+        with self.errors_in_dagster(context, topic):
+            session = PublishingSession(self.writer(context, identity, topic, key))
+            with session:
+                yield session
+            context.log.info(describe(session.result))
+
+    def _session_name(self, context: Any, name: str) -> str:
+        step = context.op_execution_context if isinstance(context, dg.AssetExecutionContext) else context
+        step_context = step.get_step_execution_context()
+        attempt = (step.run_id, step_context.step.key, str(step_context.previous_attempt_count), name)
+        self._sessions[attempt] += 1
+        count = self._sessions[attempt]
+        return name if count == 1 else f"{name}-{count}"
+
+    def writer(
+        self, context: Any, identity: Identity, topic: str, key: str | Sequence[str] | None = None
+    ) -> PublicationWriter:
+        """A writer of the publication with this identity, which logs its progress to the context's log."""
+        config = self.publication_config()
+
+        def on_progress(records: int, size: int, seconds: float) -> None:
+            rate = records / seconds if seconds else 0
+            context.log.info(
+                f"Published {records:,} records ({size / 1e6:,.1f} MB) to {topic!r} in {seconds:.0f} s,"
+                f" {rate:,.0f} records/s; not committed yet"
+            )
+
+        return PublicationWriter(
+            config,
+            transactional_id=make_transactional_id(config.transactional_id_prefix, identity.name, identity.partition),
+            publication_id=identity.publication_id,
+            topic=topic,
+            key=key,
+            on_progress=on_progress,
+        )
+
+    @contextlib.contextmanager
+    def errors_in_dagster(self, context: Any, topic: str | None = None) -> Iterator[None]:
+        """Kafka's errors inside become Dagster's.
+
+        Raises:
+            dagster.RetryRequested: The error may pass, and the step has no RetryPolicy of its own.
+            dagster.Failure: Else; with ``allow_retries=False`` if trying again cannot help.
+        """
+        try:
+            yield
+        except KafkaError as error:
+            step = _step_context(context)
+            raise_in_dagster(
+                error,
+                attempt=step.previous_attempt_count if step else 0,
+                has_retry_policy=step is not None and step.op_retry_policy is not None,
+                max_retries=self.step_retries,
+                retry_delay=self.step_retry_delay,
+                topic=topic,
+                brokers=self.producer_config().servers,
+            )
+
+
+class PublishingSession:
+    """What `KafkaProducerResource.publishing` gives: add records, and afterwards ask where they are."""
+
+    def __init__(self, writer: PublicationWriter) -> None:
+        self._writer = writer
+
+    def __enter__(self) -> Self:
+        self._writer.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._writer.__exit__(*error)  # type: ignore[arg-type]
+
+    @property
+    def send(self) -> Callable[..., None]:
+        """Add one record: `PublicationWriter.send`."""
+        return self._writer.send
+
+    @property
+    def send_all(self) -> Callable[..., None]:
+        """Add the records of an iterable or data frame: `PublicationWriter.send_all`."""
+        return self._writer.send_all
+
+    @property
+    def replayed(self) -> bool:
+        """Whether an earlier attempt had published it all: what is sent now is ignored."""
+        return self._writer.replayed
+
+    @property
+    def result(self) -> Publication:
+        """What was published, and where.
+
+        Raises:
+            KafkaError: The with block has not ended.
+        """
+        if self._writer.publication is None:
+            raise KafkaError(
+                "publication", "it is not committed yet", "Ask for its result after the with block", code="_STATE"
+            )
+        return self._writer.publication
+
+    def materialize_result(
+        self, asset_key: dg.AssetKey | str | None = None, **metadata: Any
+    ) -> dg.MaterializeResult[Any]:
+        """The asset's result, with the publication's metadata and any of your own.
+
+        Args:
+            asset_key: Which asset of a multi-asset.
+            metadata: More metadata, by name.
+        """
+        return dg.MaterializeResult(asset_key=asset_key, metadata={**publication_metadata(self.result), **metadata})
+
+
+def publication_metadata(publication: Publication, partitions: Sequence[str] = ()) -> dict[str, Any]:
+    """What a materialization says of a publication: where its records are, how many, how fast."""
+    seconds = publication.seconds
+    said: dict[str, Any] = {
+        "dagster/row_count": publication.records,
+        "kafka/topic": ", ".join(publication.topics),
+        "kafka/records": publication.records,
+        "kafka/bytes": publication.bytes,
+        "kafka/replayed": publication.replayed,
+        PUBLICATION_METADATA: dg.MetadataValue.json(publication.to_dict() | {"partitions": list(partitions)}),
+    }
+    if not publication.replayed:
+        said["kafka/seconds"] = round(seconds, 3)
+        said["kafka/records_per_second"] = round(publication.records / seconds, 1) if seconds else 0.0
+    if publication.offsets:
+        records = [
+            dg.TableRecord(
+                {
+                    "topic": offsets.topic,
+                    "partition": offsets.partition,
+                    "first offset": offsets.first,
+                    "last offset": offsets.last,
+                    "records": offsets.records,
+                }
+            )
+            for offsets in publication.offsets
+        ]
+        said["kafka/offsets"] = dg.MetadataValue.table(records, _COLUMNS)
+    return said
+
+
+def describe(publication: Publication) -> str:
+    """One line for the step's log."""
+    places = f"{publication.records:,} records in {', '.join(map(repr, publication.topics))}"
+    if publication.replayed:
+        return f"An earlier attempt had published these {places}; nothing was published again"
+    return f"Published {places}, {publication.bytes / 1e6:,.1f} MB, in {publication.seconds:.2f} s"
+
+
+def _step_context(context: Any) -> Any:
+    """The step execution context behind any of Dagster's contexts; None behind one that was built for a test."""
+    if isinstance(context, dg.AssetExecutionContext):
+        context = context.op_execution_context
+    try:
+        return context.step_context if isinstance(context, dg.OutputContext) else context.get_step_execution_context()
+    except dg.DagsterError:
+        return None
+
+
+def _publication_config(resource: KafkaProducerResource, *, stand_in: bool) -> PublicationConfig:
+    """The resource's options, checked; with ``stand_in``, as far as can be before environment variables are known."""
+    options = {name: getattr(resource, name) for name in KafkaProducerConfig.model_fields}
+    if stand_in:
+        options = _without_env_vars(options)
+    values: dict[str, Any] = {
+        name: getattr(resource, name)
+        for name in ("delivery_guarantee", "transactional_id_prefix", "transaction_timeout")
+        if not (stand_in and _is_env_var(getattr(resource, name)))
+    }
+    return PublicationConfig(producer=KafkaProducerConfig(**options), **values)
+
+
+def _without_env_vars(options: dict[str, Any]) -> dict[str, Any]:
+    unknown = {name for name, value in options.items() if _is_env_var(value)}
+    known = {name: value for name, value in options.items() if name not in unknown}
+    raw = known["librdkafka_config"]
+    known["librdkafka_config"] = {name: value for name, value in raw.items() if not _is_env_var(value)}
+    # Whether the security options fit together is known only when all of them are.
+    security = {name for name in options if name.startswith(("sasl_", "ssl_")) or name == "security_protocol"}
+    if {"security_protocol", "sasl_mechanism"} & unknown or any(n.startswith("ssl_") for n in unknown):
+        return {name: value for name, value in known.items() if name not in security}
+    return known | dict.fromkeys(unknown & security, "from the environment")
+
+
+def _is_env_var(value: Any) -> bool:
+    return isinstance(value, (dg.EnvVar, type(dg.EnvVar.int("_"))))
