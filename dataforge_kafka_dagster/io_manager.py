@@ -190,7 +190,7 @@ def _publication_of_op(context: dg.InputContext) -> Publication:
         event = entry.dagster_event
         if event is None or event.step_key != upstream.step_key:
             continue
-        data = event.event_specific_data
+        data: Any = event.event_specific_data
         mapping_key = data.metadata.get("kafka/mapping_key")
         if data.output_name == upstream.name and (mapping_key and mapping_key.value) == upstream.mapping_key:
             publication, _ = _from_metadata(data.metadata, name)

@@ -383,14 +383,16 @@ def publication_options(config: PublicationConfig, transactional_id: str) -> dic
     tuned = producer.model_copy(
         update={n: v for n, v in bulk.items() if getattr(producer, n) == type(producer).model_fields[n].default}
     )
-    options = producer_options(tuned)
+    options: dict[str, Any] = producer_options(tuned)
     if config.delivery_guarantee == "exactly_once":
         timeout = round(config.transaction_timeout * 1000)
         options = {
             "transactional.id": transactional_id,
             "transaction.timeout.ms": timeout,
+            "socket.timeout.ms": min(10_000, timeout),
         } | options
-        options["message.timeout.ms"] = min(int(options["message.timeout.ms"]), timeout)
+        delivery: Any = options["message.timeout.ms"]
+        options["message.timeout.ms"] = min(int(delivery), timeout)
     return options
 
 

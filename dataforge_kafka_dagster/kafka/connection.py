@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
@@ -36,6 +37,11 @@ logger: Final = logging.getLogger("dataforge_kafka_dagster")
 
 SLICE: Final = 0.25
 """Longest time, seconds, that a call holds back a signal."""
+
+
+_WAITING: Final = confluent_kafka.KafkaException(
+    confluent_kafka.KafkaError(confluent_kafka.KafkaError._TIMED_OUT, "no answer yet", retriable=True)  # noqa: SLF001
+)
 
 
 class Connection:
@@ -175,6 +181,32 @@ class Connection:
                 if time.monotonic() >= deadline:
                     raise self.cause(error, f"{culprit}, {timeout:.0f} s") from None
             time.sleep(0.02)
+
+    def in_thread(self, call: Callable[[], T], timeout: float, culprit: str) -> T:
+        """Call what cannot wait in slices from a thread of its own, so that a signal or the deadline ends the wait.
+
+        A call that is left behind ends with librdkafka's own socket.timeout.ms.
+
+        Raises:
+            KafkaError: As `resume`.
+        """
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                future.set_result(call())
+            except BaseException as error:  # noqa: BLE001  (raised again by the one who waits)
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="dataforge-kafka-call", daemon=True).start()
+
+        def wait(seconds: float) -> T:
+            try:
+                return future.result(seconds)
+            except concurrent.futures.TimeoutError:
+                raise _WAITING from None
+
+        return self.resume(wait, timeout, culprit)
 
     def answer(self, ask: Callable[[], concurrent.futures.Future[T]], timeout: float, culprit: str) -> T:
         """The answer to an admin request, asked again while the error can be retried.

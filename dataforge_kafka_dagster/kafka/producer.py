@@ -171,7 +171,7 @@ class DataForgeKafkaProducer:
         value, key, extra = encode_record(record)
         future: concurrent.futures.Future[RecordMetadata] = concurrent.futures.Future()
 
-        def on_delivery(err: confluent_kafka.KafkaError | None, msg: confluent_kafka.Message) -> None:
+        def on_delivery(err: confluent_kafka.KafkaError | None, msg: Any) -> None:
             if err is None:
                 kind, timestamp = msg.timestamp()
                 known = timestamp if kind else None
@@ -185,14 +185,15 @@ class DataForgeKafkaProducer:
             if callback is not None:
                 try:
                     callback(err, msg)
-                except Exception:
+                except Exception:  # noqa: BLE001
                     logger.exception("The delivery callback of a record to topic %r raised", topic)
 
         deadline = time.monotonic() + self.config.delivery_timeout
         while True:
             try:
+                headers: Any = extra.headers
                 self._producer.produce(
-                    topic, value, key, extra.partition, on_delivery, timestamp=extra.timestamp, headers=extra.headers
+                    topic, value, key, extra.partition, on_delivery, timestamp=extra.timestamp, headers=headers
                 )
             except BufferError:
                 if time.monotonic() > deadline:

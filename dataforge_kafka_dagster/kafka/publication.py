@@ -13,6 +13,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import datetime as dt
+import functools
 import hashlib
 import itertools
 import re
@@ -41,7 +42,8 @@ _TOO_LONG_FIX: Final = (
     "Raise transaction_timeout (at most the broker's transaction.max.timeout.ms), or publish less at a time"
 )
 _ABORT_SECONDS: Final = 5.0
-_INTERRUPTED_SECONDS: Final = 1.0
+# For an interrupt, and where the broker is the trouble: what is not aborted then, the next attempt or the broker aborts.
+_HASTY_ABORT_SECONDS: Final = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -485,10 +487,9 @@ class PublicationWriter:
                 metadata = consumer.consumer_group_metadata()
                 consumer.close()
 
-                def send_offsets(seconds: float, entries: Any = entries, metadata: Any = metadata) -> None:
-                    producer.send_offsets_to_transaction(entries, metadata, seconds)
-
-                self._connection.resume(send_offsets, timeout, name)
+                send_offsets = functools.partial(producer.send_offsets_to_transaction, entries, metadata, timeout)
+                # It ignores its time-out while a broker does not answer.
+                self._connection.in_thread(send_offsets, timeout, name)
             self._committing = True
             self._connection.resume(producer.commit_transaction, timeout, name)
         except KafkaError as error:
@@ -520,7 +521,8 @@ class PublicationWriter:
         self._close()
 
     def _abandon(self, error: BaseException) -> None:
-        self.abort(_ABORT_SECONDS if isinstance(error, Exception) else _INTERRUPTED_SECONDS)
+        hasty = not isinstance(error, Exception) or (isinstance(error, KafkaError) and error.remedy is Remedy.RETRY)
+        self.abort(_HASTY_ABORT_SECONDS if hasty else _ABORT_SECONDS)
         self._close()
 
     def _close(self) -> None:
@@ -560,7 +562,7 @@ class PublicationWriter:
                 return cast("concurrent.futures.Future[ConsumerGroupTopicPartitions]", future)
 
             answer = self._connection.answer(ask, seconds, f"ledger group {request.group_id!r}")
-            entries += answer.topic_partitions
+            entries += answer.topic_partitions or []
             if number == 0:
                 header = _find_header(entries, self._publication_id)
                 if header is None:
@@ -583,7 +585,7 @@ class _Track:
         self.errors: dict[str, confluent_kafka.KafkaError] = {}
         self._last: dict[int, list[int]] = {}
 
-    def __call__(self, err: confluent_kafka.KafkaError | None, msg: confluent_kafka.Message) -> None:
+    def __call__(self, err: confluent_kafka.KafkaError | None, msg: Any) -> None:
         if err is not None:
             self.failures[err.name()] += 1
             self.errors.setdefault(err.name(), err)

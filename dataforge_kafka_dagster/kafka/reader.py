@@ -6,7 +6,7 @@ import bisect
 import time
 import uuid
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import confluent_kafka
 from confluent_kafka import TopicPartition
@@ -73,9 +73,9 @@ def _read_partition(
     found = 0
     deadline = time.monotonic() + timeout
     while True:
-        messages = consumer.consume(_BATCH, SLICE)
+        messages: list[Any] = consumer.consume(_BATCH, SLICE)
         for message in messages:
-            error = message.error()
+            error: confluent_kafka.KafkaError | None = message.error()
             if error is not None:
                 _check(connection, error, offsets)
                 continue

@@ -208,7 +208,7 @@ def serialize_headers(headers: Headers | None, index: int | None = None) -> list
     try:
         for name, value in pairs:
             if not isinstance(name, str) or not isinstance(value, (str, bytes, type(None))):
-                raise TypeError(f"{name!r} is of type {type(value).__qualname__}")
+                raise TypeError(f"{name!r} is of type {type(value).__qualname__}")  # noqa: TRY301
             encoded.append((name, value.encode() if isinstance(value, str) else value))
     except (TypeError, ValueError) as error:
         raise InvalidRecordError(
