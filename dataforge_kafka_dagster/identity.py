@@ -37,36 +37,37 @@ class Identity:
         return _identity(self.name, (partition,), self.origin)
 
 
-def origin_run_id(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str:
-    """Id of the run whose work this one does: the first ancestor that is not itself a retry.
+def origin_run_id(instance: dg.DagsterInstance, run: dg.DagsterRun, step_key: str) -> str:
+    """Id of the run whose work a step does: the first ancestor that is not itself a retry.
 
-    Automatic run retries and re-executions from failure are retries. A re-execution of everything is new work.
+    Automatic run retries and re-executions from failure are retries. A re-execution of everything is new work, and so
+    is a re-execution of selected steps for a step that had succeeded.
     """
-    while run.parent_run_id is not None:
+    while run.parent_run_id is not None and _is_retry(instance, run, step_key):
         parent = instance.get_run_by_id(run.parent_run_id)
-        if not _is_retry(instance, run, parent):
-            break
         if parent is None:
             return run.parent_run_id
         run = parent
     return run.run_id
 
 
-def _is_retry(instance: dg.DagsterInstance, run: dg.DagsterRun, parent: dg.DagsterRun | None) -> bool:
+def _is_retry(instance: dg.DagsterInstance, run: dg.DagsterRun, step_key: str) -> bool:
     if any(tag in run.tags for tag in _RETRY_TAGS):
         return True
-    if _ASSET_RESUME_TAG not in run.tags:
+    # Neither of these two is sure: a re-execution of everything inherits the tag from a parent that has it, and a
+    # re-execution from failure that was launched from Python has no tag, but starts from its parent's state as one of
+    # selected steps does.
+    if _ASSET_RESUME_TAG not in run.tags and not _starts_from_parent(instance, run):
         return False
-    if parent is None or _ASSET_RESUME_TAG not in parent.tags:
-        return True
-    # A re-execution of everything inherits this one tag from a parent that is itself a retry from asset failure.
-    # It then selects what the parent did, though some of that had succeeded.
-    if parent.status is dg.DagsterRunStatus.SUCCESS:
+    successes = instance.all_logs(run.parent_run_id or "", of_type=dg.DagsterEventType.STEP_SUCCESS)
+    return all(entry.step_key != step_key for entry in successes)
+
+
+def _starts_from_parent(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
+    if run.step_keys_to_execute is None or run.execution_plan_snapshot_id is None:
         return False
-    if run.asset_selection != parent.asset_selection:
-        return True
-    succeeded = instance.all_logs(parent.run_id, of_type=dg.DagsterEventType.STEP_SUCCESS)
-    return not succeeded
+    known = instance.get_execution_plan_snapshot(run.execution_plan_snapshot_id).initial_known_state
+    return known is not None and known.parent_state is not None
 
 
 def output_identity(context: dg.OutputContext) -> Identity:
@@ -89,14 +90,14 @@ def _origin_of_output(context: dg.OutputContext) -> str:
     except dg.DagsterInvariantViolationError:
         # A context made by build_output_context: each is work of its own.
         return str(uuid.uuid4())
-    return origin_run_id(step.instance, step.dagster_run)
+    return origin_run_id(step.instance, step.dagster_run, context.step_key)
 
 
 def session_identity(context: dg.OpExecutionContext | dg.AssetExecutionContext, session: str) -> Identity:
     """Names of what a step publishes from its body, in one of its sessions."""
     op_context = context.op_execution_context if isinstance(context, dg.AssetExecutionContext) else context
     step = op_context.get_step_execution_context()
-    origin = origin_run_id(op_context.instance, op_context.run)
+    origin = origin_run_id(op_context.instance, op_context.run, step.step.key)
     if op_context.has_assets_def:
         keys = sorted(op_context.assets_def.keys)
         path = keys[0].path if len(keys) == 1 else [op_context.assets_def.node_def.name]

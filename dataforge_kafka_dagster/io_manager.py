@@ -1,7 +1,5 @@
 """`KafkaIOManager`: one output, one publication; and a publication back as an input."""
 
-from __future__ import annotations
-
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,8 +20,9 @@ from dataforge_kafka_dagster.resource import PUBLICATION_METADATA, KafkaProducer
 class KafkaIOManager(dg.ConfigurableIOManager):
     """Publishes each output to a Kafka topic in one transaction, and reads publications back.
 
-    An output may be a mapping, dataclass, pydantic model, str, bytes or `KafkaRecord`; a list, iterator or generator of
-    those (streamed); or a pandas, polars or pyarrow data frame, one record per row. ``None`` publishes nothing.
+    Its cluster is ``kafka``, a `KafkaProducerResource`. An output may be a mapping, dataclass, pydantic model, str,
+    bytes or `KafkaRecord`; a list, iterator or generator of those (streamed); or a pandas, polars or pyarrow data
+    frame, one record per row. ``None`` publishes nothing.
 
     Topic and key come from, in this order: output metadata, the asset's definition metadata (``kafka/topic``,
     ``kafka/key``), this IO manager's config; the topic in the end from the asset key, its parts joined by dots.
@@ -32,7 +31,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         >>> defs = dg.Definitions(assets=[flights], resources={"io_manager": KafkaIOManager(kafka=kafka)})
     """
 
-    kafka: KafkaProducerResource = Field(description="The cluster to publish to.")
+    kafka: dg.ResourceDependency[KafkaProducerResource]
     topic: str | None = Field(
         default=None,
         description=(

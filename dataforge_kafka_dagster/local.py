@@ -28,6 +28,7 @@ import uuid
 import weakref
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -51,6 +52,7 @@ _PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
 _FREE_PORTS = range(12000, 32000)
 _LAST_PORT = 65535
 _REPLICATED = 3
+_QUIET = "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"
 _TOPIC_WAIT = 30.0
 _STOP_WAIT = 10.0
 
@@ -96,7 +98,7 @@ class LocalKafkaError(RuntimeError):
 class _Supervisor:
     """The process that holds every Java process of one `LocalKafka`."""
 
-    def __init__(self, temporary: Path | None) -> None:
+    def __init__(self, temporary: Path | None, lock: int) -> None:
         self._lock = threading.Lock()
         self._calls = 0
         self._groups: list[int] = []
@@ -107,6 +109,7 @@ class _Supervisor:
             stdout=subprocess.PIPE,
             env={key: value for key, value in os.environ.items() if key not in hidden},
             start_new_session=True,
+            pass_fds=(lock,),
             bufsize=0,
         )
 
@@ -335,7 +338,7 @@ class LocalKafka:
         try:
             topic = NewTopic(name, partitions, factor, config=dict(config or {}))
             admin.create_topics([topic], request_timeout=_TOPIC_WAIT)[name].result(_TOPIC_WAIT)
-        except (KafkaException, TimeoutError) as error:
+        except (KafkaException, futures.TimeoutError) as error:
             raise LocalKafkaError(f"Could not create topic {name!r}: {error}") from error
 
         def known(node: int) -> bool:
@@ -352,7 +355,11 @@ class LocalKafka:
         self._terminate([node])
 
     def kill_broker(self, node: int) -> None:
-        """Kill a broker (SIGKILL), as a crash would; one that is not running is left as it is."""
+        """Kill a broker (SIGKILL), as a crash would; one that is not running is left as it is.
+
+        Kafka elects other leaders, and accepts the broker again, when its session is over: 9 s, unless `config` sets
+        `broker.session.timeout.ms`.
+        """
         self._expect(node, "running", "paused", "stopped")
         self._terminate([node], signal.SIGKILL)
 
@@ -390,7 +397,7 @@ class LocalKafka:
                 raise LocalKafkaError(self._report(node, f"ended with exit code {returncode}"))
 
     def log_tail(self, node: int, lines: int = 30) -> str:
-        """The last lines of a broker's log, empty before its first start."""
+        """The last lines of a broker's log since its last start, empty before the first."""
         try:
             return _tail((self._folder(node) / "broker.log").read_text(encoding="utf-8", errors="replace"), lines)
         except FileNotFoundError:
@@ -423,7 +430,7 @@ class LocalKafka:
         name, out, err = folder.name, folder / "out", folder / "err"
         (folder / "in").write_text(stdin, encoding="utf-8")
         try:
-            supervisor.start(name, [*self._java, *options, *command], folder, out, err, str(folder / "in"))
+            supervisor.start(name, [*self._java, _QUIET, *options, *command], folder, out, err, str(folder / "in"))
             try:
                 returncode = supervisor.wait(name, timeout)
             finally:
@@ -438,10 +445,15 @@ class LocalKafka:
     def _start(self, java: str, classpath: str) -> None:
         self._choose_ports()
         self._root = self._data_dir or Path(tempfile.mkdtemp(prefix="local-kafka-"))
-        self._supervisor = _Supervisor(None if self._data_dir else self._root)
-        _STARTED.add(self)
         temporary = self._root / "tmp"
         temporary.mkdir(parents=True, exist_ok=True)
+        with (self._root / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise LocalKafkaError(f"Another LocalKafka uses {self._root}: stop it, or use another one.") from error
+            self._supervisor = _Supervisor(None if self._data_dir else self._root, lock.fileno())
+        _STARTED.add(self)
         self._java = [
             java,
             "-XX:+UseSerialGC",
@@ -483,8 +495,8 @@ class LocalKafka:
         for port in self._fixed_ports or ():
             if not _is_free(port):
                 raise LocalKafkaError(
-                    f"Port {port} on 127.0.0.1 is in use. Stop the program that uses it, or choose other ports; without "
-                    "the option `ports` free ones are taken."
+                    f"Port {port} on 127.0.0.1 is in use. Stop the program that uses it, or choose other ports: "
+                    "without the option `ports` free ones are taken."
                 )
         free = (port for port in _free_ports() if port not in (self._fixed_ports or ()))
         self._ports = self._fixed_ports or [next(free) for _ in self._nodes]
@@ -549,7 +561,10 @@ class LocalKafka:
         folder = self._folder(node)
         argv = [*self._java, *options, *self._kafka, f"-Xmx{self._heap}", "-XX:+ExitOnOutOfMemoryError"]
         argv += ["kafka.Kafka", str(folder / "server.properties")]
-        self._running().start(f"broker-{node}", argv, folder, folder / "broker.log", folder / "broker.log")
+        log = folder / "broker.log"
+        if log.exists():
+            log.replace(folder / "broker.log.1")
+        self._running().start(f"broker-{node}", argv, folder, log, log)
         self._states[node] = "running"
 
     def _make_archive(self, classes: Path, archive: Path) -> None:
@@ -581,20 +596,25 @@ class LocalKafka:
         for node in nodes:
             while True:
                 self.check()
+                self._client_error = reason = ""
                 try:
                     if done(node):
                         break
                 except (OSError, KafkaException) as error:
-                    self._client_error = self._client_error or str(error)
+                    reason = f" ({self._client_error or error})"
                 if time.monotonic() > deadline:
-                    raise LocalKafkaError(self._report(node, f"{problem} after {timeout:g} s ({self._client_error})"))
+                    raise LocalKafkaError(self._report(node, f"{problem} after {timeout:g} s{reason}"))
                 time.sleep(0.05)
 
     def _report(self, node: int, problem: str) -> str:
+        errors = [
+            line for line in self.log_tail(node, 10_000).splitlines() if re.search(r" ERROR |^\S+Exception:", line)
+        ]
         return (
-            f"Kafka broker {node} on port {self._ports[node - 1]} {problem}. See the end of its log below; check the "
-            f"options `config`, `format_args` and `client_config`, and whether memory is left (heap={self._heap!r} each); "
-            f"on a slow machine raise `startup_timeout`.\n{self.log_tail(node)}"
+            f"Kafka broker {node} on port {self._ports[node - 1]} {problem}. See its log below; check the "
+            f"options `config`, `format_args` and `client_config`, and whether memory is left (heap={self._heap!r} "
+            f"each); on a slow machine raise `startup_timeout`.\n"
+            + "\n".join(["Its first errors:", *errors[:5], "The end of its log:", self.log_tail(node)])
         )
 
     def _admin(self, servers: str | None = None) -> AdminClient:
@@ -606,10 +626,11 @@ class LocalKafka:
 
     def _metadata(self, node: int) -> Any:
         """The cluster as this one broker knows it."""
-        metadata = self._admin(f"127.0.0.1:{self._ports[node - 1]}").list_topics(timeout=5)
-        if metadata.orig_broker_id not in {node, -1}:
-            raise OSError(f"broker {metadata.orig_broker_id} answered instead of broker {node}")
-        return metadata
+        for _ in range(30):  # librdkafka asks any broker it has come to know; -1 is the one it was given
+            metadata = self._admin(f"127.0.0.1:{self._ports[node - 1]}").list_topics(timeout=3)
+            if metadata.orig_broker_id in {node, -1}:
+                return metadata
+        raise OSError(f"only other brokers answered instead of broker {node}")
 
     def _terminate(self, nodes: Sequence[int], number: signal.Signals = signal.SIGTERM) -> None:
         supervisor = self._running()
@@ -730,8 +751,8 @@ def _download(folder: Path, name: str, coordinates: str, progress: Callable[[str
                 files = [path for path in (folder / "m2").rglob("*") if path.suffix in {".pom", ".jar"}]
                 size, seconds = sum(path.stat().st_size for path in files) / 1e6, time.monotonic() - started
                 progress(
-                    f"Fetching {name} from Maven Central, once: {len(files)} of about 130 files, {size:.0f} of about "
-                    f"46 MB, {seconds:.0f} s"
+                    f"Fetching {name} from Maven Central, once: {len(files)} files, {size:.0f} of about 46 MB, "
+                    f"{seconds:.0f} s"
                 )
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -155,20 +156,25 @@ class KafkaProducerConfig(KafkaOptions):
                     raise ValueError(f"unknown option {name!r}: {hint}{dotted}")
         return data
 
-    @field_validator("retries", "batch_size", "buffer_memory", "linger_ms", mode="before")
+    @field_validator(
+        "retries", "batch_size", "buffer_memory", "linger_ms", "connect_timeout", "delivery_timeout", mode="before"
+    )
     @classmethod
     def _numbers(cls, value: Any, info: Any) -> Any:
         name = info.field_name
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise _not(name, value, "give a number")
+        field = cls.model_fields[name]
+        whole = field.annotation is int
         try:
-            number = float(value)
-        except ValueError:
-            raise _not(name, value, "give a number") from None
-        bounds = {type(m).__name__: m for m in cls.model_fields[name].metadata}
-        low, high = bounds["Ge"].ge, bounds["Le"].le
-        if not low <= number <= high:
-            raise _not(name, value, f"allowed are {low} to {high}")
+            number = float("nan") if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = float("nan")
+        if math.isnan(number) or (whole and number % 1):
+            raise _not(name, value, "give a whole number" if whole else "give a number")
+        bounds = {type(bound).__name__: bound for bound in field.metadata}
+        low = bounds["Gt"].gt if "Gt" in bounds else bounds["Ge"].ge
+        if number < low or ("Gt" in bounds and number == low) or number > bounds["Le"].le:
+            above = "greater than " if "Gt" in bounds else ""
+            raise _not(name, value, f"allowed are {above}{low} to {bounds['Le'].le}")
         return value
 
     @field_validator("bootstrap_servers")

@@ -69,6 +69,17 @@ class Connection:
             self._transport = error
         logger.debug("%s: %s", self.name, self.config.redact(str(error)))
 
+    def note(self, raised: BaseException | None) -> None:
+        """Remember a fatal error that a client's poll raised instead of calling back.
+
+        It comes as a KafkaException, or as the cause of another error (confluent-kafka 2.16).
+        """
+        while raised is not None:
+            error = raised.args[0] if raised.args else None
+            if isinstance(error, confluent_kafka.KafkaError) and (error.fatal() or error.name() in FENCED_CODES):
+                self.fatal = self.fatal or error
+            raised = raised.__cause__ or raised.__context__
+
     def _client(self, make: Callable[..., T], options: dict[str, Any]) -> T:
         extra: dict[str, Any] = {"error_cb": self._on_error, "logger": _Quiet("librdkafka")}
         token = oauth_callback(self.config)

@@ -42,7 +42,7 @@ _TOO_LONG_FIX: Final = (
     "Raise transaction_timeout (at most the broker's transaction.max.timeout.ms), or publish less at a time"
 )
 _ABORT_SECONDS: Final = 5.0
-# For an interrupt, and where the broker is the trouble: what is not aborted then, the next attempt or the broker aborts.
+# For an interrupt, and where the broker is the trouble: what is left open, the next attempt or the broker aborts.
 _HASTY_ABORT_SECONDS: Final = 1.0
 
 
@@ -363,6 +363,9 @@ class PublicationWriter:
 
     def _refused(self, error: confluent_kafka.KafkaError, topic: str, index: int, key: bytes | None) -> KafkaError:
         """The error for a record that librdkafka does not even take."""
+        if error.name() == "_FATAL":
+            # The next poll tells the cause.
+            self._poll(SLICE)
         broken = self._failure()
         if broken is not None:
             return broken
@@ -422,8 +425,8 @@ class PublicationWriter:
     def _poll(self, seconds: float) -> None:
         try:
             self._live_producer().poll(seconds)
-        except Exception:
-            # After a fatal error, poll raises errors of many shapes.
+        except Exception as error:
+            self._connection.note(error)
             self._check()
             raise
 

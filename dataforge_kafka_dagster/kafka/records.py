@@ -29,7 +29,7 @@ ACCEPTED: Final = (
 )
 
 _CHUNK_BYTES: Final = 1_000_000
-_CHUNK_ROWS: Final = 5_000
+_CHUNK_ROWS: Final = 1_000
 _CHUNK_SECONDS: Final = 0.5
 
 
@@ -106,9 +106,11 @@ def chunks(output: Any, key: str | Sequence[str] | None = None, start: int = 0) 
         output = [output]
     if nw.dependencies.is_into_dataframe(output):
         return _frame_chunks(output, fields, start)
+    if isinstance(output, Sequence) and not isinstance(output, (list, tuple)):
+        output = iter(output)
     if isinstance(output, Iterator):
         return _paced(lambda _, size: _take(output, size), _RowEncoder(fields), start)
-    if isinstance(output, Sequence):
+    if isinstance(output, (list, tuple)):
         return _paced(lambda start, size: output[start : start + size], _RowEncoder(fields), start)
     raise refuse_output(output)
 
@@ -172,6 +174,7 @@ class _RowEncoder:
         return [bytes(row) for row in rows]
 
     def _check_types(self, rows: Sequence[Any], start: int, types: set[type]) -> None:
+        self._form = self._form or format_of(type(rows[0]))
         for cls in types:
             form = format_of(cls)
             if form is None:
@@ -209,31 +212,8 @@ class _RowEncoder:
         )
 
     def _keys(self, rows: Sequence[Any], start: int) -> list[bytes | None]:
-        keys: list[bytes | None] = []
-        single = self._fields[0] if len(self._fields) == 1 else None
-        for i, row in enumerate(rows):
-            try:
-                if single is not None:
-                    raw = row[single] if isinstance(row, Mapping) else getattr(row, single)
-                elif isinstance(row, Mapping):
-                    raw = {field: row[field] for field in self._fields}
-                else:
-                    raw = {field: getattr(row, field) for field in self._fields}
-            except (KeyError, AttributeError):
-                raise self._no_key_field(row, start + i) from None
-            keys.append(raw.encode() if type(raw) is str else serialize_key(raw, start + i, ".".join(self._fields)))
-        return keys
-
-    def _no_key_field(self, row: Any, index: int) -> InvalidRecordError:
-        names = list(row) if isinstance(row, Mapping) else list(getattr(row, "__dict__", ()))
-        field = next(f for f in self._fields if f not in names)
-        return InvalidRecordError(
-            f"record {index}, field {field!r}",
-            "the key field is missing",
-            f"Name a field that every record has; this one has {', '.join(map(str, names[:20]))}",
-            index=index,
-            field=field,
-        )
+        name = ".".join(self._fields)
+        return [serialize_key(key_of(row, self._fields, index), index, name) for index, row in enumerate(rows, start)]
 
     def _records(self, rows: Sequence[KafkaRecord], start: int) -> Chunk:
         values, keys, extras = [], [], []
@@ -256,6 +236,28 @@ class _RowEncoder:
         return Chunk(values, keys, None if plain else extras, _size(values, keys), self._form)
 
 
+def key_of(row: Any, fields: Sequence[str], index: int | None = None) -> Any:
+    """The key that a row has in its fields: one field's value, or a mapping of several.
+
+    Raises:
+        InvalidRecordError: The row lacks one of them.
+    """
+    try:
+        if isinstance(row, Mapping):
+            return row[fields[0]] if len(fields) == 1 else {field: row[field] for field in fields}
+        return getattr(row, fields[0]) if len(fields) == 1 else {field: getattr(row, field) for field in fields}
+    except (KeyError, AttributeError):
+        names = list(row) if isinstance(row, Mapping) else list(getattr(row, "__dict__", ()))
+        field = next((field for field in fields if field not in names), fields[0])
+        raise InvalidRecordError(
+            f"{'record' if index is None else f'record {index}'}, field {field!r}",
+            "the key field is missing",
+            f"Name a field that every record has; this one has {', '.join(map(str, names[:20]))}",
+            index=index,
+            field=field,
+        ) from None
+
+
 _PLAIN: Final = Extra(None, -1, 0)
 
 
@@ -270,16 +272,16 @@ def encode_record(
     name = "record" if index is None else f"record {index}"
     value = serialize_value(record.value, index)
     raw_key = record.key
-    if raw_key is None and fields and isinstance(record.value, Mapping):
-        picked = {field: record.value.get(field) for field in fields}
-        raw_key = picked[fields[0]] if len(fields) == 1 else picked
+    if raw_key is None and fields and record.value is not None and format_of(type(record.value)) == "json":
+        raw_key = key_of(record.value, fields, index)
     key = serialize_key(raw_key, index)
     if value is None and key is None:
         raise InvalidRecordError(
             name, "a tombstone (value None) without a key deletes nothing", "Give it the key to delete", index=index
         )
     partition = record.partition
-    if partition is not None and (isinstance(partition, bool) or not isinstance(partition, int) or partition < 0):
+    fits = isinstance(partition, int) and not isinstance(partition, bool) and 0 <= partition < 2**31
+    if partition is not None and not fits:
         raise InvalidRecordError(
             name, f"partition={partition!r} is not a Kafka partition", "Give an int from 0, or None", index=index
         )

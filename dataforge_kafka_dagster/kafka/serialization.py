@@ -117,7 +117,7 @@ def _no_json_form(value: Any, index: int | None, error: Exception) -> InvalidRec
     return InvalidRecordError(
         f"{_record(index)}{place}",
         f"it cannot be written as JSON: {what}" if format_of(type(value)) == "json" else what,
-        (fix or "Convert it to a type that JSON has").capitalize(),
+        fix[:1].upper() + fix[1:] or "Convert it to a type that JSON has",
         index=index,
         field=field,
     )
@@ -137,6 +137,8 @@ def _find(value: Any, wrong: Any, path: str = "", depth: int = 0) -> str | None:
         value = dict(value)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    elif type(value).__module__ == "numpy":
+        value = value.tolist()
     if depth > 50:  # noqa: PLR2004  (deeper than any error message is read)
         return None
     if isinstance(value, Mapping):
@@ -170,8 +172,16 @@ def serialize_key(key: Any, index: int | None = None, field: str | None = None) 
     """
     if key is None or isinstance(key, bytes):
         return key
+    if type(key).__module__ == "numpy":
+        key = key.tolist()
+    place = f", field {field!r}" if field else ""
     if isinstance(key, str):
-        return key.encode()
+        try:
+            return key.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRecordError(
+                f"{_record(index)}{place}", f"the key is not text: {error}", "Use bytes", index=index, field=field
+            ) from error
     if isinstance(key, bool):
         return b"true" if key else b"false"
     if isinstance(key, (dt.datetime, dt.date)):
@@ -182,10 +192,12 @@ def serialize_key(key: Any, index: int | None = None, field: str | None = None) 
         return bytes(key)
     if isinstance(key, (Mapping, list, tuple, BaseModel)) or dataclasses.is_dataclass(key):
         try:
-            return to_json(key)
+            encoded = to_json(key)
         except (TypeError, ValueError) as error:
             raise _no_json_form(key, index, error) from error
-    place = f", field {field!r}" if field else ""
+        if b"null" in encoded:
+            refuse_non_finite(key, index)
+        return encoded
     raise InvalidRecordError(
         f"{_record(index)}{place}",
         f"a key cannot be {key!r}" if isinstance(key, float) else f"a key cannot be of type {type(key).__qualname__}",
@@ -209,6 +221,7 @@ def serialize_headers(headers: Headers | None, index: int | None = None) -> list
         for name, value in pairs:
             if not isinstance(name, str) or not isinstance(value, (str, bytes, type(None))):
                 raise TypeError(f"{name!r} is of type {type(value).__qualname__}")  # noqa: TRY301
+            name.encode()
             encoded.append((name, value.encode() if isinstance(value, str) else value))
     except (TypeError, ValueError) as error:
         raise InvalidRecordError(

@@ -1,0 +1,80 @@
+.POSIX:
+
+PYTHON ?= python3
+PORT ?= 3000
+VENV = .venv
+VERSIONS = 3.10 3.11 3.12 3.13
+RESOLUTION = highest
+
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+PACKAGES = -e '.[local]' -e ./example_project --group dev
+
+.PHONY: help install demo ui test test-only test-faults bench lint matrix build screenshots clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+install: $(STAMP) ## Make the environment .venv (the other targets do it themselves)
+
+$(STAMP): pyproject.toml example_project/pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "Python 3.10 or later is needed, but '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 | head -n 1)"; \
+	  echo "Name another one, for instance: make PYTHON=python3.12"; exit 1; }
+	@echo "Making $(VENV) with $$($(PYTHON) --version) and installing the packages"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --resolution $(RESOLUTION) $(PACKAGES)
+	@touch $(STAMP)
+
+demo: $(STAMP) ## Publish one week of flights to a real Kafka through Dagster, and count them with Kafka's own tools
+	@$(BIN)/python example_project/demo.py
+
+ui: $(STAMP) ## Run Kafka and the Dagster UI together (PORT=3000), until Ctrl-C
+	@$(BIN)/python example_project/demo.py ui --port $(PORT)
+
+test: lint test-only ## Check style and types, and run all tests but the faults, on a real Kafka
+
+test-only: $(STAMP)
+	$(BIN)/python -m pytest -m "not faults" tests example_project/tests
+
+test-faults: $(STAMP) ## Run the tests that break Kafka on purpose (minutes)
+	$(BIN)/python -m pytest -m faults tests
+
+bench: $(STAMP) ## Measure the speed
+	@if [ -f benchmarks/__main__.py ]; then $(BIN)/python -m benchmarks; else echo "There are no benchmarks yet."; fi
+
+lint: $(STAMP) ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+matrix: ## Run the tests on each Python from 3.10 to 3.13 found here, and once with the lowest dependencies
+	@ran=; failed=; missing=; oldest=; \
+	try() { \
+	  echo "== $$1"; \
+	  if $(MAKE) test-only "PYTHON=$$2" "VENV=$$3" "RESOLUTION=$$4"; then ran="$$ran $$1,"; else failed="$$failed $$1,"; fi; \
+	}; \
+	for version in $(VERSIONS); do \
+	  found=; \
+	  for python in python$$version "$$(pyenv root 2>/dev/null)"/versions/$$version.*/bin/python; do \
+	    if "$$python" -c "import sys; sys.exit(sys.version_info[:2] != ($$(echo $$version | tr . ,)))" 2>/dev/null; \
+	    then found=$$python; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then missing="$$missing $$version,"; continue; fi; \
+	  oldest=$${oldest:-$$found}; \
+	  try "Python $$version" "$$found" .venv-$$version highest; \
+	done; \
+	[ -z "$$oldest" ] || try "lowest dependencies" "$$oldest" .venv-lowest lowest-direct; \
+	echo; echo "passed: $${ran:-none}"; echo "failed: $${failed:-none}"; echo "not found: $${missing:-none}"; \
+	[ -n "$$ran" ] && [ -z "$$failed" ]
+
+build: $(STAMP) ## Build the wheel and the source distribution into dist/
+	@$(BIN)/uv build --quiet --out-dir dist && ls dist
+
+screenshots: $(STAMP) ## Take the README's screenshots anew (needs Chromium)
+	@$(BIN)/python docs/screenshots.py
+
+clean: ## Remove all that these targets made
+	rm -rf .venv .venv-* .dagster_home dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

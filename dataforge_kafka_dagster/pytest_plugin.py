@@ -1,0 +1,70 @@
+"""Pytest fixtures that give tests a real Kafka: `pytest_plugins = ["dataforge_kafka_dagster.pytest_plugin"]`.
+
+They use the Kafka that the environment variable `KAFKA_BOOTSTRAP_SERVERS` names, else one `LocalKafka` for the session.
+"""
+
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import pytest
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
+
+from dataforge_kafka_dagster.local import LocalKafka
+
+_WAIT = 30.0
+
+
+class TopicFactory(Protocol):
+    """What the fixture `kafka_topic` gives."""
+
+    def __call__(self, partitions: int = 1, name: str | None = None, config: Mapping[str, str] | None = None) -> str:
+        """Create a topic and return its name.
+
+        Args:
+            partitions: Number of Kafka partitions.
+            name: Start of the name, which a unique ending follows. Default: `test`.
+            config: Topic settings, such as `{"cleanup.policy": "compact"}`.
+
+        Raises:
+            confluent_kafka.KafkaException: Kafka refused it.
+        """
+
+
+@pytest.fixture(scope="session")
+def local_kafka() -> Iterator[LocalKafka]:
+    """One `LocalKafka` with one broker for the session; tests that use it are skipped with an external Kafka."""
+    if os.environ.get("KAFKA_BOOTSTRAP_SERVERS"):
+        pytest.skip("KAFKA_BOOTSTRAP_SERVERS names an external Kafka, so no local one is started")
+    with LocalKafka() as kafka:
+        yield kafka
+
+
+@pytest.fixture(scope="session")
+def kafka_bootstrap_servers(request: pytest.FixtureRequest) -> str:
+    """Bootstrap servers of the Kafka under test."""
+    if servers := os.environ.get("KAFKA_BOOTSTRAP_SERVERS"):
+        return servers
+    kafka: LocalKafka = request.getfixturevalue("local_kafka")
+    return kafka.bootstrap_servers
+
+
+@pytest.fixture
+def kafka_topic(kafka_bootstrap_servers: str) -> Iterator[TopicFactory]:
+    """Factory of topics with unique names, which are deleted after the test."""
+    admin = AdminClient({"bootstrap.servers": kafka_bootstrap_servers})
+    created: list[str] = []
+
+    def create(partitions: int = 1, name: str | None = None, config: Mapping[str, str] | None = None) -> str:
+        topic = f"{name or 'test'}-{uuid.uuid4().hex[:12]}"
+        new = NewTopic(topic, partitions, config=dict(config or {}))
+        admin.create_topics([new], operation_timeout=_WAIT, request_timeout=_WAIT)[topic].result(_WAIT)
+        created.append(topic)
+        return topic
+
+    yield create
+    if created:
+        for future in admin.delete_topics(created, operation_timeout=_WAIT, request_timeout=_WAIT).values():
+            future.result(_WAIT)

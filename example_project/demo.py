@@ -1,0 +1,184 @@
+"""`make demo` and `make ui`: the example project on a real Kafka that this script starts on 127.0.0.1.
+
+With the environment variable KAFKA_BOOTSTRAP_SERVERS set, the records go to that cluster instead.
+"""
+# ruff: noqa: T201, INP001
+
+import argparse
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import dagster as dg
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient, NewTopic
+from example_project.definitions import defs
+
+from dataforge_kafka_dagster import Publication
+from dataforge_kafka_dagster.local import LocalKafka, LocalKafkaError
+
+PROJECT = Path(__file__).parent
+HOME = PROJECT.parent / ".dagster_home"
+TOPICS = {"flights": 6, "carrier-delays": 3, "alerts": 1, "announcements": 1}
+ASSETS = {"flights": "flights", "carrier_delays": "carrier-delays", "long_delays": "alerts"}
+WEEK = [f"2013-01-{day:02}" for day in range(1, 8)]
+
+Place = tuple[int, int]
+"""A record's place in its topic: Kafka partition, offset."""
+
+
+@contextlib.contextmanager
+def cluster(data_dir: Path | None = None) -> Iterator[LocalKafka]:
+    """A local Kafka, with the topics made there or on the cluster of KAFKA_BOOTSTRAP_SERVERS."""
+    own = os.environ.get("KAFKA_BOOTSTRAP_SERVERS")
+    with LocalKafka(data_dir=data_dir) as kafka:
+        servers = os.environ.setdefault("KAFKA_BOOTSTRAP_SERVERS", kafka.bootstrap_servers)
+        print(f"Kafka: {servers}" + (" (the local one is only for its command line tools)" if own else ""))
+        admin = AdminClient({"bootstrap.servers": servers})
+        made = admin.create_topics([NewTopic(topic, partitions) for topic, partitions in TOPICS.items()])
+        for future in made.values():
+            try:
+                future.result(30)
+            except KafkaException as error:
+                if error.args[0].name() != "TOPIC_ALREADY_EXISTS":
+                    raise
+        yield kafka
+
+
+def demo() -> int:
+    """Publish one week, and count its records with Kafka's own tools.
+
+    Returns:
+        The exit code: 0 if Kafka holds what Dagster reported, else 1.
+    """
+    with cluster() as kafka:
+        started = time.monotonic()
+        publications = publish_week()
+        print(f"\nDagster published the week and ran the job 'announce' in {time.monotonic() - started:.0f} s.")
+        print("\nNow Kafka's own console consumer reads the topics (isolation level read_committed):")
+        matches = [compare(kafka, topic, publications[asset]) for asset, topic in ASSETS.items()]
+        explain_end_offsets(kafka, publications["flights"])
+    return 0 if all(matches) else 1
+
+
+def publish_week() -> dict[str, list[Publication]]:
+    """Run the jobs, print the materializations, and return what they say, by asset."""
+    definitions = defs()
+    publish_day, announce = (definitions.resolve_job_def(name) for name in ("publish_day", "announce"))
+    quiet = {"loggers": {"console": {"config": {"log_level": "WARNING"}}}}
+    publications: dict[str, list[Publication]] = {asset: [] for asset in ASSETS}
+    print(f"\n{'asset':<15}{'partition':<12}{'records':>8}{'seconds':>9}  Kafka partition: first offset..last offset")
+    with dg.DagsterInstance.ephemeral() as instance:
+        for day in WEEK:
+            run = publish_day.execute_in_process(run_config=quiet, instance=instance, partition_key=day)
+            for asset, found in publications.items():
+                (event,) = run.asset_materializations_for_node(asset)
+                publication = Publication.from_dict(event.metadata["kafka/publication"].value)  # type: ignore[arg-type]
+                found.append(publication)
+                offsets = "  ".join(f"{o.partition}: {o.first}..{o.last}" for o in publication.offsets)
+                print(f"{asset:<15}{day:<12}{publication.records:>8}{publication.seconds:>9.2f}  {offsets or '-'}")
+        announce.execute_in_process(run_config=quiet, instance=instance)
+    return publications
+
+
+def compare(kafka: LocalKafka, topic: str, publications: list[Publication]) -> bool:
+    """Whether each place that Dagster reported holds a record, and no other does on a Kafka of our own."""
+    reported = {
+        (o.partition, offset) for p in publications for o in p.offsets for a, b in o.runs for offset in range(a, b + 1)
+    }
+    records = sum(publication.records for publication in publications)
+    read = read_places(kafka, topic)
+    found = len([place for place in read if place in reported])
+    equal = records == found == len(reported) and len(set(read)) == len(read)
+    print(f"  {topic:<15} {records} records reported by Dagster {'=' if equal else '!='} {found} read from Kafka")
+    if len(read) > found:
+        print(f"  {'':<15} and {len(read) - found} more that were not published now")
+    return equal and (len(read) == found or os.environ["KAFKA_BOOTSTRAP_SERVERS"] != kafka.bootstrap_servers)
+
+
+def read_places(kafka: LocalKafka, topic: str) -> list[Place]:
+    """Where the console consumer finds a record, for each record it reads."""
+    output = tool(
+        kafka, "consumer.ConsoleConsumer", "--topic", topic, "--from-beginning", "--isolation-level", "read_committed",
+        "--timeout-ms", "5000", "--property", "print.partition=true", "--property", "print.offset=true",
+        "--property", "print.value=false",
+    )  # fmt: skip
+    return [(int(p), int(o)) for p, o in re.findall(r"^Partition:(\d+)\tOffset:(\d+)$", output, re.MULTILINE)]
+
+
+def explain_end_offsets(kafka: LocalKafka, publications: list[Publication]) -> None:
+    """Show the end offsets, which are higher than the number of records."""
+    lines = tool(kafka, "GetOffsetShell", "--topic", "flights").split()
+    print("\nThe end offsets of 'flights', from Kafka's GetOffsetShell (topic:Kafka partition:offset):")
+    print(f"  {' '.join(lines)}")
+    markers = sum(len(publication.offsets) for publication in publications)
+    total = sum(int(line.split(":")[2]) for line in lines)
+    print(
+        f"  Their sum is {total}: {total - markers} records and {markers} commit markers. Each transaction ends with\n"
+        "  one marker in each Kafka partition it wrote to; a marker takes an offset, and consumers never see it."
+    )
+
+
+def tool(kafka: LocalKafka, name: str, *arguments: str) -> str:
+    """What one of Kafka's command line tools prints."""
+    servers = os.environ["KAFKA_BOOTSTRAP_SERVERS"]
+    done = kafka.run_tool(f"org.apache.kafka.tools.{name}", "--bootstrap-server", servers, *arguments)
+    if done.returncode:
+        raise LocalKafkaError(f"{name} ended with exit code {done.returncode}:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def ui(port: int) -> int:
+    """Run `dg dev` until Ctrl-C, on a Kafka whose data stays in .dagster_home with Dagster's.
+
+    Returns:
+        The exit code of `dg dev` if it ends by itself, else 0.
+    """
+    HOME.mkdir(exist_ok=True)
+    settings = HOME / "dagster.yaml"
+    if not settings.exists():
+        settings.write_text("telemetry:\n  enabled: false\nnux:\n  enabled: false\n")
+    with cluster(HOME / "kafka"):
+        print(f"Dagster: http://127.0.0.1:{port} (Ctrl-C ends both)", flush=True)
+        dev = subprocess.Popen(  # noqa: S603
+            [str(Path(sys.executable).with_name("dg")), "dev", "--host", "127.0.0.1", "--port", str(port)],
+            cwd=PROJECT,
+            env={**os.environ, "DAGSTER_HOME": str(HOME), "VIRTUAL_ENV": sys.prefix},
+        )
+        try:
+            return dev.wait()
+        except KeyboardInterrupt:
+            return 0
+        finally:
+            if dev.poll() is None:
+                dev.send_signal(signal.SIGINT)
+                dev.wait(30)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="?", choices=["demo", "ui"], default="demo")
+    parser.add_argument("--port", type=int, default=3000, help="of the Dagster UI")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return ui(options.port) if options.what == "ui" else demo()
+    except LocalKafkaError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

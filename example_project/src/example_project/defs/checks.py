@@ -1,0 +1,29 @@
+"""What must be true of each day's records; the checks read them back from Kafka."""
+
+import dagster as dg
+import polars as pl
+
+from example_project.defs.assets import carrier_delays, daily, flights
+
+FLIGHT = ["carrier", "flight", "origin", "sched_dep_time"]
+
+
+@dg.asset_check(asset=flights, partitions_def=daily, description="There are flights, and each is there once.")
+def each_flight_once(flights: pl.DataFrame) -> dg.AssetCheckResult:
+    """Count the flights, and those that come twice."""
+    twice = len(flights) - flights.n_unique(FLIGHT)
+    return dg.AssetCheckResult(
+        passed=len(flights) > 0 and twice == 0, metadata={"flights": len(flights), "twice": twice}
+    )
+
+
+@dg.asset_check(
+    asset=carrier_delays,
+    additional_ins={"flights": dg.AssetIn("flights")},
+    partitions_def=daily,
+    description="The carriers' flights add up to the day's.",
+)
+def every_flight_counted(carrier_delays: pl.DataFrame, flights: pl.DataFrame) -> dg.AssetCheckResult:
+    """Add up the flights of the carriers."""
+    counted = carrier_delays["flights"].sum()
+    return dg.AssetCheckResult(passed=counted == len(flights), metadata={"flights": len(flights), "counted": counted})

@@ -1,0 +1,137 @@
+import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import dagster as dg
+import hypothesis
+import pytest
+from confluent_kafka import Consumer, KafkaError, TopicPartition
+
+pytest_plugins = ["dataforge_kafka_dagster.pytest_plugin", "pytester"]
+
+hypothesis.settings.register_profile("tests", deadline=None, max_examples=60, database=None)
+hypothesis.settings.load_profile("tests")
+
+_DEADLINE = 30.0
+
+
+class Found(NamedTuple):
+    """A record as an independent consumer finds it."""
+
+    partition: int
+    offset: int
+    key: bytes | None
+    value: bytes | None
+    headers: list[tuple[str, bytes | None]] | None
+    timestamp: int
+
+
+def read_topic(bootstrap: str, topic: str, isolation: str = "read_committed") -> list[Found]:
+    """All records of a topic that a plain consumer sees, by Kafka partition and offset."""
+    consumer = Consumer(
+        {
+            "bootstrap.servers": bootstrap,
+            "group.id": f"independent-{uuid.uuid4()}",
+            "enable.auto.commit": False,
+            "enable.partition.eof": True,
+            "auto.offset.reset": "earliest",
+            "isolation.level": isolation,
+            "fetch.wait.max.ms": 20,
+        }
+    )
+    try:
+        partitions = consumer.list_topics(topic, timeout=_DEADLINE).topics[topic].partitions
+        assert partitions, f"no topic {topic!r}"
+        consumer.assign([TopicPartition(topic, partition, 0) for partition in partitions])
+        found, ended, deadline = [], set(), time.monotonic() + _DEADLINE
+        while ended != set(partitions):
+            assert time.monotonic() < deadline, f"{topic!r} was not read to its end in {_DEADLINE} s"
+            for message in consumer.consume(1000, 0.1):
+                if message.error() is None:
+                    ended.discard(message.partition())
+                    found.append(
+                        Found(
+                            message.partition(),
+                            message.offset(),
+                            message.key(),
+                            message.value(),
+                            message.headers(),
+                            message.timestamp()[1],
+                        )
+                    )
+                else:
+                    assert message.error().code() == KafkaError._PARTITION_EOF, message.error()
+                    ended.add(message.partition())
+    finally:
+        consumer.close()
+    return sorted(found, key=lambda record: record[:2])
+
+
+@pytest.fixture
+def read(kafka_bootstrap_servers: str) -> Callable[..., list[Found]]:
+    """Reads a topic with a consumer that shares no code with the package."""
+    return lambda topic, isolation="read_committed": read_topic(kafka_bootstrap_servers, topic, isolation)
+
+
+@pytest.fixture
+def closed_port() -> str:
+    """An address where nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.fixture
+def instance():
+    """An ephemeral Dagster instance."""
+    with dg.DagsterInstance.ephemeral() as instance:
+        yield instance
+
+
+@pytest.fixture
+def stored_instance(tmp_path, monkeypatch):
+    """A Dagster instance that other processes can open."""
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    with dg.instance_for_test(temp_dir=str(tmp_path)) as instance:
+        yield instance
+
+
+@pytest.fixture
+def eventually() -> Callable[..., object]:
+    """Waits until a condition holds, to a deadline."""
+
+    def wait(condition: Callable[[], object], seconds: float = 10.0) -> object:
+        deadline = time.monotonic() + seconds
+        while not (result := condition()):
+            assert time.monotonic() < deadline, f"not so within {seconds} s"
+            time.sleep(0.02)
+        return result
+
+    return wait
+
+
+@pytest.fixture
+def python() -> Callable[[str], str]:
+    """Runs Python source in a process of its own and returns what it prints."""
+
+    def run(source: str) -> str:
+        root = str(Path(__file__).parents[1])
+        done = subprocess.run(
+            [sys.executable, "-c", source],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=root,
+            env=os.environ | {"PYTHONPATH": root},
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run

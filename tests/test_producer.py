@@ -1,0 +1,446 @@
+import collections
+import concurrent.futures
+import datetime as dt
+import logging
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+
+import pytest
+
+from dataforge_kafka_dagster import (
+    DataForgeKafkaProducer,
+    KafkaError,
+    KafkaProducerConfig,
+    KafkaRecord,
+    KafkaTimeoutError,
+    NoBrokersAvailable,
+    RecordMetadata,
+    create_kafka_producer,
+)
+from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
+
+pytestmark = pytest.mark.kafka
+
+LOCAL = "localhost:9092"
+
+
+@pytest.fixture
+def config(kafka_bootstrap_servers):
+    return KafkaProducerConfig(bootstrap_servers=kafka_bootstrap_servers, delivery_timeout=10)
+
+
+@pytest.fixture
+def producer(config):
+    with DataForgeKafkaProducer(config) as producer:
+        yield producer
+
+
+def _run(source, servers, topic):
+    """Execute a documented usage with the broker and the topic of the test in place of its own."""
+    assert LOCAL in source
+    names = {}
+    exec(source.replace(LOCAL, servers).replace('"my-topic"', repr(topic)), names)
+    return names
+
+
+IMPORTS = """
+from dataforge_kafka_dagster import DataForgeKafkaProducer, KafkaProducerConfig, create_kafka_producer
+config = KafkaProducerConfig(bootstrap_servers=["localhost:9092"])
+"""
+
+SYNC = """
+producer = DataForgeKafkaProducer(config)
+success = producer.send_sync("my-topic", {"message": "Hello Kafka!"})
+outcome = None
+if success:
+    outcome = "sent"
+producer.close()
+"""
+
+ASYNC = """
+producer = DataForgeKafkaProducer(config)
+calls = []
+def delivery_callback(err, msg):
+    if err:
+        calls.append(err)
+    else:
+        calls.append((msg.topic(), msg.partition()))
+
+producer.send_async("my-topic", {"async_message": "Hello Async!"}, callback=delivery_callback)
+producer.close()
+"""
+
+WITH = """
+with DataForgeKafkaProducer(config) as producer:
+    producer.send_sync("my-topic", {"message": "from the block"})
+    producer.send_async("my-topic", {"message": "left to the block's end"})
+"""
+
+FACTORY = """
+producer = create_kafka_producer(
+    {"bootstrap_servers": ["localhost:9092"], "client_id": "factory-producer", "compression_type": "snappy"}
+)
+success = producer.send_sync("my-topic", {"message": "factory"})
+producer.close()
+"""
+
+
+def _values(found):
+    return [record.value for record in found]
+
+
+def test_documented_usage_send_sync(kafka_bootstrap_servers, kafka_topic, read):
+    topic = kafka_topic()
+    names = _run(IMPORTS + SYNC, kafka_bootstrap_servers, topic)
+    assert names["outcome"] == "sent"
+    assert _values(read(topic)) == [b'{"message":"Hello Kafka!"}']
+
+
+def test_documented_usage_send_async(kafka_bootstrap_servers, kafka_topic, read):
+    topic = kafka_topic()
+    names = _run(IMPORTS + ASYNC, kafka_bootstrap_servers, topic)
+    assert names["calls"] == [(topic, 0)]
+    assert _values(read(topic)) == [b'{"async_message":"Hello Async!"}']
+
+
+def test_documented_usage_with(kafka_bootstrap_servers, kafka_topic, read):
+    topic = kafka_topic()
+    _run(IMPORTS + WITH, kafka_bootstrap_servers, topic)
+    assert _values(read(topic)) == [b'{"message":"from the block"}', b'{"message":"left to the block\'s end"}']
+
+
+def test_documented_usage_factory(kafka_bootstrap_servers, kafka_topic, read):
+    topic = kafka_topic()
+    names = _run(IMPORTS + FACTORY, kafka_bootstrap_servers, topic)
+    assert isinstance(names["success"], RecordMetadata)
+    assert names["producer"].config.client_id == "factory-producer"
+    assert _values(read(topic)) == [b'{"message":"factory"}']
+
+
+def test_what_send_sync_returns_is_what_a_reader_finds(producer, kafka_topic, read):
+    topic = kafka_topic(partitions=3)
+    began = time.time() * 1000
+    sent = [
+        producer.send_sync(topic, {"i": 0}, key="a"),
+        producer.send_sync(topic, "text", key=7, partition=2, headers={"h": "é", "n": None}, timestamp=1357000000000),
+        producer.send_sync(topic, b"\x00\xff", partition=1, headers=[("h", b"1"), ("h", b"2")]),
+        producer.send_sync(topic, None, key=b"k", partition=1),
+        producer.send_sync(topic, "later", partition=2, timestamp=dt.datetime(2013, 1, 1, tzinfo=dt.timezone.utc)),
+    ]
+    assert all(sent)
+    found = {(record.partition, record.offset): record for record in read(topic)}
+    assert len(found) == len(sent)
+    for metadata in sent:
+        assert metadata.topic == topic
+        assert found[metadata.partition, metadata.offset].timestamp == metadata.timestamp
+    first, second, third, fourth, fifth = (found[metadata.partition, metadata.offset] for metadata in sent)
+    assert (first.key, first.value) == (b"a", b'{"i":0}')
+    assert began - 1000 <= first.timestamp <= time.time() * 1000 + 1000
+    assert (second.partition, second.key, second.value) == (2, b"7", b"text")
+    assert (second.headers, second.timestamp) == ([("h", "é".encode()), ("n", None)], 1357000000000)
+    assert (third.partition, third.value, third.headers) == (1, b"\x00\xff", [("h", b"1"), ("h", b"2")])
+    assert (fourth.partition, fourth.key, fourth.value) == (1, b"k", None)
+    assert fifth.timestamp == 1356998400000
+
+
+def test_dataclasses_and_records_are_values(producer, kafka_topic, read):
+    @dataclass
+    class Point:
+        x: int
+
+    topic = kafka_topic()
+    producer.send_sync(topic, Point(1))
+    assert _values(read(topic)) == [b'{"x":1}']
+
+
+def test_a_kafka_record_is_not_published_as_json_of_itself(producer, kafka_topic, read):
+    topic = kafka_topic()
+    try:
+        producer.send_sync(topic, KafkaRecord({"a": 1}, key="k"))
+    except InvalidRecordError:
+        assert read(topic) == []
+    else:
+        assert [(record.key, record.value) for record in read(topic)] == [(b"k", b'{"a":1}')]
+
+
+def test_acks_0_has_no_offset_and_acks_1_has(kafka_bootstrap_servers, kafka_topic, read):
+    topic = kafka_topic()
+    with create_kafka_producer({"bootstrap_servers": kafka_bootstrap_servers, "acks": 0}) as producer:
+        assert producer.send_sync(topic, "0").offset == -1
+    with create_kafka_producer({"bootstrap_servers": kafka_bootstrap_servers, "acks": 1}) as producer:
+        assert producer.send_sync(topic, "1").offset == 1
+    assert _values(read(topic)) == [b"0", b"1"]
+
+
+def _murmur2(data):
+    """Kafka's org.apache.kafka.common.utils.Utils.murmur2, from its Java source."""
+    m, mask = 0x5BD1E995, 0xFFFFFFFF
+    h = (0x9747B28C ^ len(data)) & mask
+    whole = len(data) // 4 * 4
+    for i in range(0, whole, 4):
+        k = int.from_bytes(data[i : i + 4], "little") * m & mask
+        k = (k ^ (k >> 24)) * m & mask
+        h = (h * m & mask) ^ k
+    rest = data[whole:]
+    if rest:
+        h = (h ^ int.from_bytes(rest, "little")) * m & mask
+    h = (h ^ (h >> 13)) * m & mask
+    return h ^ (h >> 15)
+
+
+def test_the_murmur2_of_this_test_is_javas():
+    # From Kafka's own UtilsTest.testMurmur2.
+    vectors = {
+        b"21": -973932308,
+        b"foobar": -790332482,
+        b"a-little-bit-long-string": -985981536,
+        b"a-little-bit-longer-string": -1486304829,
+        b"lkjh234lh9fiuh90y23oiuhsafujhadof229phr9h19h89h8": -58897971,
+        b"abc": 479470107,
+    }
+    for data, signed in vectors.items():
+        assert _murmur2(data) == signed & 0xFFFFFFFF
+
+
+def test_keys_go_to_the_kafka_partition_of_javas_client(producer, kafka_topic, read):
+    topic = kafka_topic(partitions=7)
+    keys = [*(f"N{i}" for i in range(60)), "é", "foobar", "a-little-bit-longer-string"]
+    for key in keys:
+        producer.send_async(topic, "v", key=key)
+    producer.flush()
+    found = {record.key: record.partition for record in read(topic)}
+    assert found == {key.encode(): (_murmur2(key.encode()) & 0x7FFFFFFF) % 7 for key in keys}
+    assert len(set(found.values())) == 7
+
+
+def test_callback_and_future_of_delivered_records(producer, kafka_topic, read):
+    topic = kafka_topic(partitions=2)
+    calls = []
+    futures = [
+        producer.send_async(
+            topic, str(i), key=str(i), callback=lambda err, msg: calls.append((err, msg.partition(), msg.offset()))
+        )
+        for i in range(50)
+    ]
+    told = [future.result(10) for future in futures]
+    producer.flush()
+    assert [err for err, _, _ in calls] == [None] * 50
+    places = {(record.partition, record.offset): record.key for record in read(topic)}
+    assert {(partition, offset) for _, partition, offset in calls} == set(places)
+    assert [places[metadata.partition, metadata.offset] for metadata in told] == [str(i).encode() for i in range(50)]
+
+
+@pytest.fixture
+def no_room(kafka_topic):
+    """A topic that refuses records of more than 1000 bytes, as the broker says in the delivery report."""
+    return kafka_topic(config={"max.message.bytes": "1000"})
+
+
+LARGE = uuid.uuid4().hex * 200
+
+
+def test_callback_gets_the_error_of_a_failed_record(kafka_bootstrap_servers, no_room, read):
+    calls = collections.defaultdict(list)
+    options = {"bootstrap_servers": kafka_bootstrap_servers, "compression_type": "none", "linger_ms": 0}
+    with create_kafka_producer(options) as producer:
+        bad = producer.send_async(no_room, LARGE, callback=lambda err, msg: calls["bad"].append(err))
+        with pytest.raises(KafkaError) as caught:
+            bad.result(10)
+        good = producer.send_async(no_room, "small", callback=lambda err, msg: calls["good"].append(err))
+        assert good.result(10).offset == 0
+        producer.flush()
+    assert [err.name() for err in calls["bad"]] == ["MSG_SIZE_TOO_LARGE"]
+    assert calls["good"] == [None]
+    assert caught.value.code == "MSG_SIZE_TOO_LARGE"
+    assert _values(read(no_room)) == [b"small"]
+
+
+def test_flush_raises_for_records_lost_without_a_callback_once(kafka_bootstrap_servers, no_room, caplog):
+    producer = create_kafka_producer({"bootstrap_servers": kafka_bootstrap_servers, "compression_type": "none"})
+    for _ in range(3):
+        producer.send_async(no_room, LARGE)
+        concurrent.futures.wait([producer.send_async(no_room, "small")], 10)
+    with caplog.at_level(logging.ERROR, "dataforge_kafka_dagster"), pytest.raises(KafkaError) as caught:
+        producer.flush()
+    assert caught.value.code == "MSG_SIZE_TOO_LARGE"
+    assert "3 x MSG_SIZE_TOO_LARGE" in str(caught.value)
+    assert repr(no_room) in str(caught.value)
+    producer.flush()
+    producer.close()
+
+
+def test_failures_are_logged(kafka_bootstrap_servers, no_room, caplog):
+    with (
+        caplog.at_level(logging.ERROR, "dataforge_kafka_dagster"),
+        create_kafka_producer({"bootstrap_servers": kafka_bootstrap_servers, "compression_type": "none"}) as producer,
+        pytest.raises(KafkaError),
+    ):
+        producer.send_sync(no_room, LARGE)
+    assert [r for r in caplog.records if no_room in r.getMessage() and "MSG_SIZE_TOO_LARGE" in r.getMessage()]
+
+
+def test_a_callback_that_raises_breaks_nothing(producer, kafka_topic, read, caplog):
+    topic = kafka_topic()
+
+    def callback(err, msg):
+        raise ZeroDivisionError("in the callback")
+
+    with caplog.at_level(logging.ERROR, "dataforge_kafka_dagster"):
+        futures = [producer.send_async(topic, str(i), callback=callback) for i in range(3)]
+        assert [future.result(10).offset for future in futures] == [0, 1, 2]
+        producer.flush()
+    assert len([r for r in caplog.records if r.exc_info and "in the callback" in str(r.exc_info[1])]) == 3
+    assert producer.send_sync(topic, "after").offset == 3
+    assert len(read(topic)) == 4
+
+
+def test_a_cancelled_future_breaks_nothing(config, kafka_topic, read):
+    topic = kafka_topic()
+    calls = []
+    with DataForgeKafkaProducer(config.model_copy(update={"linger_ms": 300})) as producer:
+        future = producer.send_async(topic, "a", callback=lambda err, msg: calls.append(err))
+        future.cancel()
+        producer.flush()
+        assert producer.send_sync(topic, "b").offset == 1
+    assert calls == [None]
+    assert _values(read(topic)) == [b"a", b"b"]
+
+
+def test_too_large_for_the_client_fails_at_once(producer, kafka_topic, read):
+    topic = kafka_topic()
+    with pytest.raises(KafkaError) as caught:
+        producer.send_sync(topic, "x" * 2_000_000)
+    assert caught.value.code == "MSG_SIZE_TOO_LARGE"
+    assert "message.max.bytes" in caught.value.fix
+    assert repr(topic) in str(caught.value)
+    assert read(topic) == []
+
+
+def test_an_unknown_topic_fails_within_seconds_and_says_so(producer):
+    topic = f"never-{uuid.uuid4().hex}"
+    began = time.monotonic()
+    with pytest.raises(KafkaError) as caught:
+        producer.send_sync(topic, "x")
+    assert time.monotonic() - began < 10
+    assert caught.value.code in {"UNKNOWN_TOPIC_OR_PART", "_UNKNOWN_TOPIC"}
+    assert repr(topic) in str(caught.value)
+    assert "Create the topic" in caught.value.fix
+
+
+def test_an_unknown_kafka_partition_fails(producer, kafka_topic):
+    topic = kafka_topic()
+    producer.send_sync(topic, "x")
+    with pytest.raises(KafkaError) as caught:
+        producer.send_sync(topic, "x", partition=5)
+    assert caught.value.code == "_UNKNOWN_PARTITION"
+    assert repr(topic) in str(caught.value)
+
+
+def test_nothing_is_sent_of_what_cannot_be_encoded(producer, kafka_topic, read):
+    topic = kafka_topic()
+    for arguments in ({"value": {1, 2}}, {"value": {"a": float("nan")}}, {"value": "x", "headers": {"a": 1}}):
+        with pytest.raises(InvalidRecordError):
+            producer.send_sync(topic, **arguments)
+        with pytest.raises(InvalidRecordError):
+            producer.send_async(topic, **arguments)
+    assert read(topic) == []
+
+
+def _poll_threads():
+    return [thread for thread in threading.enumerate() if "kafka" in thread.name]
+
+
+def test_close_is_idempotent_and_leaves_no_thread(config, kafka_topic, eventually):
+    topic = kafka_topic()
+    before = len(_poll_threads())
+    producer = DataForgeKafkaProducer(config)
+    producer.send_async(topic, "x")
+    assert len(_poll_threads()) == before + 1
+    producer.close()
+    producer.close()
+    eventually(lambda: len(_poll_threads()) == before)
+    for send in (producer.send_sync, producer.send_async):
+        with pytest.raises(KafkaError) as caught:
+            send(topic, "after")
+        assert "closed" in caught.value.cause
+        assert caught.value.code == "_STATE"
+
+
+def test_flush_after_close_does_not_crash(config):
+    producer = DataForgeKafkaProducer(config)
+    producer.close()
+    try:
+        producer.flush()
+    except KafkaError as error:
+        assert "closed" in error.cause  # noqa: PT017
+
+
+def test_an_error_in_the_block_comes_through_and_closes(config, kafka_topic, read):
+    topic = kafka_topic()
+    with pytest.raises(ZeroDivisionError), DataForgeKafkaProducer(config) as producer:
+        producer.send_async(topic, "sent before")
+        raise ZeroDivisionError
+    with pytest.raises(KafkaError, match="closed"):
+        producer.send_sync(topic, "x")
+    assert _values(read(topic)) == [b"sent before"]
+
+
+def test_sends_of_many_threads(producer, kafka_topic, read):
+    topic = kafka_topic(partitions=2)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        told = list(pool.map(lambda i: producer.send_sync(topic, str(i)), range(200)))
+    assert len({(metadata.partition, metadata.offset) for metadata in told}) == 200
+    assert sorted(_values(read(topic))) == sorted(str(i).encode() for i in range(200))
+
+
+def test_a_full_buffer_is_backpressure_not_an_error(kafka_bootstrap_servers, kafka_topic, read):
+    topic = kafka_topic()
+    options = {"bootstrap_servers": kafka_bootstrap_servers, "buffer_memory": 65536, "compression_type": "none"}
+    with create_kafka_producer(options) as producer:
+        futures = [producer.send_async(topic, "x" * 10_000) for _ in range(200)]
+        producer.flush()
+        assert {future.result(10).offset for future in futures} == set(range(200))
+    assert len(read(topic)) == 200
+
+
+@pytest.mark.parametrize("seconds", [1.0, 2.5])
+def test_no_broker_is_told_within_the_connect_timeout(closed_port, seconds, caplog):
+    began = time.monotonic()
+    with caplog.at_level(logging.ERROR, "dataforge_kafka_dagster"), pytest.raises(NoBrokersAvailable) as caught:
+        create_kafka_producer({"bootstrap_servers": closed_port, "connect_timeout": seconds})
+    assert time.monotonic() - began < seconds + 2
+    assert closed_port in str(caught.value)
+    assert "bootstrap_servers" in caught.value.fix
+    assert caught.value.code in {"_TRANSPORT", "_ALL_BROKERS_DOWN", "_TIMED_OUT"}
+    assert [record for record in caplog.records if closed_port in record.getMessage()]
+
+
+def test_an_unknown_host_is_the_cause_that_is_told():
+    began = time.monotonic()
+    with pytest.raises(NoBrokersAvailable) as caught:
+        create_kafka_producer({"bootstrap_servers": "no-such-host.invalid:9092", "connect_timeout": 2})
+    assert time.monotonic() - began < 4
+    assert caught.value.code == "_RESOLVE"
+    assert "host names" in caught.value.fix
+
+
+def test_a_setting_that_librdkafka_refuses_is_named(kafka_bootstrap_servers):
+    options = {"bootstrap_servers": kafka_bootstrap_servers, "librdkafka_config": {"no.such.setting": "1"}}
+    with pytest.raises(KafkaError, match=r"no\.such\.setting"):
+        create_kafka_producer(options)
+
+
+def test_a_delivery_deadline_is_a_timeout_error(kafka_bootstrap_servers, kafka_topic, read):
+    topic = kafka_topic()
+    raw = {"queue.buffering.max.ms": "60000", "message.timeout.ms": "1"}
+    options = {"bootstrap_servers": kafka_bootstrap_servers, "acks": 1, "librdkafka_config": raw}
+    with create_kafka_producer(options | {"librdkafka_config": raw | {"queue.buffering.max.ms": "0"}}) as producer:
+        # A record may be quicker than a millisecond: one of many is not.
+        futures = [producer.send_async(topic, "x", callback=lambda err, msg: None) for _ in range(2000)]
+        concurrent.futures.wait(futures, 20)
+    errors = [future.exception() for future in futures if future.exception()]
+    assert errors
+    assert {type(error) for error in errors} == {KafkaTimeoutError}
+    assert {error.code for error in errors} == {"_MSG_TIMED_OUT"}

@@ -1,0 +1,442 @@
+import collections
+import dataclasses
+import datetime as dt
+import gc
+import itertools
+import json
+import time
+import weakref
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from dataforge_kafka_dagster import KafkaRecord
+from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
+from dataforge_kafka_dagster.kafka.records import chunks, encode_record
+from dataforge_kafka_dagster.kafka.serialization import to_json
+
+ROWS = [{"id": 1, "name": "a"}, {"id": 2, "name": "ü"}, {"id": 3, "name": None}]
+
+
+@dataclasses.dataclass
+class Row:
+    id: int
+    name: str
+
+
+class RowModel(BaseModel):
+    id: int
+    name: str
+
+
+def _records(output, key=None):
+    """(key, value) of each record."""
+    flat = []
+    for chunk in chunks(output, key):
+        assert chunk.size == sum(len(v or b"") for v in chunk.values) + sum(len(k or b"") for k in chunk.keys or ())
+        assert chunk.keys is None or len(chunk.keys) == len(chunk.values)
+        flat += zip(chunk.keys or itertools.repeat(None), chunk.values, strict=False)
+    return flat
+
+
+def _values(output):
+    return [value for _, value in _records(output)]
+
+
+@pytest.mark.parametrize(
+    ("output", "values"),
+    [
+        ({"a": 1}, [b'{"a":1}']),
+        (Row(1, "a"), [b'{"id":1,"name":"a"}']),
+        (RowModel(id=1, name="a"), [b'{"id":1,"name":"a"}']),
+        ("text", [b"text"]),
+        (b"\x00", [b"\x00"]),
+        (bytearray(b"a"), [b"a"]),
+        (KafkaRecord({"a": 1}), [b'{"a":1}']),
+        ([], []),
+        ((), []),
+        (iter([]), []),
+        ([{"a": 1}, {"b": 2}], [b'{"a":1}', b'{"b":2}']),
+        (({"a": 1},), [b'{"a":1}']),
+        (iter(["x", "y"]), [b"x", b"y"]),
+        ((s for s in ("x", "")), [b"x", b""]),
+        ([b"x", bytearray(b"y")], [b"x", b"y"]),
+        ([Row(1, "a"), {"id": 2}, RowModel(id=3, name="c")], [b'{"id":1,"name":"a"}', b'{"id":2}', b'{"id":3,"name":"c"}']),
+        ([KafkaRecord("x"), KafkaRecord(None, key="k")], [b"x", None]),
+        (map(str, [1, 2]), [b"1", b"2"]),
+        (collections.deque([{"a": 1}, {"a": 2}]), [b'{"a":1}', b'{"a":2}']),
+        (collections.UserList([{"a": 1}]), [b'{"a":1}']),
+    ],
+)  # fmt: skip
+def test_accepted_outputs(output, values):
+    assert _values(output) == values
+
+
+@pytest.mark.parametrize(
+    "output", [5, 1.5, True, {1, 2}, object(), Row, {"a": 1}.values(), pl.Series([1]), pl.LazyFrame({"a": [1]}), np.array([1])]
+)  # fmt: skip
+def test_other_outputs_are_refused_at_once_with_the_accepted_types(output):
+    with pytest.raises(InvalidRecordError) as caught:
+        chunks(output)
+    assert type(output).__qualname__ in caught.value.culprit
+    for accepted in ("mapping", "dataclass", "pydantic", "KafkaRecord", "generator", "polars"):
+        assert accepted in caught.value.fix
+
+
+def test_an_async_generator_is_refused():
+    async def rows():
+        yield {"a": 1}
+
+    with pytest.raises(InvalidRecordError, match="async_generator"):
+        chunks(rows())
+
+
+@pytest.mark.parametrize(
+    ("output", "key", "keys"),
+    [
+        (ROWS, "id", [b"1", b"2", b"3"]),
+        (ROWS, "name", [b"a", "ü".encode(), None]),
+        (ROWS, ["id"], [b"1", b"2", b"3"]),
+        (ROWS[:1], ["id", "name"], [b'{"id":1,"name":"a"}']),
+        (ROWS[:1], ("name", "id"), [b'{"name":"a","id":1}']),
+        ([Row(4, "d")], "id", [b"4"]),
+        ([RowModel(id=4, name="d")], ["name", "id"], [b'{"name":"d","id":4}']),
+        ([{"d": dt.date(2013, 1, 1)}], "d", [b"2013-01-01"]),
+        ([KafkaRecord({"id": 1}, key="own"), KafkaRecord({"id": 2})], "id", [b"own", b"2"]),
+        ([KafkaRecord(Row(5, "e"))], "id", [b"5"]),
+        ([{"id": np.int64(7)}], "id", [b"7"]),
+    ],
+)
+def test_keys_by_field(output, key, keys):
+    assert [found for found, _ in _records(output, key)] == keys
+
+
+def test_records_without_key_field_have_none():
+    (chunk,) = chunks(ROWS)
+    assert chunk.keys is None
+    assert chunk.extras is None
+    assert chunk.form == "json"
+
+
+def test_a_missing_key_field_names_record_field_and_those_there_are():
+    with pytest.raises(InvalidRecordError) as caught:
+        _records([*ROWS, {"name": "x"}], "id")
+    assert (caught.value.index, caught.value.field) == (3, "id")
+    assert "record 3, field 'id'" in str(caught.value)
+    assert "name" in caught.value.fix
+
+
+@pytest.mark.parametrize("value", [{"name": "x"}, Row(1, "x")])
+def test_a_missing_key_field_of_a_kafka_record_is_no_silent_none(value):
+    with pytest.raises(InvalidRecordError) as caught:
+        _records([KafkaRecord(value)], "no_such")
+    assert caught.value.field == "no_such"
+
+
+@pytest.mark.parametrize("rows", [["text"], [b"bytes"]])
+def test_a_key_field_of_what_has_no_fields_is_refused(rows):
+    with pytest.raises(InvalidRecordError, match="no fields"):
+        _records(rows, "id")
+
+
+@pytest.mark.parametrize(
+    ("rows", "index"),
+    [
+        ([{"a": 1}, "text"], 1),
+        (["text", b"bytes"], 1),
+        ([{"a": 1}, KafkaRecord({"a": 1})], 1),
+        ([KafkaRecord({"a": 1}), {"a": 1}], 1),
+        ([KafkaRecord("a"), KafkaRecord(b"a")], 1),
+        ([{"a": 1}, 5], 1),
+        ([{"a": 1}, {"a": 1}, None], 2),
+        ([[{"a": 1}]], 0),
+    ],
+)
+@pytest.mark.parametrize("kind", [list, iter])
+def test_one_kind_of_record_per_output(rows, index, kind):
+    with pytest.raises(InvalidRecordError) as caught:
+        _records(kind(rows))
+    assert caught.value.index == index
+    assert f"record {index}" in caught.value.culprit
+
+
+def test_a_kind_that_changes_in_a_later_chunk_is_refused():
+    rows = itertools.chain(({"i": i} for i in range(10_000)), ["text"])
+    with pytest.raises(InvalidRecordError) as caught:
+        _records(rows)
+    assert caught.value.index == 10_000
+    assert "dict" in str(caught.value)
+
+
+def test_a_bad_value_in_a_later_chunk_is_named_by_its_position():
+    rows = ({"i": i if i != 9_999 else object()} for i in range(10_000))
+    with pytest.raises(InvalidRecordError) as caught:
+        _records(rows)
+    assert (caught.value.index, caught.value.field) == (9_999, "i")
+
+
+def test_positions_continue_from_start():
+    with pytest.raises(InvalidRecordError) as caught:
+        list(chunks([{"a": 1}, {"a": float("nan")}], start=100))
+    assert caught.value.index == 101
+
+
+def test_a_tombstone_says_how():
+    with pytest.raises(InvalidRecordError) as caught:
+        _records([None])
+    assert "KafkaRecord(value=None, key=...)" in caught.value.fix
+
+
+def test_extras():
+    when = dt.datetime(2013, 1, 1, tzinfo=dt.timezone.utc)
+    (chunk,) = chunks(
+        [
+            KafkaRecord("a", key=1, headers={"h": "v"}, partition=2, timestamp=1357000000000),
+            KafkaRecord("b", timestamp=when),
+            KafkaRecord("c"),
+        ]
+    )
+    assert [tuple(extra) for extra in chunk.extras] == [
+        ([("h", b"v")], 2, 1357000000000),
+        (None, -1, 1356998400000),
+        (None, -1, 0),
+    ]
+    assert chunk.form == "string"
+
+
+@pytest.mark.parametrize("partition", [-1, True, 1.0, "0", 2**31])
+def test_wrong_partitions(partition):
+    with pytest.raises(InvalidRecordError) as caught:
+        encode_record(KafkaRecord("a", partition=partition), 4)
+    assert f"partition={partition!r}" in str(caught.value)
+    assert caught.value.index == 4
+
+
+@pytest.mark.parametrize("timestamp", [0, -1, True, 1.5, "now", 2**63, dt.datetime(2013, 1, 1), dt.date(2013, 1, 1)])
+def test_wrong_timestamps(timestamp):
+    with pytest.raises(InvalidRecordError) as caught:
+        encode_record(KafkaRecord("a", timestamp=timestamp), 4)
+    assert "timestamp=" in str(caught.value)
+    assert "milliseconds" in caught.value.fix
+    assert "time zone" in caught.value.fix
+
+
+def test_a_timestamp_before_the_epoch_is_refused():
+    with pytest.raises(InvalidRecordError, match="timestamp"):
+        encode_record(KafkaRecord("a", timestamp=dt.datetime(1969, 1, 1, tzinfo=dt.timezone.utc)))
+
+
+def test_a_tombstone_needs_a_key():
+    assert encode_record(KafkaRecord(None, key="k"))[:2] == (None, b"k")
+    with pytest.raises(InvalidRecordError, match="tombstone"):
+        encode_record(KafkaRecord(None), 1)
+
+
+COLUMNS = {"id": [1, 2], "x": [0.5, None], "s": ["a", None], "d": [dt.date(2013, 1, 1), None]}
+JSON_ROWS = [
+    {"id": 1, "x": 0.5, "s": "a", "d": "2013-01-01"},
+    {"id": 2, "x": None, "s": None, "d": None},
+]
+FRAMES = {
+    "polars": lambda: pl.DataFrame(COLUMNS),
+    "pandas": lambda: pd.DataFrame(COLUMNS),
+    "pandas with pyarrow": lambda: pa.table(COLUMNS).to_pandas(types_mapper=pd.ArrowDtype),
+    "pyarrow": lambda: pa.table(COLUMNS),
+}
+
+
+@pytest.mark.parametrize("make", FRAMES.values(), ids=FRAMES)
+def test_frames_are_a_record_per_row(make):
+    found = _records(make(), "id")
+    assert [json.loads(value) for _, value in found] == JSON_ROWS
+    assert [key for key, _ in found] == [b"1", b"2"]
+
+
+@pytest.mark.parametrize("make", FRAMES.values(), ids=FRAMES)
+def test_frames_have_keys_of_several_columns_and_null_keys(make):
+    assert [key for key, _ in _records(make(), ["id", "s"])] == [b'{"id":1,"s":"a"}', b'{"id":2,"s":null}']
+    assert [key for key, _ in _records(make(), "s")] == [b"a", None]
+    assert [key for key, _ in _records(make(), "d")] == [b"2013-01-01", None]
+
+
+@pytest.mark.parametrize("make", FRAMES.values(), ids=FRAMES)
+def test_frames_without_the_key_column_are_refused_at_once(make):
+    with pytest.raises(InvalidRecordError) as caught:
+        chunks(make(), "tailnum")
+    assert "tailnum" in caught.value.culprit
+    assert caught.value.field == "tailnum"
+    assert "'id', 'x', 's', 'd'" in caught.value.fix
+
+
+def test_missing_values_of_pandas_are_null():
+    frame = pd.DataFrame(
+        {
+            "i": pd.array([1, None], "Int64"),
+            "t": pd.to_datetime(["2013-01-01", None]),
+            "f": [float("nan"), 1.0],
+            "b": pd.array([True, None], "boolean"),
+            "c": pd.Categorical(["a", None]),
+            "o": ["x", None],
+        }
+    )
+    assert [json.loads(value) for value in _values(frame)] == [
+        {"i": 1, "t": "2013-01-01T00:00:00", "f": None, "b": True, "c": "a", "o": "x"},
+        {"i": None, "t": None, "f": 1.0, "b": None, "c": None, "o": None},
+    ]
+    assert [key for key, _ in _records(frame, "f")] == [None, b"1.0"]
+    assert [key for key, _ in _records(frame, "t")][1] is None
+    assert [key for key, _ in _records(frame, "i")] == [b"1", None]
+
+
+def test_nan_of_polars_is_null():
+    frame = pl.DataFrame({"f": [float("nan"), 1.0], "k": ["a", "b"]})
+    assert _values(frame) == [b'{"f":null,"k":"a"}', b'{"f":1.0,"k":"b"}']
+
+
+def test_nested_columns():
+    frame = pl.DataFrame({"l": [[1, 2]], "s": [{"a": dt.date(2013, 1, 1)}]})
+    assert [json.loads(value) for value in _values(frame)] == [{"l": [1, 2], "s": {"a": "2013-01-01"}}]
+
+
+def test_decimals_of_frames_keep_their_digits():
+    frame = pa.table({"d": pa.array(["1.10", "20.00"]).cast(pa.decimal128(10, 2))})
+    assert _values(frame) == [b'{"d":"1.10"}', b'{"d":"20.00"}']
+
+
+@pytest.mark.parametrize("make", FRAMES.values(), ids=FRAMES)
+def test_empty_frames_have_no_records(make):
+    assert _values(make()[:0] if not isinstance(make(), pa.Table) else make().slice(0, 0)) == []
+
+
+@pytest.mark.parametrize(
+    ("frame", "said"),
+    [
+        (pd.DataFrame([[1, 2]], columns=["a", "a"]), "unique"),
+        (pd.DataFrame([[1, 2]]), "str"),
+        (pl.DataFrame({"b": [b"x"]}), "bytes"),
+        (pl.DataFrame({"d": [dt.timedelta(1)]}), "timedelta"),
+    ],
+)
+def test_frames_that_cannot_be_written_are_refused(frame, said):
+    with pytest.raises(InvalidRecordError) as caught:
+        _values(frame)
+    assert said in str(caught.value)
+
+
+def test_a_row_of_a_frame_that_cannot_be_written_is_named():
+    frame = pd.DataFrame({"o": [1, 2, object()]})
+    with pytest.raises(InvalidRecordError) as caught:
+        _values(frame)
+    assert (caught.value.index, caught.value.field) == (2, "o")
+
+
+def test_a_generator_is_not_read_ahead_of_its_chunk():
+    taken = 0
+
+    def rows():
+        nonlocal taken
+        for i in range(100_000):
+            taken += 1
+            yield {"i": i}
+
+    seen = 0
+    for chunk in chunks(rows()):
+        seen += len(chunk.values)
+        assert taken == seen
+        assert len(chunk.values) <= 1_000
+    assert seen == 100_000
+
+
+def test_chunks_are_about_a_megabyte_also_of_large_records():
+    sizes = [chunk.size for chunk in chunks({"x": "y" * 100_000} for _ in range(200))]
+    assert max(sizes[1:]) <= 2_000_000
+    assert sum(sizes) == 200 * len(to_json({"x": "y" * 100_000}))
+    # The first chunk is taken before any size is known.
+    assert sizes[0] <= 64 * 100_100
+
+
+def test_chunks_get_small_again_when_records_grow():
+    rows = itertools.chain(({"x": 1} for _ in range(20_000)), ({"x": "y" * 50_000} for _ in range(500)))
+    found = list(chunks(rows))
+    assert max(len(chunk.values) for chunk in found) == 1_000
+    assert max(chunk.size for chunk in found) <= 8_000_000
+
+
+def test_rows_are_let_go_of():
+    class Counted(dict):
+        __hash__ = object.__hash__
+
+    alive = weakref.WeakSet()
+
+    def rows():
+        for i in range(30_000):
+            row = Counted(i=i)
+            alive.add(row)
+            yield row
+
+    most = 0
+    for _ in chunks(rows()):
+        gc.collect(0)
+        most = max(most, len(alive))
+    assert most <= 10_100
+
+
+def test_a_frame_is_sliced_not_copied_to_rows_at_once():
+    counts = [len(chunk.values) for chunk in chunks(pl.DataFrame({"i": range(50_000)}))]
+    assert sum(counts) == 50_000
+    assert max(counts) <= 1_000
+
+
+def test_a_slow_generator_yields_within_about_half_a_second():
+    def rows():
+        for i in range(1000):
+            time.sleep(0.05)
+            yield {"i": i}
+
+    began = time.monotonic()
+    first = next(chunks(rows()))
+    assert 0.4 < time.monotonic() - began < 2
+    assert 3 <= len(first.values) <= 30
+
+
+def test_an_error_of_a_generator_comes_through_unchanged():
+    def rows():
+        yield {"i": 1}
+        raise ZeroDivisionError("of the user")
+
+    with pytest.raises(ZeroDivisionError, match="of the user"):
+        _values(rows())
+
+
+LEAVES = (
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+)  # fmt: skip
+ROW = st.dictionaries(
+    st.text(), st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=4)
+)
+
+
+@given(st.lists(ROW, max_size=6), st.sampled_from([1, 30]), st.booleans())
+def test_any_json_rows_come_back_in_order(rows, times, lazily):
+    rows = rows * times
+    output = (row for row in rows) if lazily else rows
+    assert [json.loads(value) for value in _values(output)] == rows
+
+
+@given(st.lists(st.text() | st.none(), max_size=50))
+def test_any_text_column_comes_back(texts):
+    frame = pl.DataFrame({"t": pl.Series(texts, dtype=pl.String)})
+    found = _records(frame, "t")
+    assert [json.loads(value)["t"] for _, value in found] == texts
+    assert [None if key is None else key.decode() for key, _ in found] == texts
+
+
+@given(st.lists(st.fixed_dictionaries({"k": st.text(min_size=1), "v": LEAVES}), max_size=30))
+def test_any_key_field_comes_back(rows):
+    assert [key.decode() for key, _ in _records(iter(rows), "k")] == [row["k"] for row in rows]

@@ -1,0 +1,304 @@
+import dataclasses
+import datetime as dt
+import decimal
+import enum
+import json
+import types
+import uuid
+from collections import OrderedDict
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
+from dataforge_kafka_dagster.kafka.serialization import (
+    deserialize,
+    format_of,
+    serialize_headers,
+    serialize_key,
+    serialize_value,
+    to_json,
+)
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+@dataclasses.dataclass
+class Point:
+    x: int
+    y: float
+
+
+class Inner(BaseModel):
+    when: dt.date
+    amount: decimal.Decimal
+
+
+class Model(BaseModel):
+    name: str
+    inner: Inner
+
+
+@pytest.mark.parametrize(
+    ("value", "encoded"),
+    [
+        ({"a": 1}, b'{"a":1}'),
+        ({}, b"{}"),
+        (OrderedDict(b=1, a=2), b'{"b":1,"a":2}'),
+        (types.MappingProxyType({"a": 1}), b'{"a":1}'),
+        (Point(1, 2.5), b'{"x":1,"y":2.5}'),
+        (
+            Model(name="n", inner=Inner(when=dt.date(2013, 1, 1), amount=decimal.Decimal("1.10"))),
+            b'{"name":"n","inner":{"when":"2013-01-01","amount":"1.10"}}',
+        ),
+        ("text", b"text"),
+        ("", b""),
+        ("é€😀", "é€😀".encode()),
+        (b"\x00\xff", b"\x00\xff"),
+        (b"", b""),
+        (bytearray(b"ab"), b"ab"),
+        (memoryview(b"ab"), b"ab"),
+        (None, None),
+    ],
+)
+def test_values_by_type(value, encoded):
+    assert serialize_value(value) == encoded
+
+
+UUID = uuid.UUID("12345678-1234-5678-1234-567812345678")
+
+
+@pytest.mark.parametrize(
+    ("leaf", "encoded"),
+    [
+        (None, "null"),
+        (True, "true"),
+        (2**63, str(2**63)),
+        (-(2**63), str(-(2**63))),
+        (1.5, "1.5"),
+        ("ü\n\u2028", '"ü\\n\u2028"'),
+        (dt.date(2013, 1, 2), '"2013-01-02"'),
+        (dt.datetime(2013, 1, 2, 3, 4, 5, 678901), '"2013-01-02T03:04:05.678901"'),
+        (dt.datetime(2013, 1, 2, tzinfo=dt.timezone.utc), '"2013-01-02T00:00:00+00:00"'),
+        (dt.time(3, 4, 5), '"03:04:05"'),
+        (decimal.Decimal("0.10"), '"0.10"'),
+        (decimal.Decimal("12345678901234567890.123456789"), '"12345678901234567890.123456789"'),
+        (UUID, f'"{UUID}"'),
+        (Colour.RED, '"red"'),
+        (np.int64(7), "7"),
+        (np.int8(-7), "-7"),
+        (np.float64(0.5), "0.5"),
+        (np.float32(0.5), "0.5"),
+        (np.bool_(True), "true"),
+        (np.datetime64("2013-01-02T03:04:05"), '"2013-01-02T03:04:05"'),
+        (np.array([[1, 2], [3, 4]]), "[[1,2],[3,4]]"),
+        (pd.Timestamp("2013-01-02 03:04:05"), '"2013-01-02T03:04:05"'),
+        (pd.NaT, "null"),
+        (pd.NA, "null"),
+        ((1, 2), "[1,2]"),
+        ([{"x": [Point(1, 2)]}], '[{"x":[{"x":1,"y":2}]}]'),
+        (Inner(when=dt.date(2013, 1, 1), amount=decimal.Decimal(1)), '{"when":"2013-01-01","amount":"1"}'),
+        (types.MappingProxyType({"k": 1}), '{"k":1}'),
+    ],
+)
+def test_json_forms_of_leaves(leaf, encoded):
+    assert to_json({"leaf": leaf}).decode() == '{"leaf":' + encoded + "}"
+    assert serialize_value({"leaf": leaf}).decode() == '{"leaf":' + encoded + "}"
+
+
+@pytest.mark.parametrize("value", [5, 1.5, True, object(), {1, 2}, [1], (1,), dt.date(2013, 1, 1), UUID, Point, int])
+def test_other_values_are_refused(value):
+    with pytest.raises(InvalidRecordError) as caught:
+        serialize_value(value, 3)
+    assert caught.value.index == 3
+    assert "record 3" in caught.value.culprit
+    assert type(value).__name__ in str(caught.value)
+    assert "mapping, dataclass, pydantic model, str or bytes" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("value", "field", "said"),
+    [
+        ({"a": {"b": [1, object()]}}, "a.b.1", "object"),
+        ({"a": {1, 2}}, "a", "set"),
+        ({"a": b"x"}, "a", "bytes"),
+        ({"a": dt.timedelta(1)}, "a", "timedelta"),
+        ({"a": 1 + 2j}, "a", "complex"),
+        ({"a": 2**64}, "a", "64-bit"),
+        ({"a": "\ud800"}, "a", "UTF-8"),
+        ({"a": {"b": {1: 2}}}, "a.b.1", "key must be str"),
+        (Point(object(), 1), "x", "object"),
+        ({"a": Point(1, {3})}, "a.y", "set"),
+    ],
+)
+def test_what_has_no_json_form_is_named_by_its_field(value, field, said):
+    with pytest.raises(InvalidRecordError) as caught:
+        serialize_value(value, 0)
+    assert caught.value.field == field
+    assert repr(field) in caught.value.culprit
+    assert said in caught.value.cause
+    assert caught.value.fix
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("value", "field"),
+    [
+        ({"a": NAN}, "a"),
+        ({"a": {"b": [1, -INF]}}, "a.b.1"),
+        (Point(1, INF), "y"),
+        ({"a": None, "b": (NAN,)}, "b.0"),
+        ({"a": np.float64("nan")}, "a"),
+        ({"a": np.float32("nan")}, "a"),
+        ({"a": np.float16("inf")}, "a"),
+        ({"a": np.array([1.0, NAN])}, "a"),
+    ],
+)
+def test_non_finite_floats_are_refused_and_never_become_null(value, field):
+    with pytest.raises(InvalidRecordError) as caught:
+        serialize_value(value, 7)
+    assert caught.value.index == 7
+    assert caught.value.field is not None
+    assert caught.value.field.startswith(field)
+    assert "NaN" in caught.value.cause
+
+
+def test_text_null_is_not_a_missing_value():
+    assert serialize_value({"a": "null", "b": None}) == b'{"a":"null","b":null}'
+
+
+def test_a_value_inside_itself_is_refused():
+    value: dict = {}
+    value["again"] = value
+    with pytest.raises(InvalidRecordError, match="Recursion limit"):
+        serialize_value(value)
+
+
+def test_fixes_keep_the_spelling_of_json():
+    with pytest.raises(InvalidRecordError) as caught:
+        serialize_value({"a": 2**64})
+    assert caught.value.fix == "Convert it to a type that JSON has"
+
+
+@pytest.mark.parametrize(
+    ("key", "encoded"),
+    [
+        (None, None),
+        ("N14228", b"N14228"),
+        ("é", "é".encode()),
+        (b"\x00\xff", b"\x00\xff"),
+        (bytearray(b"a"), b"a"),
+        (memoryview(b"a"), b"a"),
+        (7, b"7"),
+        (-(2**70), str(-(2**70)).encode()),
+        (True, b"true"),
+        (False, b"false"),
+        (1.5, b"1.5"),
+        (decimal.Decimal("1.10"), b"1.10"),
+        (UUID, str(UUID).encode()),
+        (dt.date(2013, 1, 2), b"2013-01-02"),
+        (dt.datetime(2013, 1, 2, 3), b"2013-01-02T03:00:00"),
+        ({"a": 1, "b": "x"}, b'{"a":1,"b":"x"}'),
+        (["a", 1], b'["a",1]'),
+        (("a", 1), b'["a",1]'),
+        (Point(1, 2.0), b'{"x":1,"y":2.0}'),
+        (np.int64(7), b"7"),
+        (np.str_("a"), b"a"),
+    ],
+)
+def test_keys_have_the_text_forms_of_javas_string_serializer(key, encoded):
+    assert serialize_key(key) == encoded
+
+
+@pytest.mark.parametrize("key", [object(), {1}, NAN, INF, 1j, {"a": object()}, [{1}], int, "\ud800", {"a": NAN}])
+def test_other_keys_are_refused(key):
+    with pytest.raises(InvalidRecordError) as caught:
+        serialize_key(key, 5, "tailnum")
+    assert caught.value.index == 5
+    assert "record 5" in caught.value.culprit
+    assert caught.value.fix
+
+
+def test_headers():
+    assert serialize_headers(None) is None
+    assert serialize_headers({}) == []
+    assert serialize_headers({"a": "é", "b": b"\xff", "c": None}) == [("a", "é".encode()), ("b", b"\xff"), ("c", None)]
+    assert serialize_headers([("a", "1"), ("a", "2")]) == [("a", b"1"), ("a", b"2")]
+
+
+@pytest.mark.parametrize(
+    "headers", [5, "ab", ["a"], [("a",)], [("a", 1)], {1: "a"}, {"a": 1.5}, {"a": ["b"]}, [None], {"a": "\ud800"}]
+)
+def test_wrong_headers_are_refused(headers):
+    with pytest.raises(InvalidRecordError) as caught:
+        serialize_headers(headers, 2)
+    assert "record 2, headers" in caught.value.culprit
+    assert "mapping" in caught.value.fix
+    assert caught.value.index == 2
+
+
+def test_header_names_that_are_no_text_are_refused():
+    with pytest.raises(InvalidRecordError):
+        serialize_headers({"\ud800": "a"})
+
+
+@pytest.mark.parametrize(
+    ("cls", "form"),
+    [
+        (dict, "json"),
+        (Point, "json"),
+        (Model, "json"),
+        (str, "string"),
+        (np.str_, "string"),
+        (bytes, "bytes"),
+        (bytearray, "bytes"),
+        (int, None),
+        (list, None),
+        (type(None), None),
+    ],
+)
+def test_formats(cls, form):
+    assert format_of(cls) == form
+
+
+def test_deserialize_is_the_way_back():
+    assert deserialize(b'{"a":1}', "json") == {"a": 1}
+    assert deserialize("é".encode(), "string") == "é"
+    assert deserialize(b"\xff", "bytes") == b"\xff"
+    assert deserialize(None, "json") is None
+    with pytest.raises(ValueError):  # noqa: PT011
+        deserialize(b"{", "json")
+    with pytest.raises(ValueError):  # noqa: PT011
+        deserialize(b"\xff", "string")
+
+
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text()
+)
+VALUES = st.dictionaries(
+    st.text(), st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
+)
+
+
+@given(VALUES)
+def test_any_json_value_comes_back(value):
+    encoded = serialize_value(value)
+    assert json.loads(encoded) == value
+    assert deserialize(encoded, "json") == value
+
+
+@given(st.text())
+def test_any_text_comes_back(text):
+    assert deserialize(serialize_value(text), "string") == text
