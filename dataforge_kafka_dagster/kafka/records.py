@@ -29,7 +29,9 @@ ACCEPTED: Final = (
 )
 
 _CHUNK_BYTES: Final = 1_000_000
-_CHUNK_ROWS: Final = 1_000
+# Rows may grow from one to the next by any factor: few at a time bound what a chunk holds.
+_CHUNK_ROWS: Final = 128
+_FRAME_ROWS: Final = 1_000
 _CHUNK_SECONDS: Final = 0.5
 
 
@@ -115,7 +117,9 @@ def chunks(output: Any, key: str | Sequence[str] | None = None, start: int = 0) 
     raise refuse_output(output)
 
 
-def _paced(take: Callable[[int, int], Any], encode: Callable[[Any, int], Chunk], first: int) -> Iterator[Chunk]:
+def _paced(
+    take: Callable[[int, int], Any], encode: Callable[[Any, int], Chunk], first: int, most: int = _CHUNK_ROWS
+) -> Iterator[Chunk]:
     """Take rows and encode them, as many at a time as make a megabyte, going by those before."""
     start, size = 0, 64
     while rows := take(start, size):
@@ -123,7 +127,7 @@ def _paced(take: Callable[[int, int], Any], encode: Callable[[Any, int], Chunk],
         yield chunk
         start += len(rows)
         fitting = _CHUNK_BYTES * len(rows) // max(chunk.size, 1)
-        size = max(1, min(_CHUNK_ROWS, fitting, size * 8))
+        size = max(1, min(most, fitting, size * 8))
 
 
 def _take(rows: Iterator[Any], size: int) -> list[Any]:
@@ -334,7 +338,7 @@ def _frame_chunks(native: Any, fields: tuple[str, ...], first: int) -> Iterator[
                 field=str(name),
             )
     encode = _FrameEncoder(fields)
-    return _paced(lambda start, size: frame[start : start + size].rows(named=True), encode, first)
+    return _paced(lambda start, size: frame[start : start + size].rows(named=True), encode, first, _FRAME_ROWS)
 
 
 class _FrameEncoder:

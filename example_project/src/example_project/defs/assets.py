@@ -9,6 +9,8 @@ from dataforge_kafka_dagster import KafkaProducerResource
 
 daily = dg.DailyPartitionsDefinition(start_date="2013-01-01", end_date="2014-01-01")
 
+LATE_MINUTES = 180
+
 
 @dg.asset(
     partitions_def=daily,
@@ -42,7 +44,7 @@ def long_delays(
     context: dg.AssetExecutionContext, kafka: KafkaProducerResource, flights: pl.DataFrame
 ) -> dg.MaterializeResult[None]:
     """An alert for each flight that left more than three hours late, published from the body."""
-    late = flights.filter(pl.col("dep_delay") > 180)
+    late = flights.filter(pl.col("dep_delay") > LATE_MINUTES)
     with kafka.publishing(context, topic="alerts", key="tailnum") as publication:
         publication.send_all(late.select("time_hour", "carrier", "flight", "tailnum", "origin", "dest", "dep_delay"))
     return publication.materialize_result()

@@ -25,5 +25,5 @@ def each_flight_once(flights: pl.DataFrame) -> dg.AssetCheckResult:
 )
 def every_flight_counted(carrier_delays: pl.DataFrame, flights: pl.DataFrame) -> dg.AssetCheckResult:
     """Add up the flights of the carriers."""
-    counted = carrier_delays["flights"].sum()
+    counted = int(carrier_delays["flights"].sum())
     return dg.AssetCheckResult(passed=counted == len(flights), metadata={"flights": len(flights), "counted": counted})
