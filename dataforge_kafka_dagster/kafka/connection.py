@@ -39,11 +39,6 @@ SLICE: Final = 0.25
 """Longest time, seconds, that a call holds back a signal."""
 
 
-_WAITING: Final = confluent_kafka.KafkaException(
-    confluent_kafka.KafkaError(confluent_kafka.KafkaError._TIMED_OUT, "no answer yet", retriable=True)  # noqa: SLF001
-)
-
-
 class Connection:
     """Makes the clients of one cluster and remembers why they could not connect."""
 
@@ -199,28 +194,12 @@ class Connection:
         A call that is left behind ends with librdkafka's own socket.timeout.ms.
 
         Raises:
-            KafkaError: As `resume`.
+            KafkaError: As `answer`.
         """
-        future: concurrent.futures.Future[T] = concurrent.futures.Future()
-
-        def run() -> None:
-            try:
-                future.set_result(call())
-            except BaseException as error:  # noqa: BLE001  (raised again by the one who waits)
-                future.set_exception(error)
-
-        threading.Thread(target=run, name="dataforge-kafka-call", daemon=True).start()
-
-        def wait(seconds: float) -> T:
-            try:
-                return future.result(seconds)
-            except concurrent.futures.TimeoutError:
-                raise _WAITING from None
-
-        return self.resume(wait, timeout, culprit)
+        return self.answer(lambda: _spawn(call), timeout, culprit)
 
     def answer(self, ask: Callable[[], concurrent.futures.Future[T]], timeout: float, culprit: str) -> T:
-        """The answer to an admin request, asked again while the error can be retried.
+        """The answer to a request, asked again while the error can be retried.
 
         Raises:
             KafkaError: The request failed for good, or the time was up.
@@ -238,8 +217,9 @@ class Connection:
             except confluent_kafka.KafkaException as exception:
                 self._serve_errors()
                 error = exception.args[0]
-                if remedy_of(error.name()) is not Remedy.RETRY:
-                    raise self.cause(error, culprit) from None
+                fatal = self.fatal or error
+                if remedy_of(fatal.name()) is not Remedy.RETRY:
+                    raise self.cause(fatal, culprit) from None
                 if time.monotonic() + 0.1 >= deadline:
                     if error.name() in {"_TIMED_OUT", "_TRANSPORT", "_ALL_BROKERS_DOWN"}:
                         raise self.unreachable(timeout) from None
@@ -271,6 +251,19 @@ class Connection:
             description = self.answer(ask, max(0.1, deadline - time.monotonic()), f"topic {topic!r}, {self.name}")
             counts[topic] = len(description.partitions)
         return counts
+
+
+def _spawn(call: Callable[[], T]) -> concurrent.futures.Future[T]:
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001  (raised again by the one who waits)
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="dataforge-kafka-call", daemon=True).start()
+    return future
 
 
 class _Quiet(logging.Logger):

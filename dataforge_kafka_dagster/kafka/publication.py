@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import datetime as dt
@@ -24,7 +23,7 @@ from typing import Any, Final, cast
 
 import confluent_kafka
 import orjson
-from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException, TopicPartition
+from confluent_kafka import KafkaException, TopicPartition
 from typing_extensions import Self
 
 from dataforge_kafka_dagster.kafka.config import PublicationConfig, check_topic, publication_options
@@ -38,6 +37,7 @@ _LEDGER_VERSION: Final = 1
 _LEDGER_BYTES: Final = 3500
 _ID_BYTES: Final = 180
 _PROGRESS_SECONDS: Final = 5.0
+_REQUEST_SECONDS: Final = 10.0
 _TOO_LONG_FIX: Final = (
     "Raise transaction_timeout (at most the broker's transaction.max.timeout.ms), or publish less at a time"
 )
@@ -548,33 +548,28 @@ class PublicationWriter:
 
     def _read_ledger(self) -> Publication | None:
         """What the last publication with this transactional id was, if it is this one."""
-        entries: list[TopicPartition] = []
-        number, count = 0, 1
-        header: dict[str, Any] | None = None
-        while number < count:
-            request = ConsumerGroupTopicPartitions(_ledger_group(self._transactional_id, number))
-            seconds = self._config.producer.delivery_timeout
-
-            def ask(
-                request: ConsumerGroupTopicPartitions = request, seconds: float = seconds
-            ) -> concurrent.futures.Future[ConsumerGroupTopicPartitions]:
-                futures = self._connection.admin.list_consumer_group_offsets(
-                    [request], require_stable=True, request_timeout=min(10.0, seconds)
-                )
-                future = next(iter(futures.values()))
-                return cast("concurrent.futures.Future[ConsumerGroupTopicPartitions]", future)
-
-            answer = self._connection.answer(ask, seconds, f"ledger group {request.group_id!r}")
-            entries += answer.topic_partitions or []
-            if number == 0:
-                header = _find_header(entries, self._publication_id)
-                if header is None:
-                    return None
-                count = header["groups"]
-            number += 1
+        anchor = self._committed(0, {self.topic: 1})
+        header = _find_header(anchor, self._publication_id)
         if header is None:
             return None
+        entries = [entry for number in range(header["groups"]) for entry in self._committed(number, header["places"])]
         return _decode_ledger(header, entries, self._transactional_id, self._publication_id)
+
+    def _committed(self, number: int, places: Mapping[str, int]) -> list[TopicPartition]:
+        """The ledger's entries in the first so many Kafka partitions of each topic.
+
+        By a consumer: the admin client's request for group offsets crashes the process now and then
+        (confluent-kafka 2.16).
+        """
+        group = _ledger_group(self._transactional_id, number)
+        consumer = self._connection.consumer({"group.id": group, "enable.auto.commit": False})
+        asked = [TopicPartition(topic, partition) for topic, count in places.items() for partition in range(count)]
+        read = functools.partial(consumer.committed, asked, _REQUEST_SECONDS)
+        try:
+            return self._connection.in_thread(read, self._config.producer.delivery_timeout, f"ledger group {group!r}")
+        finally:
+            # Not Consumer.close(): it waits for the coordinator.
+            del consumer, read
 
 
 class _Track:
@@ -681,6 +676,7 @@ def _encode_ledger(publication: Publication) -> list[list[TopicPartition]]:
     groups[0][publication.topic, 0]["h"] = {
         "v": _LEDGER_VERSION,
         "groups": len(groups),
+        "places": {topic: 1 + max(p for t, p in ends if t == topic) for topic, _ in ends},
         "topic": publication.topic,
         "records": publication.records,
         "bytes": publication.bytes,
