@@ -349,7 +349,6 @@ def publication_metadata(publication: Publication, partitions: Sequence[str] = (
         "kafka/records": publication.records,
         "kafka/bytes": publication.bytes,
         "kafka/replayed": publication.replayed,
-        PUBLICATION_METADATA: dg.MetadataValue.json(publication.to_dict() | {"partitions": list(partitions)}),
     }
     if not publication.replayed:
         said["kafka/seconds"] = round(seconds, 3)
@@ -368,6 +367,7 @@ def publication_metadata(publication: Publication, partitions: Sequence[str] = (
             for offsets in publication.offsets
         ]
         said["kafka/offsets"] = dg.MetadataValue.table(records, _COLUMNS)
+    said[PUBLICATION_METADATA] = dg.MetadataValue.json(publication.to_dict() | {"partitions": list(partitions)})
     return said
 
 

@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,8 @@ from types import FrameType
 
 import dagster as dg
 from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
 from example_project.definitions import defs
 
 from dataforge_kafka_dagster import Publication
@@ -41,15 +43,20 @@ def cluster(data_dir: Path | None = None) -> Iterator[LocalKafka]:
     with LocalKafka(data_dir=data_dir) as kafka:
         servers = os.environ.setdefault("KAFKA_BOOTSTRAP_SERVERS", kafka.bootstrap_servers)
         print(f"Kafka: {servers}" + (" (the local one is only for its command line tools)" if own else ""))
-        admin = AdminClient({"bootstrap.servers": servers})
-        made = admin.create_topics([NewTopic(topic, partitions) for topic, partitions in TOPICS.items()])
-        for future in made.values():
-            try:
-                future.result(30)
-            except KafkaException as error:
-                if error.args[0].name() != "TOPIC_ALREADY_EXISTS":
-                    raise
+        create_topics(servers)
         yield kafka
+
+
+def create_topics(servers: str) -> None:
+    """Create the topics that are not there yet."""
+    admin = AdminClient({"bootstrap.servers": servers})
+    made = admin.create_topics([NewTopic(topic, partitions) for topic, partitions in TOPICS.items()])
+    for future in made.values():
+        try:
+            future.result(30)
+        except KafkaException as error:
+            if error.args[0].name() != "TOPIC_ALREADY_EXISTS":
+                raise
 
 
 def demo() -> int:
@@ -145,21 +152,31 @@ def ui(port: int) -> int:
     settings = HOME / "dagster.yaml"
     if not settings.exists():
         settings.write_text("telemetry:\n  enabled: false\nnux:\n  enabled: false\n")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            print(f"Port {port} is in use. Choose another one: make ui PORT={port + 1}", file=sys.stderr)
+            return 1
     with cluster(HOME / "kafka"):
-        print(f"Dagster: http://127.0.0.1:{port} (Ctrl-C ends both)", flush=True)
+        print(f"Dagster: http://127.0.0.1:{port} in half a minute (Ctrl-C ends both)", flush=True)
         dev = subprocess.Popen(  # noqa: S603
             [str(Path(sys.executable).with_name("dg")), "dev", "--host", "127.0.0.1", "--port", str(port)],
             cwd=PROJECT,
             env={**os.environ, "DAGSTER_HOME": str(HOME), "VIRTUAL_ENV": sys.prefix},
+            start_new_session=True,
         )
         try:
             return dev.wait()
         except KeyboardInterrupt:
+            dev.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                dev.wait(20)
             return 0
         finally:
-            if dev.poll() is None:
-                dev.send_signal(signal.SIGINT)
-                dev.wait(30)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(dev.pid, signal.SIGKILL)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
@@ -172,12 +189,15 @@ def main() -> int:
     parser.add_argument("what", nargs="?", choices=["demo", "ui"], default="demo")
     parser.add_argument("--port", type=int, default=3000, help="of the Dagster UI")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         return ui(options.port) if options.what == "ui" else demo()
     except LocalKafkaError as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -343,11 +343,6 @@ def test_publication_config_is_picklable():
     assert publication_options(again, "t") == publication_options(config, "t")
 
 
-def test_a_pickled_config_is_read_by_another_process(python):
-    data = pickle.dumps(PublicationConfig(producer=KafkaProducerConfig(bootstrap_servers="a:1")))
-    assert python(f"import pickle; print(pickle.loads({data!r}).producer.servers)").strip() == "a:1"
-
-
 def test_configs_are_frozen():
     config = KafkaProducerConfig()
     with pytest.raises(ValidationError, match="frozen"):

@@ -109,11 +109,11 @@ class Publication:
         return tuple(dict.fromkeys((self.topic, *(offsets.topic for offsets in self.offsets))))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready values; `from_dict` reads them."""
+        """As JSON-ready values, `offsets` as "first offset, length, gap, length, ..." of runs; `from_dict` reads them."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "offsets"}
-        places: dict[str, dict[str, list[int]]] = collections.defaultdict(dict)
+        places: dict[str, dict[str, str]] = collections.defaultdict(dict)
         for offsets in self.offsets:
-            places[offsets.topic][str(offsets.partition)] = _pack(offsets.runs)
+            places[offsets.topic][str(offsets.partition)] = " ".join(map(str, _pack(offsets.runs)))
         return fields | {"offsets": dict(places)}
 
     @classmethod
@@ -125,7 +125,7 @@ class Publication:
         """
         names = (f.name for f in dataclasses.fields(cls) if f.name != "offsets")
         offsets = tuple(
-            PartitionOffsets(topic, int(partition), _unpack(packed))
+            PartitionOffsets(topic, int(partition), _unpack([int(number) for number in packed.split()]))
             for topic, partitions in values["offsets"].items()
             for partition, packed in partitions.items()
         )

@@ -8,9 +8,9 @@ from example_project.defs.assets import carrier_delays, daily, flights
 FLIGHT = ["carrier", "flight", "origin", "sched_dep_time"]
 
 
-@dg.asset_check(asset=flights, partitions_def=daily, description="There are flights, and each is there once.")
+@dg.asset_check(asset=flights, partitions_def=daily)
 def each_flight_once(flights: pl.DataFrame) -> dg.AssetCheckResult:
-    """Count the flights, and those that come twice."""
+    """There are flights, and each is there once."""
     twice = len(flights) - flights.n_unique(FLIGHT)
     return dg.AssetCheckResult(
         passed=len(flights) > 0 and twice == 0, metadata={"flights": len(flights), "twice": twice}
@@ -21,9 +21,8 @@ def each_flight_once(flights: pl.DataFrame) -> dg.AssetCheckResult:
     asset=carrier_delays,
     additional_ins={"flights": dg.AssetIn("flights")},
     partitions_def=daily,
-    description="The carriers' flights add up to the day's.",
 )
 def every_flight_counted(carrier_delays: pl.DataFrame, flights: pl.DataFrame) -> dg.AssetCheckResult:
-    """Add up the flights of the carriers."""
+    """The carriers' flights add up to the day's."""
     counted = int(carrier_delays["flights"].sum())
     return dg.AssetCheckResult(passed=counted == len(flights), metadata={"flights": len(flights), "counted": counted})

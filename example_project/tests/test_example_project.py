@@ -1,0 +1,45 @@
+"""Tests of the example project that need no Kafka: the assets are functions, and are called as such."""
+
+import datetime as dt
+
+import dagster as dg
+import polars as pl
+import pytest
+from example_project.definitions import defs
+from example_project.defs.assets import carrier_delays, flights
+from example_project.defs.checks import each_flight_once, every_flight_counted
+from example_project.defs.jobs import every_morning
+
+
+def test_definitions_load():
+    definitions = defs()
+    dg.Definitions.validate_loadable(definitions)
+    assert {job.name for job in definitions.jobs or ()} == {"announce", "publish_day"}
+
+
+def test_carriers_add_up_to_the_day():
+    context = dg.build_asset_context(partition_key="2013-01-01")
+    day = pl.from_pandas(flights(context))
+    assert len(day) == 842
+    assert each_flight_once(day).passed
+
+    delays = carrier_delays(context, day)
+    assert every_flight_counted(delays, day).passed
+    assert delays.filter(carrier="AA").row(0, named=True) == {
+        "date": "2013-01-01",
+        "carrier": "AA",
+        "flights": 94,
+        "mean_departure_delay": 8.0,
+        "worst_arrival_delay": 246.0,
+    }
+
+
+def test_a_flight_that_comes_twice_is_found():
+    flight = {"carrier": "AA", "flight": 1, "origin": "JFK", "sched_dep_time": 900}
+    assert not each_flight_once(pl.DataFrame([flight, flight])).passed
+
+
+@pytest.mark.parametrize(("today", "partition"), [("2026-03-05", "2013-03-05"), ("2028-02-29", None)])
+def test_schedule_runs_the_same_day_of_2013(today, partition):
+    context = dg.build_schedule_context(scheduled_execution_time=dt.datetime.fromisoformat(today))
+    assert getattr(every_morning(context), "partition_key", None) == partition

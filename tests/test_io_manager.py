@@ -1,0 +1,822 @@
+import collections
+import dataclasses
+import datetime as dt
+import json
+import shutil
+import subprocess
+import time
+import uuid
+
+import dagster as dg
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pytest
+from confluent_kafka import Producer
+from dagster._core.definitions.reconstruct import ReconstructableJob
+from pydantic import BaseModel
+
+from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource, KafkaRecord
+
+pytestmark = pytest.mark.kafka
+
+
+class Place(BaseModel):
+    code: str
+    lat: float
+
+
+@dataclasses.dataclass
+class Point:
+    x: int
+
+
+@pytest.fixture
+def manager(kafka_bootstrap_servers):
+    return _manager(kafka_bootstrap_servers)
+
+
+def _manager(servers, *, topic=None, key=None, **options):
+    kafka = KafkaProducerResource(bootstrap_servers=servers, **({"step_retry_delay": 0.01} | options))
+    return KafkaIOManager(kafka=kafka, topic=topic, key=key)
+
+
+def _materialize(assets, manager, instance, **options):
+    assets = assets if isinstance(assets, list) else [assets]
+    return dg.materialize(assets, resources={"io_manager": manager}, instance=instance, **options)
+
+
+def _asset(output, topic=None, key=None, **options):
+    metadata = {name: value for name, value in {"kafka/topic": topic, "kafka/key": key}.items() if value is not None}
+
+    @dg.asset(**({"name": "made", "metadata": metadata} | options))
+    def made():
+        return dg.Output(output() if callable(output) else output)
+
+    return made
+
+
+def _raw_metadata(result, asset="made"):
+    (event,) = (e for e in result.get_asset_materialization_events() if e.asset_key.path[-1] == asset)
+    return event.materialization.metadata
+
+
+def _metadata(result, asset="made"):
+    return _plain(_raw_metadata(result, asset))
+
+
+def _plain(metadata):
+    plain = {name: value.value for name, value in metadata.items()}
+    if "kafka/offsets" in plain:
+        plain["kafka/offsets"] = [record.data for record in plain["kafka/offsets"].records]
+    return plain
+
+
+def _offsets(found, topic):
+    """The table that the metadata should have, from what an independent reader found."""
+    places = collections.defaultdict(list)
+    for record in found:
+        places[record.partition].append(record.offset)
+    return [
+        {
+            "topic": topic,
+            "partition": partition,
+            "first offset": offsets[0],
+            "last offset": offsets[-1],
+            "records": len(offsets),
+        }
+        for partition, offsets in sorted(places.items())
+    ]
+
+
+def _values(found):
+    return [record.value for record in found]
+
+
+def _failure(result):
+    (event,) = result.get_step_failure_events()
+    return event.event_specific_data.user_failure_data
+
+
+def _generator():
+    yield {"i": 0}
+    yield {"i": 1}
+
+
+ROWS = [b'{"i":0}', b'{"i":1}']
+
+
+@pytest.mark.parametrize(
+    ("output", "values"),
+    [
+        ({"i": 0}, [b'{"i":0}']),
+        (Point(1), [b'{"x":1}']),
+        (Place(code="JFK", lat=40.5), [b'{"code":"JFK","lat":40.5}']),
+        ("text", [b"text"]),
+        (b"\x00\xff", [b"\x00\xff"]),
+        (KafkaRecord({"i": 0}, key="k"), [b'{"i":0}']),
+        ([{"i": 0}, {"i": 1}], ROWS),
+        (({"i": 0}, {"i": 1}), ROWS),
+        (lambda: iter([{"i": 0}, {"i": 1}]), ROWS),
+        (_generator, ROWS),
+        ([Point(1), Point(2)], [b'{"x":1}', b'{"x":2}']),
+        ([Place(code="a", lat=1)], [b'{"code":"a","lat":1.0}']),
+        (["a", "b"], [b"a", b"b"]),
+        ([b"a"], [b"a"]),
+        ([KafkaRecord("a"), KafkaRecord(None, key="k")], [b"a", None]),
+        (pl.DataFrame({"i": [0, 1]}), ROWS),
+        (pd.DataFrame({"i": [0, 1]}), ROWS),
+        (pa.table({"i": [0, 1]}), ROWS),
+        ([], []),
+        (pl.DataFrame({"i": []}), []),
+        ("", [b""]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_accepted_outputs(output, values, manager, kafka_topic, read, instance):
+    topic = kafka_topic()
+    said = _metadata(_materialize(_asset(output, topic), manager, instance))
+    found = read(topic)
+    assert _values(found) == values
+    assert said["dagster/row_count"] == said["kafka/records"] == len(values)
+    assert said["kafka/bytes"] == sum(len(r.value or b"") + len(r.key or b"") for r in found)
+    assert said.get("kafka/offsets", []) == _offsets(found, topic)
+
+
+def test_what_a_materialization_says_is_what_a_reader_finds(manager, kafka_topic, read, instance):
+    topic = kafka_topic(partitions=3)
+    rows = [{"tailnum": f"N{i % 37}", "i": i} for i in range(1000)]
+    result = _materialize(_asset(rows, topic, "tailnum"), manager, instance)
+    raw, found = _raw_metadata(result), read(topic)
+    assert len(found) == 1000
+    types = {
+        "dagster/row_count": dg.IntMetadataValue,
+        "kafka/topic": dg.TextMetadataValue,
+        "kafka/records": dg.IntMetadataValue,
+        "kafka/bytes": dg.IntMetadataValue,
+        "kafka/replayed": dg.BoolMetadataValue,
+        "kafka/seconds": dg.FloatMetadataValue,
+        "kafka/records_per_second": dg.FloatMetadataValue,
+        "kafka/offsets": dg.TableMetadataValue,
+        "kafka/publication": dg.JsonMetadataValue,
+    }
+    assert {name: type(raw[name]) for name in types} == types
+    said = _plain(raw)
+    assert said["dagster/row_count"] == said["kafka/records"] == 1000
+    assert said["kafka/topic"] == topic
+    assert said["kafka/bytes"] == sum(len(record.key) + len(record.value) for record in found)
+    assert said["kafka/replayed"] is False
+    assert 0 < said["kafka/seconds"] < 60
+    assert said["kafka/records_per_second"] == pytest.approx(1000 / said["kafka/seconds"], rel=0.05)
+    assert said["kafka/offsets"] == _offsets(found, topic)
+    assert {record.key for record in found} == {f"N{i}".encode() for i in range(37)}
+    assert sorted(json.loads(record.value)["i"] for record in found) == list(range(1000))
+    assert len({(record.key, record.partition) for record in found}) == 37
+    assert json.loads(json.dumps(said["kafka/publication"])) == said["kafka/publication"]
+
+
+def test_kcat_counts_what_dagster_reported(kafka_bootstrap_servers, manager, kafka_topic, instance):
+    kcat = shutil.which("kcat")
+    if kcat is None:
+        pytest.skip("kcat is not installed")
+    topic = kafka_topic(partitions=2)
+    rows = [{"k": str(i)} for i in range(300)]
+    said = _metadata(_materialize(_asset(rows, topic, "k"), manager, instance))
+    # kcat reads committed records only, as librdkafka does by default.
+    command = [kcat, "-C", "-b", kafka_bootstrap_servers, "-t", topic, "-o", "beginning", "-e", "-q", "-f", "%p %o\n"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    counted = collections.Counter(line.split()[0] for line in done.stdout.splitlines())
+    assert counted == {str(row["partition"]): row["records"] for row in said["kafka/offsets"]}
+    assert sum(counted.values()) == said["dagster/row_count"] == 300
+
+
+def test_get_offset_shell_ends_where_dagster_reported(local_kafka, manager, kafka_topic, instance):
+    topic = kafka_topic(partitions=2)
+    rows = [{"k": str(i)} for i in range(100)]
+    said = _metadata(_materialize(_asset(rows, topic, "k"), manager, instance))
+    tool = "org.apache.kafka.tools.GetOffsetShell"
+    done = local_kafka.run_tool(tool, "--bootstrap-server", local_kafka.bootstrap_servers, "--topic", topic)
+    ends = {int(line.split(":")[1]): int(line.split(":")[2]) for line in done.stdout.split()}
+    # Behind the last record of each Kafka partition stands the marker of the commit.
+    assert ends == {row["partition"]: row["last offset"] + 2 for row in said["kafka/offsets"]}
+    assert sum(ends.values()) - len(ends) == said["dagster/row_count"]
+
+
+def test_a_large_generator_is_published_whole(manager, kafka_topic, read, instance):
+    topic = kafka_topic(partitions=2)
+    said = _metadata(_materialize(_asset(lambda: ({"i": i} for i in range(20_000)), topic, "i"), manager, instance))
+    found = read(topic)
+    assert said["dagster/row_count"] == len(found) == 20_000
+    assert said["kafka/offsets"] == _offsets(found, topic)
+
+
+def test_none_publishes_nothing_and_says_so(closed_port, instance):
+    @dg.asset
+    def made():
+        return None
+
+    result = _materialize(made, _manager(closed_port), instance)
+    assert result.success
+    said = _metadata(result)
+    assert (said["dagster/row_count"], said["kafka/records"], said["kafka/topic"]) == (0, 0, "made")
+    messages = [entry.user_message for entry in instance.all_logs(result.run_id)]
+    assert [message for message in messages if "nothing was published" in message]
+
+
+# Topic and key
+
+
+def test_topic_and_key_of_output_metadata_win(kafka_bootstrap_servers, kafka_topic, read, instance):
+    topics = {name: kafka_topic(name=name) for name in ("output", "definition", "config")}
+    row = {"o": "by output", "d": "by definition", "c": "by config"}
+
+    def publish(output_metadata, definition_metadata):
+        @dg.asset(metadata=definition_metadata)
+        def made():
+            return dg.Output(row, metadata=output_metadata)
+
+        manager = _manager(kafka_bootstrap_servers, topic=topics["config"], key="c")
+        return _metadata(_materialize(made, manager, instance))["kafka/topic"]
+
+    by_output = {"kafka/topic": topics["output"], "kafka/key": "o"}
+    by_definition = {"kafka/topic": topics["definition"], "kafka/key": "d"}
+    assert publish(by_output, by_definition) == topics["output"]
+    assert publish({}, by_definition) == topics["definition"]
+    assert publish({}, {}) == topics["config"]
+    assert [record.key for record in read(topics["output"])] == [b"by output"]
+    assert [record.key for record in read(topics["definition"])] == [b"by definition"]
+    assert [record.key for record in read(topics["config"])] == [b"by config"]
+
+
+def _asset_at(path):
+    @dg.asset(key=path)
+    def made():
+        return "x"
+
+    return made
+
+
+def test_the_topic_is_the_asset_key_in_the_end(manager, kafka_topic, read, instance):
+    topic = kafka_topic(name="shop.orders")
+    asset = _asset_at(topic.split("."))
+    said = _metadata(_materialize(asset, manager, instance), topic.split(".")[-1])
+    assert said["kafka/topic"] == topic
+    assert _values(read(topic)) == [b"x"]
+
+
+def test_topic_templates(kafka_bootstrap_servers, kafka_topic, read, instance):
+    topic = kafka_topic(name="live.shop.orders")
+    path = topic.split(".")[1:]
+    for template in ("live.{asset_key}", f"live.{path[0]}.{{name}}"):
+        said = _metadata(
+            _materialize(_asset_at(path), _manager(kafka_bootstrap_servers, topic=template), instance), path[-1]
+        )
+        assert said["kafka/topic"] == topic
+    assert len(read(topic)) == 2
+
+
+def test_metadata_may_hold_metadata_values_and_lists_of_fields(manager, kafka_topic, read, instance):
+    topic = kafka_topic()
+    key = dg.MetadataValue.json(["a", "b"])
+    _materialize(_asset({"a": 1, "b": "x"}, dg.MetadataValue.text(topic), key), manager, instance)
+    assert [record.key for record in read(topic)] == [b'{"a":1,"b":"x"}']
+    _materialize(_asset({"a": 1, "b": "x"}, topic, ["b"]), manager, instance)
+    assert [record.key for record in read(topic)][1:] == [b"x"]
+
+
+def test_keys_of_the_config_may_be_several(kafka_bootstrap_servers, kafka_topic, read, instance):
+    topic = kafka_topic()
+    _materialize(_asset({"a": 1, "b": 2}, topic), _manager(kafka_bootstrap_servers, key="a, b"), instance)
+    assert [record.key for record in read(topic)] == [b'{"a":1,"b":2}']
+
+
+# Reading back
+
+
+def test_a_publication_among_other_writers_is_read_back_exactly(
+    kafka_bootstrap_servers, manager, kafka_topic, read, instance
+):
+    topic = kafka_topic(partitions=2)
+    plain = Producer({"bootstrap.servers": kafka_bootstrap_servers, "linger.ms": 0})
+    transactional = Producer({"bootstrap.servers": kafka_bootstrap_servers, "transactional.id": f"other-{topic}"})
+    transactional.init_transactions(30)
+
+    def among_others():
+        for i in range(600):
+            if i % 60 == 30:
+                time.sleep(0.06)  # lets the records before be sent, so that the others' fall between
+                for partition in (0, 1):
+                    plain.produce(topic, b'{"i":"plain"}', partition=partition)
+                assert plain.flush(10) == 0
+                transactional.begin_transaction()
+                for partition in (0, 1):
+                    transactional.produce(topic, b'{"i":"transactional"}', partition=partition)
+                if i % 120 == 30:
+                    transactional.commit_transaction(30)
+                else:
+                    assert transactional.flush(10) == 0
+                    transactional.abort_transaction(30)
+            yield {"i": i}
+
+    received = []
+
+    @dg.asset
+    def reader(made: list):
+        received.extend(made)
+
+    result = _materialize([_asset(among_others, topic, "i"), reader], manager, instance)
+    said = _metadata(result)
+    assert sorted(row["i"] for row in received) == list(range(600))
+    others = [record for record in read(topic) if b"plain" in record.value or b"transactional" in record.value]
+    assert len(others) == 20 + 10
+    runs = said["kafka/publication"]["offsets"][topic]
+    assert max(len(packed) for packed in runs.values()) > 4, "nothing fell between: this test has shown nothing"
+    mine = [record for record in read(topic) if record not in others]
+    assert said["kafka/offsets"] == _offsets(mine, topic)
+
+
+def _reader(annotation, into, **options):
+    @dg.asset(name="reader", **options)
+    def reader(made):
+        into.append(made)
+
+    @dg.asset(ins={"made": dg.AssetIn(dagster_type=dg.Any)}, name="reader", **options)
+    def untyped(made):
+        into.append(made)
+
+    if annotation is None:
+        return untyped
+
+    def body(made):
+        into.append(made)
+
+    body.__annotations__["made"] = annotation
+    return dg.asset(name="reader", **options)(body)
+
+
+READ = [{"id": 1, "s": "a", "x": 0.5}, {"id": 2, "s": None, "x": None}]
+
+
+def _read_back(annotation, output, manager, topic, instance):
+    into = []
+    _materialize([_asset(output, topic), _reader(annotation, into)], manager, instance)
+    (got,) = into
+    return got
+
+
+def test_read_as_polars(manager, kafka_topic, instance):
+    got = _read_back(pl.DataFrame, READ, manager, kafka_topic(), instance)
+    assert got.equals(pl.DataFrame(READ))
+
+
+def test_read_as_pandas(manager, kafka_topic, instance):
+    got = _read_back(pd.DataFrame, READ, manager, kafka_topic(), instance)
+    pd.testing.assert_frame_equal(got, pd.DataFrame(READ))
+
+
+def test_read_as_pyarrow(manager, kafka_topic, instance):
+    got = _read_back(pa.Table, READ, manager, kafka_topic(), instance)
+    assert got.equals(pa.Table.from_pylist(READ))
+
+
+@pytest.mark.parametrize("annotation", [None, list, list[dict], collections.abc.Sequence])
+def test_read_as_values(annotation, manager, kafka_topic, instance):
+    assert _read_back(annotation, READ, manager, kafka_topic(), instance) == READ
+
+
+def test_read_as_records(manager, kafka_topic, instance):
+    when = dt.datetime(2013, 1, 1, tzinfo=dt.timezone.utc)
+    sent = [
+        KafkaRecord({"a": 1}, key="k", headers={"h": "v"}, partition=0, timestamp=when),
+        KafkaRecord(None, key="gone"),
+    ]
+    first, second = _read_back(list[KafkaRecord], sent, manager, kafka_topic(), instance)
+    assert first == KafkaRecord({"a": 1}, b"k", [("h", b"v")], 0, 1356998400000)
+    assert (second.value, second.key) == (None, b"gone")
+
+
+@pytest.mark.parametrize(
+    ("annotation", "output", "value"),
+    [(dict, {"a": 1}, {"a": 1}), (str, "text", "text"), (bytes, b"\xff", b"\xff"), (dict, Point(1), {"x": 1})],
+)
+def test_read_the_only_record(annotation, output, value, manager, kafka_topic, instance):
+    assert _read_back(annotation, output, manager, kafka_topic(), instance) == value
+
+
+@pytest.mark.parametrize("annotation", [pl.DataFrame, pd.DataFrame, pa.Table, list])
+def test_read_an_empty_publication(annotation, manager, kafka_topic, instance):
+    assert len(_read_back(annotation, [], manager, kafka_topic(), instance)) == 0
+
+
+def test_read_none_as_nothing(manager, instance):
+    into = []
+
+    @dg.asset
+    def made():
+        return None
+
+    _materialize([made, _reader(list, into)], manager, instance)
+    assert into == [[]]
+
+
+def test_several_records_are_no_dict(manager, kafka_topic, instance):
+    assets = [_asset(READ, kafka_topic()), _reader(dict, [])]
+    result = _materialize(assets, manager, instance, raise_on_error=False)
+    failure = _failure(result)
+    assert "2 records" in failure.description
+    assert "list or a data frame" in failure.description
+
+
+def test_text_as_a_frame_is_refused_clearly(manager, kafka_topic, instance):
+    assets = [_asset(["not json"], kafka_topic()), _reader(pl.DataFrame, [])]
+    failure = _failure(_materialize(assets, manager, instance, raise_on_error=False))
+    assert failure is not None, "the error is neither typed nor explained"
+    assert "string" in failure.description
+
+
+def test_the_last_publication_is_read(manager, kafka_topic, instance):
+    topic, into = kafka_topic(), []
+    for i in range(3):
+        _materialize(_asset([{"i": i}], topic), manager, instance)
+    _materialize([_asset([], topic), _reader(list, into)], manager, instance, selection=["reader"])
+    assert into == [[{"i": 2}]]
+
+
+def test_what_was_never_materialized_is_told(manager, instance):
+    assets = [_asset([], "never"), _reader(list, [])]
+    result = _materialize(assets, manager, instance, selection=["reader"], raise_on_error=False)
+    failure = _failure(result)
+    assert "'made'" in failure.description
+    assert "never materialized" in failure.description
+    assert "Materialize it first" in failure.metadata["kafka/what_to_do"].value
+
+
+def test_what_another_io_manager_stored_is_told(manager, instance):
+    instance.report_runless_asset_event(dg.AssetMaterialization("made"))
+    assets = [_asset([], "never"), _reader(list, [])]
+    result = _materialize(assets, manager, instance, selection=["reader"], raise_on_error=False)
+    assert "not published by a KafkaIOManager" in _failure(result).description
+
+
+def test_records_that_are_gone_are_told(kafka_bootstrap_servers, manager, kafka_topic, instance):
+    from confluent_kafka import TopicPartition
+    from confluent_kafka.admin import AdminClient
+
+    topic, into = kafka_topic(), []
+    made = _asset(READ, topic)
+    _materialize(made, manager, instance)
+    admin = AdminClient({"bootstrap.servers": kafka_bootstrap_servers})
+    (deleted,) = admin.delete_records([TopicPartition(topic, 0, 1)]).values()
+    deleted.result(30)
+    result = _materialize([made, _reader(list, into)], manager, instance, selection=["reader"], raise_on_error=False)
+    failure = _failure(result)
+    assert "retention" in failure.description
+    assert topic in failure.description
+    assert into == []
+
+
+# Dagster partitions
+
+LETTERS = dg.StaticPartitionsDefinition(["a", "b", "c"])
+
+
+def _letters(topic, **options):
+    @dg.asset(name="made", partitions_def=LETTERS, metadata={"kafka/topic": topic}, **options)
+    def made(context: dg.AssetExecutionContext):
+        return [{"letter": context.partition_key, "i": i} for i in range(3)]
+
+    return made
+
+
+def test_a_dagster_partition_reads_its_own_records(manager, kafka_topic, instance):
+    topic, into = kafka_topic(partitions=2), []
+    made, reader = _letters(topic), _reader(list, into, partitions_def=LETTERS)
+    for letter in "abca":
+        assert _materialize(made, manager, instance, partition_key=letter).success
+    _materialize([made, reader], manager, instance, selection=["reader"], partition_key="a")
+    _materialize([made, reader], manager, instance, selection=["reader"], partition_key="b")
+    assert [{row["letter"] for row in rows} for rows in into] == [{"a"}, {"b"}]
+    assert [len(rows) for rows in into] == [3, 3]
+
+
+def test_an_input_of_several_dagster_partitions(manager, kafka_topic, instance):
+    topic, into = kafka_topic(partitions=2), []
+    made, reader = _letters(topic), _reader(list, into)
+    for letter in "abc":
+        _materialize(made, manager, instance, partition_key=letter)
+    _materialize([made, reader], manager, instance, selection=["reader"])
+    assert collections.Counter(row["letter"] for row in into[0]) == {"a": 3, "b": 3, "c": 3}
+
+
+def test_a_missing_dagster_partition_is_told_or_left_out(manager, kafka_topic, instance):
+    made, into = _letters(kafka_topic()), []
+    _materialize(made, manager, instance, partition_key="b")
+    strict = _reader(list, into)
+    result = _materialize([made, strict], manager, instance, selection=["reader"], raise_on_error=False)
+    assert "partition 'a'" in _failure(result).description
+
+    @dg.asset(ins={"made": dg.AssetIn(metadata={"allow_missing_partitions": True})})
+    def lenient(made: list):
+        into.append(made)
+
+    _materialize([made, lenient], manager, instance, selection=["lenient"])
+    assert [{row["letter"] for row in rows} for rows in into] == [{"b"}]
+
+
+RANGE = {"dagster/asset_partition_range_start": "a", "dagster/asset_partition_range_end": "c"}
+
+
+def _ranged(topic, output):
+    @dg.asset(
+        name="made",
+        partitions_def=LETTERS,
+        metadata={"kafka/topic": topic},
+        backfill_policy=dg.BackfillPolicy.single_run(),
+    )
+    def made(context: dg.AssetExecutionContext):
+        return output(context.partition_keys)
+
+    return made
+
+
+def test_a_range_with_one_output_is_one_publication(manager, kafka_topic, read, instance):
+    topic, into = kafka_topic(), []
+    made = _ranged(topic, lambda letters: [{"letter": letter} for letter in letters])
+    result = _materialize(made, manager, instance, tags=RANGE)
+    events = result.get_asset_materialization_events()
+    assert sorted(event.partition for event in events) == ["a", "b", "c"]
+    publications = {event.materialization.metadata["kafka/publication"].value["publication_id"] for event in events}
+    assert len(publications) == 1
+    assert len(read(topic)) == 3
+
+    everything = _reader(list, into)
+    _materialize([made, everything], manager, instance, selection=["reader"])
+    assert [row["letter"] for row in into[0]] == ["a", "b", "c"]
+
+    one = _reader(list, into, partitions_def=LETTERS)
+    result = _materialize([made, one], manager, instance, selection=["reader"], partition_key="b", raise_on_error=False)
+    failure = _failure(result)
+    assert "2 other Dagster partitions" in failure.description
+    assert "mapping from partition key" in failure.description
+    assert len(into) == 1
+
+
+def test_a_range_with_a_mapping_is_a_publication_each(manager, kafka_topic, read, instance):
+    topic, into = kafka_topic(), []
+    sizes = {"a": 1, "b": 0, "c": 3}
+    made = _ranged(topic, lambda letters: {letter: [{"letter": letter}] * sizes[letter] for letter in letters})
+    result = _materialize(made, manager, instance, tags=RANGE)
+    said = {e.partition: _plain(e.materialization.metadata) for e in result.get_asset_materialization_events()}
+    assert {letter: metadata["dagster/row_count"] for letter, metadata in said.items()} == sizes
+    assert len({metadata["kafka/publication"]["publication_id"] for metadata in said.values()}) == 3
+    found = read(topic)
+    for letter, metadata in said.items():
+        mine = [record for record in found if json.loads(record.value)["letter"] == letter]
+        assert metadata.get("kafka/offsets", []) == _offsets(mine, topic)
+    reader = _reader(list, into, partitions_def=LETTERS)
+    for letter in "abc":
+        _materialize([made, reader], manager, instance, selection=["reader"], partition_key=letter)
+    assert [len(rows) for rows in into] == [1, 0, 3]
+
+
+def test_a_day_of_a_range_has_the_names_of_a_run_for_it_alone(manager, kafka_topic, instance):
+    topic = kafka_topic()
+    made = _ranged(topic, lambda letters: {letter: [] for letter in letters} if len(letters) > 1 else [])
+    ranged = _materialize(made, manager, instance, tags=RANGE).get_asset_materialization_events()
+    alone = _materialize(made, manager, instance, partition_key="b").get_asset_materialization_events()
+    ids = {e.partition: e.materialization.metadata["kafka/publication"].value["transactional_id"] for e in ranged}
+    assert len(set(ids.values())) == 3
+    assert alone[0].materialization.metadata["kafka/publication"].value["transactional_id"] == ids["b"]
+
+
+# Jobs of ops
+
+
+def test_op_jobs_publish_and_read_their_own_run(manager, kafka_topic, instance):
+    topic, got = kafka_topic(), []
+
+    @dg.op(out=dg.Out(metadata={"kafka/topic": topic, "kafka/key": "i"}))
+    def produce(context: dg.OpExecutionContext):
+        return [{"i": i, "run": context.run_id} for i in range(3)]
+
+    @dg.op(out=dg.Out(metadata={"kafka/topic": topic}))
+    def consume(context: dg.OpExecutionContext, rows: list):
+        got.append((context.run_id, rows))
+
+    @dg.job(resource_defs={"io_manager": manager})
+    def work():
+        consume(produce())
+
+    for _ in range(2):
+        assert work.execute_in_process(instance=instance).success
+    assert len({run for run, _ in got}) == 2
+    for run, rows in got:
+        assert rows == [{"i": i, "run": run} for i in range(3)]
+
+
+def test_the_topic_of_an_op_is_step_and_output(kafka_bootstrap_servers, kafka_topic, read, instance):
+    topic = kafka_topic(name="job")
+
+    @dg.op(out=dg.Out(io_manager_key="out"))
+    def produce():
+        return "x"
+
+    @dg.job(resource_defs={"out": _manager(kafka_bootstrap_servers, topic="{asset_key}")})
+    def work():
+        produce()
+
+    result = work.execute_in_process(instance=instance, raise_on_error=False)
+    assert _failure(result).metadata["kafka/topic"].value == "produce.result"
+
+    name = topic.replace("-", "_")
+
+    @dg.job(name=name, resource_defs={"out": _manager(kafka_bootstrap_servers, topic="{job}.{name}")})
+    def named():
+        produce()
+
+    result = named.execute_in_process(instance=instance, raise_on_error=False)
+    assert _failure(result).metadata["kafka/topic"].value == f"{name}.result"
+    assert read(topic) == []
+
+
+def test_mapped_ops_read_their_own_outputs(manager, kafka_topic, read, instance):
+    topic, got = kafka_topic(), []
+
+    @dg.op(out=dg.DynamicOut(dict, metadata={"kafka/topic": topic}))
+    def produce():
+        yield from (dg.DynamicOutput({"i": i}, mapping_key=f"m{i}") for i in range(3))
+
+    @dg.op(out=dg.Out(metadata={"kafka/topic": topic}))
+    def consume(row: dict):
+        got.append(row["i"])
+
+    @dg.job(resource_defs={"io_manager": manager})
+    def work():
+        produce().map(consume)
+
+    assert work.execute_in_process(instance=instance).success
+    assert sorted(got) == [0, 1, 2]
+    assert len(read(topic)) == 3
+
+
+@dg.op(out=dg.Out(dg.Any, metadata={"kafka/key": "i"}))
+def produce_in_process():
+    return dg.Output({"i": i} for i in range(10))
+
+
+@dg.op
+def consume_in_process(rows: list) -> None:
+    assert [row["i"] for row in rows] == list(range(10))
+
+
+@dg.job(
+    executor_def=dg.multiprocess_executor.configured({"max_concurrent": 1}),
+    resource_defs={
+        "io_manager": KafkaIOManager(
+            kafka=KafkaProducerResource(bootstrap_servers=dg.EnvVar("KAFKA_SERVERS_OF_TEST")),
+            topic=dg.EnvVar("KAFKA_TOPIC_OF_TEST"),
+        )
+    },
+)
+def in_processes():
+    consume_in_process(produce_in_process())
+
+
+def test_multiprocess_executor(kafka_bootstrap_servers, kafka_topic, read, stored_instance, monkeypatch):
+    topic = kafka_topic()
+    monkeypatch.setenv("KAFKA_SERVERS_OF_TEST", kafka_bootstrap_servers)
+    monkeypatch.setenv("KAFKA_TOPIC_OF_TEST", topic)
+    with dg.execute_job(ReconstructableJob.for_file(__file__, "in_processes"), stored_instance) as result:
+        assert result.success
+    assert [record.key for record in read(topic)] == [str(i).encode() for i in range(10)]
+
+
+# Failures
+
+
+def test_an_unknown_topic_fails_without_retry(kafka_bootstrap_servers, instance):
+    topic, attempts = f"never-{uuid.uuid4().hex}", []
+
+    def output():
+        attempts.append(1)
+        return [{"a": 1}]
+
+    made = _asset(output, topic, retry_policy=dg.RetryPolicy(max_retries=3))
+    result = _materialize(made, _manager(kafka_bootstrap_servers), instance, raise_on_error=False)
+    metadata = {name: value.value for name, value in _failure(result).metadata.items()}
+    assert metadata["kafka/topic"] == topic
+    assert metadata["kafka/error_code"] == "UNKNOWN_TOPIC_OR_PART"
+    assert metadata["kafka/what_to_do"] == "Create the topic, or correct its name"
+    assert metadata["kafka/brokers"] == kafka_bootstrap_servers
+    assert attempts == [1]
+
+
+def test_a_bad_record_fails_without_retry_and_nothing_is_visible(manager, kafka_topic, read, instance):
+    topic = kafka_topic()
+    rows = [{"i": i} for i in range(2000)] + [{"i": {1}}]
+    failure = _failure(_materialize(_asset(rows, topic), manager, instance, raise_on_error=False))
+    assert failure.metadata["kafka/record_index"].value == 2000
+    assert failure.metadata["kafka/field"].value == "i"
+    assert failure.metadata["kafka/topic"].value == topic
+    assert read(topic) == []
+    assert instance.get_latest_materialization_event(dg.AssetKey("made")) is None
+
+
+def test_an_error_of_a_generator_half_way_leaves_nothing_visible(manager, kafka_topic, read, instance, eventually):
+    topic = kafka_topic()
+
+    def rows():
+        yield from ({"i": i} for i in range(2000))
+        # Some are in the topic, and a reader who takes uncommitted records sees them.
+        eventually(lambda: read(topic, "read_uncommitted"))
+        raise ZeroDivisionError("half-way")
+
+    result = _materialize(_asset(rows, topic), manager, instance, raise_on_error=False)
+    (event,) = result.get_step_failure_events()
+    assert "half-way" in event.event_specific_data.error.to_string()
+    assert read(topic) == []
+    assert read(topic, "read_uncommitted") != []
+
+
+def test_records_that_the_broker_refuses_are_counted(kafka_bootstrap_servers, kafka_topic, read, instance):
+    topic = kafka_topic(config={"max.message.bytes": "1000"})
+    manager = _manager(kafka_bootstrap_servers, compression_type="none")
+    rows = [{"x": uuid.uuid4().hex * 100}]
+    failure = _failure(_materialize(_asset(rows, topic), manager, instance, raise_on_error=False))
+    assert failure.metadata["kafka/error_code"].value == "MSG_SIZE_TOO_LARGE"
+    assert failure.metadata["kafka/errors_by_code"].value == {"MSG_SIZE_TOO_LARGE": 1}
+    assert failure.metadata["kafka/undelivered_records"].value == 1
+    assert read(topic) == []
+
+
+def _events(result, kind):
+    return [event for event in result.all_events if event.event_type is kind]
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+def test_a_dead_broker_is_tried_again_as_often_as_configured(retries, closed_port, instance):
+    manager = _manager(closed_port, connect_timeout=0.2, step_retries=retries)
+    result = _materialize(_asset("x", "t"), manager, instance, raise_on_error=False)
+    assert len(_events(result, dg.DagsterEventType.STEP_UP_FOR_RETRY)) == retries
+    (failed,) = result.get_step_failure_events()
+    text = failed.event_specific_data.error.to_string()
+    assert closed_port in text
+    assert "bootstrap_servers" in text
+
+
+def test_the_wait_before_a_retry_is_that_of_the_config(closed_port, instance):
+    manager = _manager(closed_port, connect_timeout=0.2, step_retries=1, step_retry_delay=0.8)
+    result = _materialize(_asset("x", "t"), manager, instance, raise_on_error=False)
+    (asked,) = _events(result, dg.DagsterEventType.STEP_UP_FOR_RETRY)
+    assert 0.8 <= asked.event_specific_data.seconds_to_wait <= 1.0
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_the_assets_own_retry_policy_decides_alone(retries, closed_port, instance):
+    manager = _manager(closed_port, connect_timeout=0.2, step_retries=5)
+    made = _asset("x", "t", retry_policy=dg.RetryPolicy(max_retries=retries))
+    result = _materialize(made, manager, instance, raise_on_error=False)
+    assert len(_events(result, dg.DagsterEventType.STEP_UP_FOR_RETRY)) == retries
+    assert closed_port in _failure(result).metadata["kafka/brokers"].value
+
+
+def test_a_dead_broker_in_load_input_is_tried_again(kafka_bootstrap_servers, kafka_topic, closed_port, instance):
+    topic = kafka_topic()
+    made = _asset(READ, topic)
+    _materialize(made, _manager(kafka_bootstrap_servers), instance)
+    dead = _manager(closed_port, step_retries=1)
+    dead = KafkaIOManager(kafka=dead.kafka, read_timeout=0.5)
+    result = _materialize([made, _reader(list, [])], dead, instance, selection=["reader"], raise_on_error=False)
+    assert len(_events(result, dg.DagsterEventType.STEP_UP_FOR_RETRY)) == 1
+    (failed,) = result.get_step_failure_events()
+    assert closed_port in failed.event_specific_data.error.to_string()
+
+
+def test_a_failed_attempt_is_made_good_by_the_next(manager, kafka_topic, read, instance):
+    topic, attempts = kafka_topic(), []
+
+    def rows():
+        attempts.append(1)
+        yield from ({"attempt": len(attempts), "i": i} for i in range(500))
+        if len(attempts) == 1:
+            raise ZeroDivisionError
+
+    result = _materialize(_asset(rows, topic, retry_policy=dg.RetryPolicy(max_retries=1)), manager, instance)
+    assert result.success
+    assert {json.loads(value)["attempt"] for value in _values(read(topic))} == {2}
+    assert _metadata(result)["dagster/row_count"] == len(read(topic)) == 500
+
+
+def test_works_without_a_run():
+    """build_output_context, as unit tests of users have it, needs no run; each is work of its own."""
+    context = dg.build_output_context(asset_key="made", definition_metadata={"kafka/topic": "a b"})
+    with pytest.raises(dg.Failure, match="topic 'a b'"):
+        _manager("localhost:1").handle_output(context, "x")
+
+
+def test_published_from_a_built_context(manager, kafka_topic, read):
+    topic = kafka_topic()
+    for _ in range(2):
+        context = dg.build_output_context(asset_key="made", definition_metadata={"kafka/topic": topic})
+        manager.handle_output(context, {"a": 1})
+    assert len(read(topic)) == 2

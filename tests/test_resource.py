@@ -1,0 +1,667 @@
+import concurrent.futures
+import json
+import os
+import threading
+import uuid
+
+import dagster as dg
+import pytest
+from dagster._core.definitions.reconstruct import ReconstructableJob
+
+from dataforge_kafka_dagster import KafkaError, KafkaProducerResource, Publication
+from dataforge_kafka_dagster.kafka.publication import PublicationWriter
+from dataforge_kafka_dagster.resource import PublishingSession
+
+CANARY = "canary-91ce"
+
+
+@pytest.fixture
+def kafka(kafka_bootstrap_servers):
+    return KafkaProducerResource(bootstrap_servers=kafka_bootstrap_servers, step_retry_delay=0.01)
+
+
+def _values(found):
+    return [record.value for record in found]
+
+
+def _run_op(op, kafka, instance, **options):
+    @dg.job(resource_defs={"kafka": kafka})
+    def work():
+        op()
+
+    return work.execute_in_process(instance=instance, **options)
+
+
+def _materialize(asset, kafka, instance, **options):
+    return dg.materialize([asset], resources={"kafka": kafka}, instance=instance, **options)
+
+
+def _metadata(result):
+    (event,) = result.get_asset_materialization_events()
+    metadata = {name: value.value for name, value in event.materialization.metadata.items()}
+    if "kafka/offsets" in metadata:
+        metadata["kafka/offsets"] = [record.data for record in metadata["kafka/offsets"].records]
+    return metadata
+
+
+def _kafka_threads():
+    return [thread for thread in threading.enumerate() if "kafka" in thread.name]
+
+
+# Without a broker
+
+
+def test_defining_and_building_connects_to_nothing(closed_port, instance, monkeypatch):
+    monkeypatch.setattr("confluent_kafka.Producer", None)
+    monkeypatch.setattr("dataforge_kafka_dagster.kafka.connection.AdminClient", None)
+
+    @dg.op
+    def idle(kafka: KafkaProducerResource):
+        assert kafka.bootstrap_servers == closed_port
+
+    kafka = KafkaProducerResource(bootstrap_servers=closed_port)
+    dg.Definitions(resources={"kafka": kafka}).get_repository_def()
+    assert _run_op(idle, kafka, instance).success
+
+
+def test_a_list_of_servers_is_taken():
+    resource = KafkaProducerResource(bootstrap_servers=["a:1", "b:2"], acks=-1)
+    assert resource.producer_config().servers == "a:1,b:2"
+    assert resource.publication_config().producer.acks == "-1"
+
+
+def test_options_reach_the_config():
+    resource = KafkaProducerResource(
+        bootstrap_servers="a:1",
+        compression_type="zstd",
+        batch_size=123,
+        delivery_guarantee="at_least_once",
+        transactional_id_prefix="mine",
+        transaction_timeout=77,
+        librdkafka_config={"a.b": "c"},
+    )
+    config = resource.publication_config()
+    assert (config.producer.compression_type, config.producer.batch_size) == ("zstd", 123)
+    assert config.producer.librdkafka_config == {"a.b": "c"}
+    assert (config.delivery_guarantee, config.transactional_id_prefix) == ("at_least_once", "mine")
+    assert config.transaction_timeout == 77
+
+
+def _secured(**options):
+    return KafkaProducerResource(
+        bootstrap_servers="a:1",
+        security_protocol="SASL_SSL",
+        sasl_mechanism="PLAIN",
+        sasl_username="user",
+        **options,
+    )
+
+
+def test_no_secret_in_repr_or_snapshot(monkeypatch):
+    from dagster._core.remote_representation.external_data import RepositorySnap
+
+    monkeypatch.setenv("KAFKA_PASSWORD_OF_TEST", CANARY)
+    resource = _secured(
+        sasl_password=dg.EnvVar("KAFKA_PASSWORD_OF_TEST"),
+        librdkafka_config={"ssl.keystore.password": dg.EnvVar("KAFKA_PASSWORD_OF_TEST")},
+    )
+
+    @dg.asset
+    def made(kafka: KafkaProducerResource): ...
+
+    definitions = dg.Definitions(assets=[made], resources={"kafka": resource})
+    snapshot = dg.serialize_value(RepositorySnap.from_def(definitions.get_repository_def()))
+    assert "KAFKA_PASSWORD_OF_TEST" in snapshot
+    with resource.process_config_and_initialize_cm() as resolved:
+        assert resolved.producer_config().sasl_password == CANARY
+        for text in (snapshot, repr(resource), str(resource), repr(resolved), str(resolved)):
+            assert CANARY not in text
+
+
+def test_no_secret_in_the_errors_of_a_definition():
+    for options in ({"sasl_password": CANARY, "sasl_mecanism": CANARY}, {"sasl_password": [CANARY]}):
+        with pytest.raises(Exception) as caught:  # noqa: PT011
+            KafkaProducerResource(bootstrap_servers="a:1", **options)
+        assert CANARY not in str(caught.value)
+
+
+def test_env_vars_are_resolved_and_checked_at_the_start_of_a_run(monkeypatch, instance):
+    seen = []
+
+    @dg.op
+    def look(kafka: KafkaProducerResource):
+        seen.append(kafka.producer_config())
+
+    resource = KafkaProducerResource(
+        bootstrap_servers=dg.EnvVar("SERVERS_OF_TEST"),
+        batch_size=dg.EnvVar.int("BATCH_OF_TEST"),
+        acks=dg.EnvVar("ACKS_OF_TEST"),
+        librdkafka_config={"client.rack": dg.EnvVar("RACK_OF_TEST")},
+    )
+    monkeypatch.setenv("SERVERS_OF_TEST", "x:1,y:2")
+    monkeypatch.setenv("BATCH_OF_TEST", "4321")
+    monkeypatch.setenv("ACKS_OF_TEST", "all")
+    monkeypatch.setenv("RACK_OF_TEST", "r1")
+    assert _run_op(look, resource, instance).success
+    (config,) = seen
+    assert (config.servers, config.batch_size) == ("x:1,y:2", 4321)
+    assert config.librdkafka_config == {"client.rack": "r1"}
+    monkeypatch.setenv("SERVERS_OF_TEST", "x:99999")
+    result = _run_op(look, resource, instance, raise_on_error=False)
+    assert not result.success
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("name", ["sasl_password", "sasl_username", "sasl_mechanism", "security_protocol"])
+def test_security_options_may_be_env_vars(name, monkeypatch):
+    values = {
+        "security_protocol": "SASL_SSL",
+        "sasl_mechanism": "SCRAM-SHA-512",
+        "sasl_username": "user",
+        "sasl_password": CANARY,
+    }
+    monkeypatch.setenv("OPTION_OF_TEST", values[name])
+    resource = KafkaProducerResource(bootstrap_servers="a:1", **(values | {name: dg.EnvVar("OPTION_OF_TEST")}))
+    with resource.process_config_and_initialize_cm() as resolved:
+        assert getattr(resolved.producer_config(), name) == values[name]
+
+
+def test_an_env_var_in_the_list_of_servers_is_refused(monkeypatch):
+    monkeypatch.setenv("SERVER_OF_TEST", "real-host:9092")
+    # Dagster cannot put an environment variable into a part of a text.
+    with pytest.raises((ValueError, RuntimeError), match="EnvVar"):
+        KafkaProducerResource(bootstrap_servers=["a:1", dg.EnvVar("SERVER_OF_TEST")])
+
+
+# With a broker
+
+
+@pytest.mark.kafka
+def test_send_from_an_asset(kafka, kafka_topic, read, instance):
+    topic = kafka_topic()
+
+    @dg.asset
+    def made(kafka: KafkaProducerResource):
+        metadata = kafka.send_sync(topic, {"a": 1}, key="k", headers={"h": "v"}, partition=0, timestamp=1357000000000)
+        return dg.MaterializeResult(metadata={"offset": metadata.offset})
+
+    result = _materialize(made, kafka, instance)
+    (found,) = read(topic)
+    assert (found.key, found.value, found.timestamp) == (b"k", b'{"a":1}', 1357000000000)
+    assert found.headers == [("h", b"v")]
+    assert _metadata(result)["offset"] == found.offset == 0
+
+
+@pytest.mark.kafka
+def test_send_from_an_op(kafka, kafka_topic, read, instance):
+    topic = kafka_topic()
+    calls = []
+
+    @dg.op
+    def notify(kafka: KafkaProducerResource):
+        kafka.send_sync(topic, "sync", key="a")
+        future = kafka.send_async(topic, "async", callback=lambda err, msg: calls.append((err, msg.topic())))
+        kafka.flush()
+        assert future.done()
+
+    assert _run_op(notify, kafka, instance).success
+    assert _values(read(topic)) == [b"sync", b"async"]
+    assert calls == [(None, topic)]
+
+
+@pytest.mark.kafka
+def test_send_from_a_sensor(kafka, kafka_topic, read, instance):
+    topic = kafka_topic()
+
+    @dg.sensor(job_name="none")
+    def watch(context: dg.SensorEvaluationContext, kafka: KafkaProducerResource):
+        return dg.SkipReason(f"at {kafka.send_sync(topic, 'seen').offset}")
+
+    before = len(_kafka_threads())
+    with dg.build_sensor_context(instance=instance, resources={"kafka": kafka}) as context:
+        assert watch(context).skip_message == "at 0"
+    assert _values(read(topic)) == [b"seen"]
+    assert len(_kafka_threads()) == before
+
+
+@pytest.mark.kafka
+def test_the_producer_is_shared_by_steps_and_closed_at_the_end_of_the_run(
+    kafka, kafka_topic, read, instance, eventually
+):
+    topic = kafka_topic()
+    before = len(_kafka_threads())
+    producers = []
+
+    @dg.op
+    def first(kafka: KafkaProducerResource):
+        kafka.send_async(topic, "left to the end of the run")
+        producers.append(kafka.producer)
+        return len(_kafka_threads())
+
+    @dg.op
+    def second(kafka: KafkaProducerResource, threads: int):
+        producers.append(kafka.producer)
+        assert threads == before + 1
+
+    @dg.job(resource_defs={"kafka": kafka})
+    def work():
+        second(first())
+
+    assert work.execute_in_process(instance=instance).success
+    assert producers[0] is producers[1]
+    eventually(lambda: len(_kafka_threads()) == before)
+    assert _values(read(topic)) == [b"left to the end of the run"]
+    with pytest.raises(KafkaError, match="closed"):
+        producers[0].send_sync(topic, "x")
+
+
+@pytest.mark.kafka
+def test_two_resources_in_one_run(kafka_bootstrap_servers, kafka_topic, read, instance):
+    topics = {name: kafka_topic() for name in ("one", "two")}
+
+    @dg.op
+    def both(one: KafkaProducerResource, two: KafkaProducerResource):
+        assert one.producer is not two.producer
+        assert one.producer.config.client_id == "first"
+        one.send_sync(topics["one"], "1")
+        two.send_sync(topics["two"], "2")
+
+    @dg.job(
+        resource_defs={
+            "one": KafkaProducerResource(bootstrap_servers=kafka_bootstrap_servers, client_id="first"),
+            "two": KafkaProducerResource(bootstrap_servers=kafka_bootstrap_servers, client_id="second"),
+        }
+    )
+    def work():
+        both()
+
+    assert work.execute_in_process(instance=instance).success
+    assert _values(read(topics["one"])) == [b"1"]
+    assert _values(read(topics["two"])) == [b"2"]
+
+
+@pytest.mark.kafka
+def test_a_lost_record_fails_the_step_that_flushes(kafka_bootstrap_servers, kafka_topic, instance):
+    topic = kafka_topic(config={"max.message.bytes": "1000"})
+    kafka = KafkaProducerResource(bootstrap_servers=kafka_bootstrap_servers, compression_type="none")
+
+    @dg.op
+    def lose(kafka: KafkaProducerResource):
+        kafka.send_async(topic, uuid.uuid4().hex * 100)
+        kafka.flush()
+
+    result = _run_op(lose, kafka, instance, raise_on_error=False)
+    (event,) = result.get_step_failure_events()
+    assert "MSG_SIZE_TOO_LARGE" in event.event_specific_data.error.to_string()
+
+
+@dg.op(out=dg.DynamicOut(int))
+def some():
+    yield from (dg.DynamicOutput(i, mapping_key=str(i)) for i in range(3))
+
+
+@dg.op(config_schema={"topic": str})
+def send_from_process(context, i: int, kafka: KafkaProducerResource):
+    topic = context.op_config["topic"]
+    kafka.send_sync(topic, {"i": i, "pid": os.getpid()})
+    with kafka.publishing(context, topic=topic) as publication:
+        publication.send({"published": i})
+
+
+@dg.job(
+    executor_def=dg.multiprocess_executor.configured({"max_concurrent": 2}),
+    resource_defs={"kafka": KafkaProducerResource(bootstrap_servers=dg.EnvVar("KAFKA_SERVERS_OF_TEST"))},
+)
+def in_processes():
+    some().map(send_from_process)
+
+
+@pytest.mark.kafka
+def test_multiprocess_executor_with_env_vars(kafka_bootstrap_servers, kafka_topic, read, stored_instance, monkeypatch):
+    monkeypatch.setenv("KAFKA_SERVERS_OF_TEST", kafka_bootstrap_servers)
+    topic = kafka_topic()
+    config = {"ops": {"send_from_process": {"config": {"topic": topic}}}}
+    with dg.execute_job(
+        ReconstructableJob.for_file(__file__, "in_processes"), stored_instance, run_config=config
+    ) as result:
+        assert result.success
+    found = [json.loads(value) for value in _values(read(topic))]
+    assert sorted(row["i"] for row in found if "i" in row) == [0, 1, 2]
+    assert sorted(row["published"] for row in found if "published" in row) == [0, 1, 2]
+    pids = {row["pid"] for row in found if "pid" in row}
+    assert len(pids) == 3
+    assert os.getpid() not in pids
+
+
+def _expected_offsets(found, topic):
+    """The table of a publication's metadata, from what an independent reader found."""
+    rows = []
+    for partition in sorted({record.partition for record in found}):
+        offsets = [record.offset for record in found if record.partition == partition]
+        rows.append(
+            {
+                "topic": topic,
+                "partition": partition,
+                "first offset": offsets[0],
+                "last offset": offsets[-1],
+                "records": len(offsets),
+            }
+        )
+    return rows
+
+
+@pytest.mark.kafka
+def test_publishing_from_an_asset(kafka, kafka_topic, read, instance):
+    topic = kafka_topic(partitions=3)
+    sessions = []
+
+    @dg.asset
+    def alerts(context: dg.AssetExecutionContext, kafka: KafkaProducerResource) -> dg.MaterializeResult:
+        with kafka.publishing(context, topic=topic, key="id") as publication:
+            sessions.append(publication)
+            assert isinstance(publication, PublishingSession)
+            assert not publication.replayed
+            for i in range(20):
+                publication.send({"id": f"a{i}"})
+            publication.send({"id": "own"}, key="other", headers={"h": "v"})
+            publication.send_all([{"id": "all"}])
+            with pytest.raises(KafkaError, match="with block"):
+                _ = publication.result
+            assert read(topic) == []
+        return publication.materialize_result(more="of mine")
+
+    result = _materialize(alerts, kafka, instance)
+    found = read(topic)
+    assert len(found) == 22
+    assert {record.key for record in found} == {*(f"a{i}".encode() for i in range(20)), b"other", b"all"}
+    said = _metadata(result)
+    assert said["dagster/row_count"] == said["kafka/records"] == 22
+    assert said["kafka/topic"] == topic
+    assert said["kafka/bytes"] == sum(len(record.key) + len(record.value) for record in found)
+    assert said["kafka/replayed"] is False
+    assert said["more"] == "of mine"
+    assert said["kafka/offsets"] == _expected_offsets(found, topic)
+    publication = sessions[0].result
+    assert isinstance(publication, Publication)
+    assert publication.records == 22
+    assert publication.seconds > 0
+    assert said["kafka/publication"]["publication_id"] == publication.publication_id
+
+
+@pytest.mark.kafka
+def test_publishing_to_several_topics_is_one_transaction(kafka, kafka_topic, read, instance):
+    one, two = kafka_topic(), kafka_topic()
+
+    @dg.asset
+    def both(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=one) as publication:
+            publication.send("1")
+            publication.send("2", topic=two)
+            publication.send_all(["3", "4"], topic=two)
+        return publication.materialize_result()
+
+    said = _metadata(_materialize(both, kafka, instance))
+    assert _values(read(one)) == [b"1"]
+    assert _values(read(two)) == [b"2", b"3", b"4"]
+    assert said["kafka/topic"] == f"{one}, {two}"
+    assert {(row["topic"], row["records"]) for row in said["kafka/offsets"]} == {(one, 1), (two, 3)}
+
+
+@pytest.mark.kafka
+def test_an_error_between_two_topics_leaves_nothing_in_either(kafka, kafka_topic, read, instance):
+    one, two = kafka_topic(), kafka_topic()
+
+    @dg.asset
+    def both(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=one) as publication:
+            publication.send("1")
+            publication.send("2", topic=two)
+            raise ZeroDivisionError("of the user")
+
+    result = _materialize(both, kafka, instance, raise_on_error=False)
+    (event,) = result.get_step_failure_events()
+    assert "of the user" in event.event_specific_data.error.to_string()
+    assert read(one) == read(two) == []
+
+
+@pytest.mark.kafka
+def test_sessions_of_one_step_on_one_topic_do_not_collide(kafka, kafka_topic, read, instance):
+    topic = kafka_topic()
+    ids = []
+
+    @dg.op
+    def twice(context: dg.OpExecutionContext, kafka: KafkaProducerResource):
+        for name in (None, None, "named", "named"):
+            with kafka.publishing(context, topic=topic, name=name) as publication:
+                assert not publication.replayed
+                publication.send(str(len(ids)))
+            ids.append((publication.result.publication_id, publication.result.transactional_id))
+        with (
+            kafka.publishing(context, topic=topic, name="outer") as outer,
+            kafka.publishing(context, topic=topic, name="inner") as inner,
+        ):
+            outer.send("outer")
+            inner.send("inner")
+
+    assert _run_op(twice, kafka, instance).success
+    assert len({publication for publication, _ in ids}) == 4
+    assert len({transactional for _, transactional in ids}) == 4
+    assert sorted(_values(read(topic))) == [b"0", b"1", b"2", b"3", b"inner", b"outer"]
+
+
+@pytest.mark.kafka
+def test_an_empty_session_is_a_publication_of_nothing(kafka, kafka_topic, read, instance):
+    topic = kafka_topic()
+
+    @dg.asset
+    def nothing(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=topic) as publication:
+            pass
+        return publication.materialize_result()
+
+    said = _metadata(_materialize(nothing, kafka, instance))
+    assert (said["dagster/row_count"], said["kafka/records"], said["kafka/bytes"]) == (0, 0, 0)
+    assert said["kafka/topic"] == topic
+    assert "kafka/offsets" not in said
+    assert read(topic) == []
+
+
+@pytest.mark.kafka
+def test_an_empty_session_is_replayed_too(kafka, kafka_topic, instance):
+    topic = kafka_topic()
+    replayed = []
+
+    @dg.op
+    def nothing(context: dg.OpExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=topic) as publication:
+            replayed.append(publication.replayed)
+        if context.retry_number == 0:
+            raise dg.RetryRequested
+
+    assert _run_op(nothing, kafka, instance).success
+    assert replayed == [False, True]
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("kind", ["asset", "op"])
+def test_a_retry_after_the_commit_publishes_nothing_and_reports_the_same(kind, kafka, kafka_topic, read, instance):
+    topic = kafka_topic(partitions=2)
+    results = []
+
+    def body(context, kafka):
+        with kafka.publishing(context, topic=topic) as publication:
+            for i in range(10):
+                publication.send({"i": i, "attempt": context.retry_number}, key=str(i))
+        results.append(publication.result)
+        if context.retry_number < 2:
+            raise dg.RetryRequested(max_retries=2)
+        return publication
+
+    if kind == "asset":
+
+        @dg.asset
+        def work(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+            return body(context.op_execution_context, kafka).materialize_result()
+
+        said = _metadata(_materialize(work, kafka, instance))
+        assert said["kafka/replayed"] is True
+        assert said["kafka/records"] == 10
+        assert "kafka/seconds" not in said
+        assert said["kafka/offsets"] == _expected_offsets(read(topic), topic)
+    else:
+
+        @dg.op
+        def work(context: dg.OpExecutionContext, kafka: KafkaProducerResource):
+            body(context, kafka)
+
+        assert _run_op(work, kafka, instance).success
+    assert [result.replayed for result in results] == [False, True, True]
+    assert {(r.publication_id, r.transactional_id, r.records, r.bytes, r.offsets) for r in results} == {
+        (results[0].publication_id, results[0].transactional_id, 10, results[0].bytes, results[0].offsets)
+    }
+    found = read(topic)
+    assert len(found) == 10
+    assert all(b'"attempt":0' in record.value for record in found)
+
+
+@pytest.mark.kafka
+def test_a_retry_after_an_abort_publishes_everything_once(kafka, kafka_topic, read, instance):
+    topic = kafka_topic()
+
+    @dg.op
+    def work(context: dg.OpExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=topic) as publication:
+            assert not publication.replayed
+            for i in range(5):
+                publication.send(f"{context.retry_number}-{i}")
+            if context.retry_number == 0:
+                raise dg.RetryRequested
+
+    assert _run_op(work, kafka, instance).success
+    assert _values(read(topic)) == [f"1-{i}".encode() for i in range(5)]
+
+
+@pytest.mark.kafka
+def test_two_runs_are_two_publications(kafka, kafka_topic, read, instance):
+    topic = kafka_topic()
+
+    @dg.asset
+    def work(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=topic) as publication:
+            publication.send("x")
+        return publication.materialize_result()
+
+    said = [_metadata(_materialize(work, kafka, instance)) for _ in range(2)]
+    assert [metadata["kafka/replayed"] for metadata in said] == [False, False]
+    places = [metadata["kafka/publication"] for metadata in said]
+    assert places[0]["transactional_id"] == places[1]["transactional_id"]
+    assert places[0]["publication_id"] != places[1]["publication_id"]
+    assert len(read(topic)) == 2
+
+
+@pytest.mark.kafka
+def test_an_unknown_topic_fails_without_retry(kafka, instance):
+    topic = f"never-{uuid.uuid4().hex}"
+    attempts = []
+
+    @dg.op(retry_policy=dg.RetryPolicy(max_retries=3))
+    def work(context: dg.OpExecutionContext, kafka: KafkaProducerResource):
+        attempts.append(context.retry_number)
+        with kafka.publishing(context, topic=topic):
+            pytest.fail("it opened")
+
+    result = _run_op(work, kafka, instance, raise_on_error=False)
+    (event,) = result.get_step_failure_events()
+    metadata = event.event_specific_data.user_failure_data.metadata
+    assert metadata["kafka/topic"].value == topic
+    assert metadata["kafka/error_code"].value == "UNKNOWN_TOPIC_OR_PART"
+    assert "Create the topic" in metadata["kafka/what_to_do"].value
+    assert attempts == [0]
+
+
+@pytest.mark.kafka
+def test_at_least_once_publishes_without_a_transaction(kafka_bootstrap_servers, kafka_topic, read, instance):
+    topic = kafka_topic(partitions=2)
+    kafka = KafkaProducerResource(bootstrap_servers=kafka_bootstrap_servers, delivery_guarantee="at_least_once", acks=1)
+
+    @dg.asset
+    def work(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=topic) as publication:
+            publication.send_all({"i": i} for i in range(100))
+        return publication.materialize_result()
+
+    said = _metadata(_materialize(work, kafka, instance))
+    found = read(topic)
+    assert said["kafka/records"] == len(found) == 100
+    assert said["kafka/offsets"] == _expected_offsets(found, topic)
+
+
+@pytest.mark.kafka
+def test_progress_of_a_long_publication_is_logged(kafka, kafka_topic, instance, monkeypatch):
+    monkeypatch.setattr("dataforge_kafka_dagster.kafka.publication._PROGRESS_SECONDS", 0.0)
+    topic = kafka_topic()
+
+    @dg.op
+    def work(context: dg.OpExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=topic) as publication:
+            publication.send("a")
+            publication.send("b")
+
+    result = _run_op(work, kafka, instance)
+    messages = [entry.user_message for entry in instance.all_logs(result.run_id)]
+    assert [m for m in messages if "Published 2 records" in m and "not committed yet" in m and topic in m]
+    assert [m for m in messages if m.startswith(f"Published 2 records in {topic!r}")]
+
+
+@pytest.mark.kafka
+def test_sends_after_a_publication_has_ended_are_refused(kafka, kafka_topic, instance):
+    topic = kafka_topic()
+
+    @dg.op
+    def work(context: dg.OpExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=topic) as publication:
+            publication.send("a")
+        with pytest.raises(KafkaError, match="ended"):
+            publication.send("b")
+
+    assert _run_op(work, kafka, instance).success
+
+
+@pytest.mark.kafka
+def test_overlapping_runs_of_an_op_job_do_not_fence_each_other(kafka, kafka_topic, read, instance):
+    topic = kafka_topic()
+    both = threading.Barrier(2, timeout=30)
+
+    @dg.op
+    def work(context: dg.OpExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=topic) as publication:
+            publication.send("x")
+            both.wait()
+
+    @dg.job(resource_defs={"kafka": kafka})
+    def job():
+        work()
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(job.execute_in_process, instance=instance) for _ in range(2)]
+        assert all(run.result(60).success for run in runs)
+    assert len(read(topic)) == 2
+
+
+@pytest.mark.kafka
+def test_a_later_attempt_fences_the_one_before(kafka, kafka_topic, read):
+    """What publishing() stands on: the same publisher's open transaction ends when the next one opens."""
+    topic = kafka_topic()
+    config = kafka.publication_config()
+
+    def writer(publication_id):
+        return PublicationWriter(config, transactional_id="fence-" + topic, publication_id=publication_id, topic=topic)
+
+    with pytest.raises(KafkaError) as caught, writer("a") as first:
+        first.send("first")
+        with writer("a") as second:
+            second.send("second")
+        first.send("again")
+    assert type(caught.value).__name__ == "FencedError"
+    assert "another attempt" in str(caught.value)
+    assert _values(read(topic)) == [b"second"]
