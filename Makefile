@@ -8,7 +8,9 @@ RESOLUTION = highest
 
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
-PACKAGES = -e '.[local]' -e ./example_project --group dev
+PACKAGES = -e '.[local]' --group dev $(EXAMPLE)
+EXAMPLE = -e ./example_project
+TESTS = tests example_project/tests
 
 .PHONY: help install demo ui test test-only test-faults bench lint matrix build screenshots clean
 
@@ -24,7 +26,10 @@ $(STAMP): pyproject.toml example_project/pyproject.toml
 	@echo "Making $(VENV) with $$($(PYTHON) --version) and installing the packages"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --resolution $(RESOLUTION) $(PACKAGES)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --resolution $(RESOLUTION) $(PACKAGES) || { \
+	  [ $(RESOLUTION) = highest ] || exit 1; \
+	  echo "uv could not install them; trying pip, which reads pip.conf"; \
+	  $(BIN)/python -m pip install --quiet --upgrade pip && $(BIN)/python -m pip install --quiet $(PACKAGES); }
 	@touch $(STAMP)
 
 demo: $(STAMP) ## Publish one week of flights to a real Kafka through Dagster, and count them with Kafka's own tools
@@ -36,7 +41,7 @@ ui: $(STAMP) ## Run Kafka and the Dagster UI together (PORT=3000), until Ctrl-C
 test: lint test-only ## Check style and types, and run all tests but the faults, on a real Kafka
 
 test-only: $(STAMP)
-	$(BIN)/python -m pytest -m "not faults" tests example_project/tests
+	$(BIN)/python -m pytest -m "not faults" $(TESTS)
 
 test-faults: $(STAMP) ## Run the tests that break Kafka on purpose (minutes)
 	$(BIN)/python -m pytest -m faults tests
@@ -52,8 +57,8 @@ lint: $(STAMP) ## Check style and types
 matrix: ## Run the tests on each Python from 3.10 to 3.13 found here, and once with the lowest dependencies
 	@ran=; failed=; missing=; oldest=; \
 	try() { \
-	  echo "== $$1"; \
-	  if $(MAKE) test-only "PYTHON=$$2" "VENV=$$3" "RESOLUTION=$$4"; then ran="$$ran $$1,"; else failed="$$failed $$1,"; fi; \
+	  name=$$1; shift; echo "== $$name"; \
+	  if $(MAKE) test-only "$$@"; then ran="$$ran $$name,"; else failed="$$failed $$name,"; fi; \
 	}; \
 	for version in $(VERSIONS); do \
 	  found=; \
@@ -63,9 +68,9 @@ matrix: ## Run the tests on each Python from 3.10 to 3.13 found here, and once w
 	  done; \
 	  if [ -z "$$found" ]; then missing="$$missing $$version,"; continue; fi; \
 	  oldest=$${oldest:-$$found}; \
-	  try "Python $$version" "$$found" .venv-$$version highest; \
+	  try "Python $$version" "PYTHON=$$found" VENV=.venv-$$version; \
 	done; \
-	[ -z "$$oldest" ] || try "lowest dependencies" "$$oldest" .venv-lowest lowest-direct; \
+	[ -z "$$oldest" ] || try "lowest dependencies" "PYTHON=$$oldest" VENV=.venv-lowest RESOLUTION=lowest-direct EXAMPLE= TESTS=tests; \
 	echo; echo "passed: $${ran:-none}"; echo "failed: $${failed:-none}"; echo "not found: $${missing:-none}"; \
 	[ -n "$$ran" ] && [ -z "$$failed" ]
 

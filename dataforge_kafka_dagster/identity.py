@@ -74,7 +74,7 @@ def output_identity(context: dg.OutputContext) -> Identity:
     """Names of what a step publishes for one output."""
     origin = _origin_of_output(context)
     if context.has_asset_key:
-        name = ("asset", *context.asset_key.path, context.name)
+        name = ("asset", *context.asset_key.path, _name(context))
         partition = tuple(map(str, context.asset_partition_keys)) if context.has_asset_partitions else ()
     else:
         mapping = (context.mapping_key,) if context.mapping_key else ()
@@ -82,6 +82,14 @@ def output_identity(context: dg.OutputContext) -> Identity:
         name = ("job", context.job_name, context.step_key, context.name, *mapping, origin)
         partition = (str(context.partition_key),) if context.has_partition_key else ()
     return _identity(name, partition, origin)
+
+
+def _name(context: dg.OutputContext) -> str:
+    try:
+        return context.name
+    except dg.DagsterInvariantViolationError:
+        # A context made by build_output_context without a name.
+        return "result"
 
 
 def _origin_of_output(context: dg.OutputContext) -> str:

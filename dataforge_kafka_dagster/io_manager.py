@@ -5,14 +5,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from dataforge_kafka_dagster.identity import Identity, output_identity
 from dataforge_kafka_dagster.kafka.config import check_topic
 from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError
 from dataforge_kafka_dagster.kafka.publication import Publication
 from dataforge_kafka_dagster.kafka.reader import ReadRecord, read_publication
-from dataforge_kafka_dagster.kafka.records import KafkaRecord, chunks
+from dataforge_kafka_dagster.kafka.records import KafkaRecord, chunks, key_fields
 from dataforge_kafka_dagster.kafka.serialization import ValueFormat, deserialize
 from dataforge_kafka_dagster.resource import PUBLICATION_METADATA, KafkaProducerResource, describe, publication_metadata
 
@@ -30,6 +30,8 @@ class KafkaIOManager(dg.ConfigurableIOManager):
     Example:
         >>> defs = dg.Definitions(assets=[flights], resources={"io_manager": KafkaIOManager(kafka=kafka)})
     """
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     kafka: dg.ResourceDependency[KafkaProducerResource]
     topic: str | None = Field(
@@ -95,7 +97,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         template = self.topic or "{asset_key}"
         try:
             topic = template.format(asset_key=".".join(path), name=path[-1], job=context.job_name)
-        except (KeyError, IndexError, ValueError) as error:
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
             raise KafkaConfigError(
                 f"topic={template!r} of the IO manager",
                 f"{error} cannot be filled in",
@@ -107,12 +109,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         given = _metadata(context, "kafka/key")
         if given is None:
             return tuple(name.strip() for name in self.key.split(",")) if self.key else ()
-        names = [given] if isinstance(given, str) else given
-        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-            raise KafkaConfigError(
-                f"metadata kafka/key={given!r}", "it is neither a field name nor a list of them", "Name the key's field"
-            )
-        return tuple(names)
+        return key_fields(given)
 
     def load_input(self, context: dg.InputContext) -> Any:
         """The records of exactly the Dagster partitions (or the run, for an op) that the input asks for.
@@ -220,7 +217,16 @@ def _in_form(form: Any, records: Iterable[tuple[ReadRecord, ValueFormat | None]]
         return [_as_kafka_record(record, value_format) for record, value_format in records]
     library = getattr(origin, "__module__", "").partition(".")[0]
     if library in {"polars", "pandas", "pyarrow"}:
-        lines = [record.value for record, _ in records if record.value is not None]
+        lines = []
+        for record, value_format in records:
+            if value_format != "json":
+                raise KafkaError(
+                    f"input annotated as a {library} frame",
+                    f"its upstream output was published as {value_format}",
+                    "Annotate it as a list",
+                )
+            if record.value is not None:
+                lines.append(record.value)
         return _frame(library, lines)
     values = [_value(record, value_format) for record, value_format in records]
     single = isinstance(origin, type) and issubclass(origin, (Mapping, str, bytes))

@@ -7,12 +7,12 @@ import contextlib
 import datetime as dt
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, Final
 
 import dagster as dg
-from pydantic import Field, PrivateAttr, field_validator
+from pydantic import ConfigDict, Field, PrivateAttr, field_validator
 from typing_extensions import Self
 
 from dataforge_kafka_dagster.failures import raise_in_dagster
@@ -27,6 +27,7 @@ from dataforge_kafka_dagster.kafka.serialization import Headers
 PUBLICATION_METADATA: Final = "kafka/publication"
 """Name of the metadata that holds a publication as JSON: `Publication.to_dict`, and its Dagster partitions."""
 
+_PUBLICATION_OPTIONS: Final = ("delivery_guarantee", "transactional_id_prefix", "transaction_timeout")
 _CLOSE_SECONDS: Final = 10.0
 
 _COLUMNS: Final = dg.TableSchema(
@@ -53,6 +54,8 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions):  # type: ign
     Example:
         >>> kafka = KafkaProducerResource(bootstrap_servers=dg.EnvVar("KAFKA_BOOTSTRAP_SERVERS"))
     """
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     bootstrap_servers: str = Field(
         default="localhost:9092",
@@ -111,8 +114,8 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions):  # type: ign
         return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
     def __init__(self, **options: Any) -> None:
+        _check_at_definition(options, type(self).model_fields)
         super().__init__(**options)
-        _publication_config(self, stand_in=True)
 
     def publication_config(self) -> PublicationConfig:
         """The checked options of this resource's publications; picklable.
@@ -120,7 +123,8 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions):  # type: ign
         Raises:
             pydantic.ValidationError: An environment variable holds what is not allowed.
         """
-        return _publication_config(self, stand_in=False)
+        producer = KafkaProducerConfig(**{name: getattr(self, name) for name in KafkaProducerConfig.model_fields})
+        return PublicationConfig(producer=producer, **{name: getattr(self, name) for name in _PUBLICATION_OPTIONS})
 
     def producer_config(self) -> KafkaProducerConfig:
         """The checked options of this resource's producer.
@@ -389,24 +393,21 @@ def _step_context(context: Any) -> Any:
         return None
 
 
-def _publication_config(resource: KafkaProducerResource, *, stand_in: bool) -> PublicationConfig:
-    """The resource's options, checked; with ``stand_in``, as far as can be before environment variables are known."""
-    options = {name: getattr(resource, name) for name in KafkaProducerConfig.model_fields}
-    if stand_in:
-        options = _without_env_vars(options)
-    values: dict[str, Any] = {
-        name: getattr(resource, name)
-        for name in ("delivery_guarantee", "transactional_id_prefix", "transaction_timeout")
-        if not (stand_in and _is_env_var(getattr(resource, name)))
-    }
-    return PublicationConfig(producer=KafkaProducerConfig(**options), **values)
+def _check_at_definition(options: dict[str, Any], known: Container[str]) -> None:
+    """Refuse what can be refused before the values of environment variables are known."""
+    given = {name: value for name, value in options.items() if name in KafkaProducerConfig.model_fields}
+    unknown = {name: value for name, value in options.items() if name not in known}
+    producer = KafkaProducerConfig(**_without_env_vars(given), **unknown)
+    rest = {name: options[name] for name in _PUBLICATION_OPTIONS if name in options and not _is_env_var(options[name])}
+    PublicationConfig(producer=producer, **rest)
 
 
 def _without_env_vars(options: dict[str, Any]) -> dict[str, Any]:
     unknown = {name for name, value in options.items() if _is_env_var(value)}
     known = {name: value for name, value in options.items() if name not in unknown}
-    raw = known["librdkafka_config"]
-    known["librdkafka_config"] = {name: value for name, value in raw.items() if not _is_env_var(value)}
+    raw = known.get("librdkafka_config")
+    if isinstance(raw, dict):
+        known["librdkafka_config"] = {name: value for name, value in raw.items() if not _is_env_var(value)}
     # Whether the security options fit together is known only when all of them are.
     security = {name for name in options if name.startswith(("sasl_", "ssl_")) or name == "security_protocol"}
     if {"security_protocol", "sasl_mechanism"} & unknown or any(n.startswith("ssl_") for n in unknown):

@@ -49,7 +49,7 @@ def cluster(data_dir: Path | None = None) -> Iterator[LocalKafka]:
 
 def create_topics(servers: str) -> None:
     """Create the topics that are not there yet."""
-    admin = AdminClient({"bootstrap.servers": servers})
+    admin = AdminClient({"bootstrap.servers": servers, "log_level": 0})
     made = admin.create_topics([NewTopic(topic, partitions) for topic, partitions in TOPICS.items()])
     for future in made.values():
         try:

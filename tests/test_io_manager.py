@@ -20,6 +20,9 @@ from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource, Kafka
 
 pytestmark = pytest.mark.kafka
 
+PREFIX = f"test-{uuid.uuid4().hex[:8]}"
+"""Keeps apart the publishers of test sessions that share a Kafka: all of them have an asset `made`."""
+
 
 class Place(BaseModel):
     code: str
@@ -37,7 +40,8 @@ def manager(kafka_bootstrap_servers):
 
 
 def _manager(servers, *, topic=None, key=None, **options):
-    kafka = KafkaProducerResource(bootstrap_servers=servers, **({"step_retry_delay": 0.01} | options))
+    defaults = {"step_retry_delay": 0.01, "transactional_id_prefix": PREFIX}
+    kafka = KafkaProducerResource(bootstrap_servers=servers, **(defaults | options))
     return KafkaIOManager(kafka=kafka, topic=topic, key=key)
 
 

@@ -17,7 +17,11 @@ CANARY = "canary-91ce"
 
 @pytest.fixture
 def kafka(kafka_bootstrap_servers):
-    return KafkaProducerResource(bootstrap_servers=kafka_bootstrap_servers, step_retry_delay=0.01)
+    # The prefix keeps apart test sessions that share a Kafka.
+    prefix = f"test-{uuid.uuid4().hex[:8]}"
+    return KafkaProducerResource(
+        bootstrap_servers=kafka_bootstrap_servers, step_retry_delay=0.01, transactional_id_prefix=prefix
+    )
 
 
 def _values(found):

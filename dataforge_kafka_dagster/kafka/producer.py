@@ -108,7 +108,7 @@ class DataForgeKafkaProducer:
             KafkaError: The broker refused the record; `KafkaError.code` says why.
             InvalidRecordError: It cannot be encoded; nothing was sent.
         """
-        future = self._produce(topic, KafkaRecord(value, key, headers, partition, timestamp), None)
+        future = self._produce(topic, _record(value, key, headers, partition, timestamp), None)
         deadline = time.monotonic() + self.config.delivery_timeout + 5
         while not future.done():
             if self._poller is None:
@@ -154,7 +154,7 @@ class DataForgeKafkaProducer:
                 if self._poller is None:
                     self._poller = threading.Thread(target=self._poll, name="dataforge-kafka-poll", daemon=True)
                     self._poller.start()
-        return self._produce(topic, KafkaRecord(value, key, headers, partition, timestamp), callback or _count_only)
+        return self._produce(topic, _record(value, key, headers, partition, timestamp), callback or _count_only)
 
     def _poll(self) -> None:
         while not self._closed.is_set():
@@ -170,12 +170,15 @@ class DataForgeKafkaProducer:
             raise KafkaError(f"topic {topic!r}", "the producer is closed", "Send before close()", code="_STATE")
         value, key, extra = encode_record(record)
         future: concurrent.futures.Future[RecordMetadata] = concurrent.futures.Future()
+        future.set_running_or_notify_cancel()  # what is sent cannot be taken back
 
         def on_delivery(err: confluent_kafka.KafkaError | None, msg: Any) -> None:
             if err is None:
                 kind, timestamp = msg.timestamp()
                 known = timestamp if kind else None
-                future.set_result(RecordMetadata(topic, msg.partition(), max(msg.offset(), -1), known))
+                offset = msg.offset()
+                known_offset = -1 if offset is None or offset < 0 else offset
+                future.set_result(RecordMetadata(topic, msg.partition(), known_offset, known))
             else:
                 error = self._logged(self._connection.cause(self._connection.fatal or err, f"topic {topic!r}"))
                 if callback is _count_only:
@@ -220,7 +223,10 @@ class DataForgeKafkaProducer:
             KafkaTimeoutError: Records are still on their way.
             KafkaError: A record that was sent async without a callback failed since the last flush.
         """
-        seconds = self.config.delivery_timeout if timeout is None else timeout
+        if self._closed.is_set():
+            return
+        # A record's own deadline comes first, so that its error says why.
+        seconds = self.config.delivery_timeout + 2 if timeout is None else timeout
         deadline = time.monotonic() + seconds
         while (left := self._producer.flush(max(0.0, min(SLICE, deadline - time.monotonic())))) > 0:
             if time.monotonic() >= deadline:
@@ -270,6 +276,10 @@ class DataForgeKafkaProducer:
         with contextlib.suppress(KafkaError):
             # An interrupt is not to wait for a broker that may be away.
             self.close(None if isinstance(error, Exception) else 1.0)
+
+
+def _record(value: Any, *rest: Any) -> KafkaRecord:
+    return value if isinstance(value, KafkaRecord) else KafkaRecord(value, *rest)
 
 
 def _count_only(_err: object, _msg: object) -> None:

@@ -29,7 +29,7 @@ from typing_extensions import Self
 from dataforge_kafka_dagster.kafka.config import PublicationConfig, check_topic, publication_options
 from dataforge_kafka_dagster.kafka.connection import SLICE, Connection, logger, timed_out
 from dataforge_kafka_dagster.kafka.errors import FENCED_CODES, FencedError, InvalidRecordError, KafkaError, Remedy
-from dataforge_kafka_dagster.kafka.records import Chunk, KafkaRecord, chunks, encode_record
+from dataforge_kafka_dagster.kafka.records import Chunk, KafkaRecord, chunks, encode_record, key_fields
 from dataforge_kafka_dagster.kafka.serialization import Headers, ValueFormat, format_of
 
 _LEDGER_VERSION: Final = 1
@@ -109,7 +109,7 @@ class Publication:
         return tuple(dict.fromkeys((self.topic, *(offsets.topic for offsets in self.offsets))))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready values, `offsets` as "first offset, length, gap, length, ..." of runs; `from_dict` reads them."""
+        """As JSON-ready values, offsets as "first offset, length, gap, length, ..." of runs; `from_dict` reads them."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "offsets"}
         places: dict[str, dict[str, str]] = collections.defaultdict(dict)
         for offsets in self.offsets:
@@ -182,7 +182,7 @@ class PublicationWriter:
         self._config = config
         self._transactional_id = transactional_id
         self._publication_id = publication_id
-        self._key = key
+        self._key = key_fields(key)
         self._on_progress = on_progress or _log_progress
         self._exactly_once = config.delivery_guarantee == "exactly_once"
         self._connection = Connection(config.producer)
@@ -261,8 +261,7 @@ class PublicationWriter:
         if self.replayed:
             return
         record = value if isinstance(value, KafkaRecord) else KafkaRecord(value, key, headers, partition, timestamp)
-        fields = (self._key,) if isinstance(self._key, str) else tuple(self._key or ())
-        value_bytes, key_bytes, extra = encode_record(record, self._records, fields)
+        value_bytes, key_bytes, extra = encode_record(record, self._records, self._key)
         size = len(value_bytes or b"") + len(key_bytes or b"")
         form = None if record.value is None else format_of(type(record.value))
         self._write(Chunk([value_bytes], [key_bytes], [extra], size, form), topic or self.topic)
@@ -295,7 +294,7 @@ class PublicationWriter:
 
     def _write(self, chunk: Chunk, topic: str) -> None:
         producer = self._live_producer()
-        track = self._tracks.get(topic) or self._add_topic(check_topic(topic), self._config.producer.connect_timeout)
+        track = self._tracks.get(check_topic(topic)) or self._add_topic(topic, self._config.producer.connect_timeout)
         if chunk.form is not None:
             self._form = self._form or chunk.form
             if self._form != chunk.form:

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 
 import narwhals as nw
 
-from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
+from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError
 from dataforge_kafka_dagster.kafka.serialization import (
     Headers,
     ValueFormat,
@@ -81,6 +81,18 @@ class Chunk(NamedTuple):
     form: ValueFormat | None
 
 
+def key_fields(key: Any) -> tuple[str, ...]:
+    """The fields that make a record's key, from a name, a list of names, or None.
+
+    Raises:
+        KafkaConfigError: It is none of these.
+    """
+    names = () if key is None else (key,) if isinstance(key, str) else key
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise KafkaConfigError(f"key={key!r}", "it is neither a field name nor a list of them", "Name the key's field")
+    return tuple(names)
+
+
 def refuse_output(output: object) -> InvalidRecordError:
     """The error for an output of a type that cannot be published."""
     return InvalidRecordError(
@@ -103,7 +115,7 @@ def chunks(output: Any, key: str | Sequence[str] | None = None, start: int = 0) 
         InvalidRecordError: The output, a record or a field cannot be published. The output's type and a frame's columns
             are checked by the call itself, records when their chunk is made.
     """
-    fields = (key,) if isinstance(key, str) else tuple(key or ())
+    fields = key_fields(key)
     if isinstance(output, KafkaRecord) or format_of(type(output)) is not None:
         output = [output]
     if nw.dependencies.is_into_dataframe(output):
