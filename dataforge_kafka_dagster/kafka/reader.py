@@ -73,7 +73,8 @@ def _read_partition(
     found = 0
     deadline = time.monotonic() + timeout
     while True:
-        messages: list[Any] = consumer.consume(_BATCH, SLICE)
+        # Not more than there can be: consume waits for as many as it is asked for.
+        messages: list[Any] = consumer.consume(max(1, min(_BATCH, offsets.records - found)), SLICE)
         for message in messages:
             error: confluent_kafka.KafkaError | None = message.error()
             if error is not None:
