@@ -344,9 +344,9 @@ METADATA: dict[str, tuple[dict[str, Any], list[str]]] = {
     "list as topic": ({"kafka/topic": ["a"]}, ["topic ['a']"]),
     "illegal topic": ({"kafka/topic": "a b"}, ["topic 'a b'", "249"]),
     "empty topic": ({"kafka/topic": ""}, ["topic ''"]),
-    "int as key": ({"kafka/key": 5}, ["kafka/key", "5", "field name"]),
-    "list of ints as key": ({"kafka/key": ["a", 1]}, ["kafka/key", "field name"]),
-    "mapping as key": ({"kafka/key": {"a": 1}}, ["kafka/key", "field name"]),
+    "int as key": ({"kafka/key": 5}, ["key=5", "field name"]),
+    "list of ints as key": ({"kafka/key": ["a", 1]}, ["key=", "field name"]),
+    "mapping as key": ({"kafka/key": {"a": 1}}, ["key=", "field name"]),
 }
 
 

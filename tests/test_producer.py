@@ -24,6 +24,9 @@ from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
 pytestmark = pytest.mark.kafka
 
 LOCAL = "localhost:9092"
+# Not far in the past: a broker removes records as soon as they are older than its retention, seven days.
+WHEN = dt.datetime.now(dt.timezone.utc).replace(microsecond=0) - dt.timedelta(hours=1)
+EARLIER = round(WHEN.timestamp() * 1000) - 1234
 
 
 @pytest.fixture
@@ -124,10 +127,10 @@ def test_what_send_sync_returns_is_what_a_reader_finds(producer, kafka_topic, re
     began = time.time() * 1000
     sent = [
         producer.send_sync(topic, {"i": 0}, key="a"),
-        producer.send_sync(topic, "text", key=7, partition=2, headers={"h": "é", "n": None}, timestamp=1357000000000),
+        producer.send_sync(topic, "text", key=7, partition=2, headers={"h": "é", "n": None}, timestamp=EARLIER),
         producer.send_sync(topic, b"\x00\xff", partition=1, headers=[("h", b"1"), ("h", b"2")]),
         producer.send_sync(topic, None, key=b"k", partition=1),
-        producer.send_sync(topic, "later", partition=2, timestamp=dt.datetime(2013, 1, 1, tzinfo=dt.timezone.utc)),
+        producer.send_sync(topic, "later", partition=2, timestamp=WHEN),
     ]
     assert all(sent)
     found = {(record.partition, record.offset): record for record in read(topic)}
@@ -139,10 +142,10 @@ def test_what_send_sync_returns_is_what_a_reader_finds(producer, kafka_topic, re
     assert (first.key, first.value) == (b"a", b'{"i":0}')
     assert began - 1000 <= first.timestamp <= time.time() * 1000 + 1000
     assert (second.partition, second.key, second.value) == (2, b"7", b"text")
-    assert (second.headers, second.timestamp) == ([("h", "é".encode()), ("n", None)], 1357000000000)
+    assert (second.headers, second.timestamp) == ([("h", "é".encode()), ("n", None)], EARLIER)
     assert (third.partition, third.value, third.headers) == (1, b"\x00\xff", [("h", b"1"), ("h", b"2")])
     assert (fourth.partition, fourth.key, fourth.value) == (1, b"k", None)
-    assert fifth.timestamp == 1356998400000
+    assert fifth.timestamp == round(WHEN.timestamp() * 1000)
 
 
 def test_dataclasses_and_records_are_values(producer, kafka_topic, read):

@@ -2,13 +2,14 @@ import concurrent.futures
 import json
 import os
 import threading
+import time
 import uuid
 
 import dagster as dg
 import pytest
 from dagster._core.definitions.reconstruct import ReconstructableJob
 
-from dataforge_kafka_dagster import KafkaError, KafkaProducerResource, Publication
+from dataforge_kafka_dagster import KafkaError, KafkaIOManager, KafkaProducerResource, Publication
 from dataforge_kafka_dagster.kafka.publication import PublicationWriter
 from dataforge_kafka_dagster.resource import PublishingSession
 
@@ -182,16 +183,16 @@ def test_an_env_var_in_the_list_of_servers_is_refused(monkeypatch):
 
 @pytest.mark.kafka
 def test_send_from_an_asset(kafka, kafka_topic, read, instance):
-    topic = kafka_topic()
+    topic, when = kafka_topic(), round(time.time() * 1000) - 60_000
 
     @dg.asset
     def made(kafka: KafkaProducerResource):
-        metadata = kafka.send_sync(topic, {"a": 1}, key="k", headers={"h": "v"}, partition=0, timestamp=1357000000000)
+        metadata = kafka.send_sync(topic, {"a": 1}, key="k", headers={"h": "v"}, partition=0, timestamp=when)
         return dg.MaterializeResult(metadata={"offset": metadata.offset})
 
     result = _materialize(made, kafka, instance)
     (found,) = read(topic)
-    assert (found.key, found.value, found.timestamp) == (b"k", b'{"a":1}', 1357000000000)
+    assert (found.key, found.value, found.timestamp) == (b"k", b'{"a":1}', when)
     assert found.headers == [("h", b"v")]
     assert _metadata(result)["offset"] == found.offset == 0
 
@@ -299,42 +300,51 @@ def test_a_lost_record_fails_the_step_that_flushes(kafka_bootstrap_servers, kafk
     assert "MSG_SIZE_TOO_LARGE" in event.event_specific_data.error.to_string()
 
 
-@dg.op(out=dg.DynamicOut(int))
-def some():
-    yield from (dg.DynamicOutput(i, mapping_key=str(i)) for i in range(3))
+@dg.op(out=dg.Out(dg.Any, metadata={"kafka/key": "i"}))
+def produce_in_process():
+    return dg.Output({"i": i, "pid": os.getpid()} for i in range(10))
 
 
-@dg.op(config_schema={"topic": str})
-def send_from_process(context, i: int, kafka: KafkaProducerResource):
+@dg.op(config_schema={"topic": str}, out=dg.Out(io_manager_key="nowhere"))
+def send_from_process(context: dg.OpExecutionContext, rows: list, kafka: KafkaProducerResource):
     topic = context.op_config["topic"]
-    kafka.send_sync(topic, {"i": i, "pid": os.getpid()})
+    kafka.send_sync(topic, {"sent": len(rows), "pid": os.getpid()})
     with kafka.publishing(context, topic=topic) as publication:
-        publication.send({"published": i})
+        publication.send_all({"published": row["i"]} for row in rows)
 
 
 @dg.job(
-    executor_def=dg.multiprocess_executor.configured({"max_concurrent": 2}),
-    resource_defs={"kafka": KafkaProducerResource(bootstrap_servers=dg.EnvVar("KAFKA_SERVERS_OF_TEST"))},
+    executor_def=dg.multiprocess_executor.configured({"max_concurrent": 1}),
+    resource_defs={
+        "kafka": KafkaProducerResource(bootstrap_servers=dg.EnvVar("KAFKA_SERVERS_OF_TEST")),
+        "io_manager": KafkaIOManager(
+            kafka=KafkaProducerResource(bootstrap_servers=dg.EnvVar("KAFKA_SERVERS_OF_TEST")),
+            topic=dg.EnvVar("KAFKA_TOPIC_OF_TEST"),
+        ),
+        "nowhere": dg.mem_io_manager,
+    },
 )
 def in_processes():
-    some().map(send_from_process)
+    send_from_process(produce_in_process())
 
 
 @pytest.mark.kafka
 def test_multiprocess_executor_with_env_vars(kafka_bootstrap_servers, kafka_topic, read, stored_instance, monkeypatch):
+    """One process publishes an output, the next reads it back, sends and publishes."""
+    output, topic = kafka_topic(), kafka_topic()
     monkeypatch.setenv("KAFKA_SERVERS_OF_TEST", kafka_bootstrap_servers)
-    topic = kafka_topic()
+    monkeypatch.setenv("KAFKA_TOPIC_OF_TEST", output)
     config = {"ops": {"send_from_process": {"config": {"topic": topic}}}}
-    with dg.execute_job(
-        ReconstructableJob.for_file(__file__, "in_processes"), stored_instance, run_config=config
-    ) as result:
+    job = ReconstructableJob.for_file(__file__, "in_processes")
+    with dg.execute_job(job, stored_instance, run_config=config) as result:
         assert result.success
-    found = [json.loads(value) for value in _values(read(topic))]
-    assert sorted(row["i"] for row in found if "i" in row) == [0, 1, 2]
-    assert sorted(row["published"] for row in found if "published" in row) == [0, 1, 2]
-    pids = {row["pid"] for row in found if "pid" in row}
-    assert len(pids) == 3
-    assert os.getpid() not in pids
+    written = read(output)
+    assert [record.key for record in written] == [str(i).encode() for i in range(10)]
+    sent, *published = [json.loads(record.value) for record in read(topic)]
+    assert sent["sent"] == 10
+    assert published == [{"published": i} for i in range(10)]
+    pids = {json.loads(record.value)["pid"] for record in written}
+    assert len({os.getpid(), sent["pid"], *pids}) == 3
 
 
 def _expected_offsets(found, topic):
@@ -632,7 +642,7 @@ def test_sends_after_a_publication_has_ended_are_refused(kafka, kafka_topic, ins
 
 
 @pytest.mark.kafka
-def test_overlapping_runs_of_an_op_job_do_not_fence_each_other(kafka, kafka_topic, read, instance):
+def test_overlapping_runs_of_an_op_job_do_not_fence_each_other(kafka, kafka_topic, read):
     topic = kafka_topic()
     both = threading.Barrier(2, timeout=30)
 
@@ -646,9 +656,13 @@ def test_overlapping_runs_of_an_op_job_do_not_fence_each_other(kafka, kafka_topi
     def job():
         work()
 
+    def run():
+        with dg.DagsterInstance.ephemeral() as instance:
+            return job.execute_in_process(instance=instance).success
+
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(job.execute_in_process, instance=instance) for _ in range(2)]
-        assert all(run.result(60).success for run in runs)
+        runs = [pool.submit(run) for _ in range(2)]
+        assert all(run.result(60) for run in runs)
     assert len(read(topic)) == 2
 
 
