@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml example_project/pyproject.toml
 	@echo "Making $(VENV) with $$($(PYTHON) --version) and installing the packages"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --resolution $(RESOLUTION) $(PACKAGES) || { \
+	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --resolution $(RESOLUTION) $(PACKAGES) || { \
 	  [ $(RESOLUTION) = highest ] || exit 1; \
 	  echo "uv could not install them; trying pip, which reads pip.conf"; \
 	  $(BIN)/python -m pip install --quiet --upgrade pip && $(BIN)/python -m pip install --quiet $(PACKAGES); }

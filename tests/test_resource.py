@@ -305,8 +305,8 @@ def produce_in_process():
     return dg.Output({"i": i, "pid": os.getpid()} for i in range(10))
 
 
-@dg.op(config_schema={"topic": str}, out=dg.Out(io_manager_key="nowhere"))
-def send_from_process(context: dg.OpExecutionContext, rows: list, kafka: KafkaProducerResource):
+@dg.op(config_schema={"topic": str})
+def send_from_process(context: dg.OpExecutionContext, rows: list, kafka: KafkaProducerResource) -> None:
     topic = context.op_config["topic"]
     kafka.send_sync(topic, {"sent": len(rows), "pid": os.getpid()})
     with kafka.publishing(context, topic=topic) as publication:
@@ -321,7 +321,7 @@ def send_from_process(context: dg.OpExecutionContext, rows: list, kafka: KafkaPr
             kafka=KafkaProducerResource(bootstrap_servers=dg.EnvVar("KAFKA_SERVERS_OF_TEST")),
             topic=dg.EnvVar("KAFKA_TOPIC_OF_TEST"),
         ),
-        "nowhere": dg.mem_io_manager,
+        "nowhere": dg.fs_io_manager,
     },
 )
 def in_processes():
