@@ -15,7 +15,7 @@ from confluent_kafka import Consumer, KafkaError, TopicPartition
 
 pytest_plugins = ["dataforge_kafka_dagster.pytest_plugin", "pytester"]
 
-hypothesis.settings.register_profile("tests", deadline=None, max_examples=25, database=None)
+hypothesis.settings.register_profile("tests", deadline=None, max_examples=20, database=None)
 hypothesis.settings.load_profile("tests")
 
 _DEADLINE = 30.0

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import datetime as dt
+import time
 import uuid
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -350,43 +351,35 @@ METADATA: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
-def _materialize(instance, servers, output, metadata=None, **options):
-    @dg.asset(metadata=metadata or {})
-    def made():
-        return dg.Output(output)
-
+def _refused(servers, output, metadata=None, **options):
+    """The Failure of a step with this output."""
     manager = KafkaIOManager(kafka=KafkaProducerResource(bootstrap_servers=servers), **options)
-    return dg.materialize([made], resources={"io_manager": manager}, instance=instance, raise_on_error=False)
-
-
-def _failure(result):
-    (event,) = result.get_step_failure_events()
-    data = event.event_specific_data
-    return data.user_failure_data or data.error.cause
+    context = dg.build_output_context(name="result", asset_key="made", definition_metadata=metadata or {})
+    began = time.monotonic()
+    with pytest.raises(dg.Failure) as caught:
+        manager.handle_output(context, output)
+    assert time.monotonic() - began < 1, "it was refused only after an attempt to connect"
+    assert caught.value.allow_retries is False
+    assert caught.value.metadata["kafka/what_to_do"].value
+    return caught.value
 
 
 @pytest.mark.parametrize(("metadata", "said"), METADATA.values(), ids=METADATA)
-def test_wrong_metadata_fails_the_step_before_anything_is_connected(metadata, said, instance, closed_port):
-    result = _materialize(instance, closed_port, [{"a": 1}], metadata)
-    assert not result.success
-    failure = _failure(result)
+def test_wrong_metadata_is_refused_before_anything_is_connected(metadata, said, closed_port):
+    failure = _refused(closed_port, [{"a": 1}], metadata)
     assert [part for part in said if part not in failure.description] == []
-    assert failure.metadata["kafka/what_to_do"].value
 
 
-@pytest.mark.parametrize("template", ["{asset}", "{", "{0}", "{asset_key.x}", "{asset_key!z}", "{name[9]}", "a b", "{asset_key:>400}"])  # fmt: skip
-def test_wrong_topic_templates_fail_the_step_before_anything_is_connected(template, instance, closed_port):
-    result = _materialize(instance, closed_port, [{"a": 1}], topic=template)
-    assert not result.success
-    failure = _failure(result)
-    assert "topic" in failure.description
-    assert failure.metadata["kafka/what_to_do"].value
+TEMPLATES = ["{asset}", "{", "{0}", "{asset_key.x}", "{asset_key!z}", "{name[9]}", "a b", "{asset_key:>400}"]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_wrong_topic_templates_are_refused_before_anything_is_connected(template, closed_port):
+    assert "topic" in _refused(closed_port, [{"a": 1}], topic=template).description
 
 
 @pytest.mark.parametrize("output", [5, {1, 2}, object, np.array([1]), pl.LazyFrame({"a": [1]})], ids=type)
-def test_wrong_outputs_fail_the_step_before_anything_is_connected(output, instance, closed_port):
-    result = _materialize(instance, closed_port, output)
-    assert not result.success
-    failure = _failure(result)
+def test_wrong_outputs_are_refused_before_anything_is_connected(output, closed_port):
+    failure = _refused(closed_port, output)
     assert type(output).__qualname__ in failure.description
     assert "KafkaRecord" in failure.metadata["kafka/what_to_do"].value
