@@ -88,7 +88,7 @@ def main() -> None:
         for day in DAYS:
             launch(day, home, servers)
         base = f"http://127.0.0.1:{PORT}"
-        picture(chromium, f"{base}/assets/flights?partition={DAYS[-1]}", "asset-flights.png", "1500,1500")
+        picture(chromium, f"{base}/assets/flights?partition={DAYS[-1]}", "asset-flights.png", "1500,1015")
         picture(chromium, f"{base}/asset-groups", "assets.png", "1400,800")
     finally:
         ui.send_signal(signal.SIGTERM)
