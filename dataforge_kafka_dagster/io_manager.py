@@ -96,7 +96,9 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         path = list(context.asset_key.path) if context.has_asset_key else [context.step_key, context.name]
         template = self.topic or "{asset_key}"
         try:
-            topic = template.format(asset_key=".".join(path), name=path[-1], job=context.job_name)
+            # A context made by build_output_context has no job.
+            job = context.job_name if "{job" in template else ""
+            topic = template.format(asset_key=".".join(path), name=path[-1], job=job)
         except (KeyError, IndexError, ValueError, AttributeError) as error:
             raise KafkaConfigError(
                 f"topic={template!r} of the IO manager",

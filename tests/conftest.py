@@ -1,3 +1,4 @@
+import gc
 import os
 import socket
 import subprocess
@@ -71,6 +72,13 @@ def read_topic(bootstrap: str, topic: str, isolation: str = "read_committed") ->
     finally:
         consumer.close()
     return sorted(found, key=lambda record: record[:2])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _let_go():
+    """Contexts built without a run hold a database, which is to be closed while Python still can."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
+from dagster._core.definitions.scoped_resources_builder import ScopedResourcesBuilder
 from pydantic import ValidationError
 
 from dataforge_kafka_dagster import (
@@ -354,7 +355,11 @@ METADATA: dict[str, tuple[dict[str, Any], list[str]]] = {
 def _refused(servers, output, metadata=None, **options):
     """The Failure of a step with this output."""
     manager = KafkaIOManager(kafka=KafkaProducerResource(bootstrap_servers=servers), **options)
-    context = dg.build_output_context(name="result", asset_key="made", definition_metadata=metadata or {})
+    metadata = {"kafka/topic": "made"} | metadata if metadata is not None else {}
+    # Given resources that are built already, the context makes no Dagster instance of its own.
+    context = dg.build_output_context(
+        name="result", asset_key="made", definition_metadata=metadata, resources=ScopedResourcesBuilder().build(None)
+    )
     began = time.monotonic()
     with pytest.raises(dg.Failure) as caught:
         manager.handle_output(context, output)
@@ -374,12 +379,13 @@ TEMPLATES = ["{asset}", "{", "{0}", "{asset_key.x}", "{asset_key!z}", "{name[9]}
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_wrong_topic_templates_are_refused_before_anything_is_connected(template, closed_port):
+def test_wrong_topic_templates_are_refused_before_anything_is_connected(template, closed_port, monkeypatch):
+    monkeypatch.setattr(dg.OutputContext, "job_name", "work")
     assert "topic" in _refused(closed_port, [{"a": 1}], topic=template).description
 
 
 @pytest.mark.parametrize("output", [5, {1, 2}, object, np.array([1]), pl.LazyFrame({"a": [1]})], ids=type)
 def test_wrong_outputs_are_refused_before_anything_is_connected(output, closed_port):
-    failure = _refused(closed_port, output)
+    failure = _refused(closed_port, output, {})
     assert type(output).__qualname__ in failure.description
     assert "KafkaRecord" in failure.metadata["kafka/what_to_do"].value

@@ -33,26 +33,26 @@ def test_the_client_has_codes_to_walk():
     assert {"_MSG_TIMED_OUT", "MSG_SIZE_TOO_LARGE", "_FENCED"} <= set(NAMES)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_code_has_a_remedy_and_a_fix(name):
-    assert isinstance(remedy_of(name), Remedy)
-    fix = fix_for(name)
-    assert len(fix.split()) >= 4
-    assert fix[0].isupper()
-    assert not fix.endswith(".")
+def test_every_code_has_a_remedy_and_a_fix():
+    for name in NAMES:
+        assert isinstance(remedy_of(name), Remedy), name
+        fix = fix_for(name)
+        assert len(fix.split()) >= 4, name
+        assert fix[0].isupper(), name
+        assert not fix.endswith("."), name
 
 
-@pytest.mark.parametrize("value", sorted(set(CODES.values())))
-def test_every_code_of_the_client_becomes_our_error(value):
-    theirs = confluent_kafka.KafkaError(value)
-    ours = from_broker(theirs, "topic 't'")
-    assert isinstance(ours, KafkaError)
-    assert ours.code == theirs.name()
-    assert str(ours).startswith("topic 't': ")
-    assert theirs.name() in ours.cause
-    assert ours.fix in str(ours)
-    if not isinstance(ours, FencedError):
-        assert ours.remedy is remedy_of(theirs.name())
+def test_every_code_of_the_client_becomes_our_error():
+    for value in CODES.values():
+        theirs = confluent_kafka.KafkaError(value)
+        ours = from_broker(theirs, "topic 't'")
+        assert isinstance(ours, KafkaError)
+        assert ours.code == theirs.name()
+        assert str(ours).startswith("topic 't': "), ours
+        assert theirs.name() in ours.cause
+        assert ours.fix in str(ours)
+        if not isinstance(ours, FencedError):
+            assert ours.remedy is remedy_of(theirs.name())
 
 
 def test_the_table_names_real_codes_only():

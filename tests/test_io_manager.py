@@ -411,6 +411,11 @@ def test_read_an_empty_publication(annotation, manager, kafka_topic, instance):
     assert len(_read_back(annotation, [], manager, kafka_topic(), instance)) == 0
 
 
+def test_tombstones_alone_are_an_empty_frame(manager, kafka_topic, instance):
+    output = [KafkaRecord(None, key="gone")]
+    assert len(_read_back(pl.DataFrame, output, manager, kafka_topic(), instance)) == 0
+
+
 def test_read_none_as_nothing(manager, instance):
     into = []
 
@@ -783,6 +788,12 @@ def test_works_without_a_run():
     context = dg.build_output_context(asset_key="made", definition_metadata={"kafka/topic": "a b"})
     with pytest.raises(dg.Failure, match="topic 'a b'"):
         _manager("localhost:1").handle_output(context, "x")
+
+
+def test_the_default_topic_of_a_built_context_needs_no_job(closed_port):
+    context = dg.build_output_context(asset_key="made")
+    with pytest.raises(dg.Failure, match="set"):
+        _manager(closed_port).handle_output(context, {1, 2})
 
 
 def test_published_from_a_built_context(manager, kafka_topic, read):

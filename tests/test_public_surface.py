@@ -59,26 +59,31 @@ def _documented():
 DOCUMENTED = _documented()
 
 
-@pytest.mark.parametrize("name", DOCUMENTED)
-def test_every_public_thing_has_a_docstring(name):
-    # Of its own: neither a base class's nor the field list that dataclass and pydantic write.
-    text = vars(DOCUMENTED[name]).get("__doc__") or DOCUMENTED[name].__doc__ or ""
-    assert len(text.split()) >= 3, name
-    assert not text.startswith(f"{name.rpartition('.')[2]}("), name
-    assert text.strip().split("\n")[0].endswith((".", ":", ",")), name
+def test_there_is_much_to_document():
+    assert len(DOCUMENTED) > 80
+    assert {
+        f"dataforge_kafka_dagster.{name}" for name in ("resource", "kafka.producer.DataForgeKafkaProducer.flush")
+    } <= set(DOCUMENTED)
 
 
-@pytest.mark.parametrize("name", [n for n in DOCUMENTED if n.rpartition(".")[2] in NAMES or ".kafka.pu" in n])
-def test_arguments_and_attributes_of_public_things_are_documented(name):
-    thing = DOCUMENTED[name]
-    text = inspect.getdoc(thing) or ""
-    if inspect.isfunction(thing) and "Args:" in text:
-        for parameter in inspect.signature(thing).parameters:
-            if parameter not in {"self", "cls"}:
+def test_every_public_thing_has_a_docstring():
+    for name, thing in DOCUMENTED.items():
+        # Of its own: neither a base class's nor the field list that dataclass and pydantic write.
+        text = vars(thing).get("__doc__") or thing.__doc__ or ""
+        assert len(text.split()) >= 3, name
+        assert not text.startswith(f"{name.rpartition('.')[2]}("), name
+        assert text.strip().split("\n")[0].endswith((".", ":", ",")), name
+
+
+def test_arguments_and_attributes_of_public_things_are_documented():
+    for name, thing in DOCUMENTED.items():
+        text = inspect.getdoc(thing) or ""
+        if inspect.isfunction(thing) and "Args:" in text:
+            for parameter in set(inspect.signature(thing).parameters) - {"self", "cls"}:
                 assert f"{parameter}:" in text, f"{name}: {parameter}"
-    fields = getattr(thing, "__dataclass_fields__", {})
-    for field in fields:
-        assert f"{field}:" in text, f"{name}.{field}"
+        public = name.rpartition(".")[2] in NAMES or ".kafka.publication" in name
+        for field in getattr(thing, "__dataclass_fields__", {}) if public else ():
+            assert f"{field}:" in text, f"{name}.{field}"
 
 
 def test_one_base_error():
