@@ -221,7 +221,7 @@ def _in_form(form: Any, records: Iterable[tuple[ReadRecord, ValueFormat | None]]
     if library in {"polars", "pandas", "pyarrow"}:
         lines = []
         for record, value_format in records:
-            if value_format != "json":
+            if value_format not in {None, "json"}:
                 raise KafkaError(
                     f"input annotated as a {library} frame",
                     f"its upstream output was published as {value_format}",

@@ -370,3 +370,13 @@ def test_oauth_callback_is_imported():
     for path in ("no.such.module:f", "os:no_such", "os", ":x"):
         with pytest.raises(KafkaConfigError, match="package.module:function"):
             oauth_callback(KafkaProducerConfig(**config, sasl_oauthbearer_callback=path))
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [({"transactional.id": "mine"}, "transactional_id_prefix"), ({"message.timeout.ms": "abc"}, "'abc'")],
+)
+def test_raw_settings_that_would_break_a_publication_are_refused(raw, said):
+    producer = KafkaProducerConfig(librdkafka_config=raw)
+    with pytest.raises(ValidationError, match=said):
+        PublicationConfig(producer=producer)

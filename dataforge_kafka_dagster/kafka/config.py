@@ -311,6 +311,17 @@ class PublicationConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> PublicationConfig:
+        raw = self.producer.librdkafka_config
+        if "transactional.id" in raw:
+            raise ValueError(
+                "librdkafka_config={'transactional.id': ...} is not possible: each publication has one of its own, by"
+                " which attempts find each other. Set transactional_id_prefix"
+            )
+        if not raw.get("message.timeout.ms", "0").isdecimal():
+            raise ValueError(
+                f"librdkafka_config={{'message.timeout.ms': {raw['message.timeout.ms']!r}}} is not possible:"
+                " give whole milliseconds, or set delivery_timeout"
+            )
         if self.delivery_guarantee == "exactly_once" and ACKS[str(self.producer.acks)] != "all":
             raise ValueError(
                 f"acks={self.producer.acks!r} cannot give delivery_guarantee='exactly_once': a record that only some"
