@@ -101,9 +101,14 @@ def _origin_of_output(context: dg.OutputContext) -> str:
     return origin_run_id(step.instance, step.dagster_run, context.step_key)
 
 
+def op_context_of(context: dg.OpExecutionContext | dg.AssetExecutionContext) -> dg.OpExecutionContext:
+    """The op's context, which an asset's context wraps."""
+    return context.op_execution_context if isinstance(context, dg.AssetExecutionContext) else context
+
+
 def session_identity(context: dg.OpExecutionContext | dg.AssetExecutionContext, session: str) -> Identity:
     """Names of what a step publishes from its body, in one of its sessions."""
-    op_context = context.op_execution_context if isinstance(context, dg.AssetExecutionContext) else context
+    op_context = op_context_of(context)
     step = op_context.get_step_execution_context()
     origin = origin_run_id(op_context.instance, op_context.run, step.step.key)
     if op_context.has_assets_def:

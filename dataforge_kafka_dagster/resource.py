@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, field_validator
 from typing_extensions import Self
 
 from dataforge_kafka_dagster.failures import raise_in_dagster
-from dataforge_kafka_dagster.identity import Identity, session_identity
+from dataforge_kafka_dagster.identity import Identity, op_context_of, session_identity
 from dataforge_kafka_dagster.kafka.config import KafkaOptions, KafkaProducerConfig, PublicationConfig
 from dataforge_kafka_dagster.kafka.connection import logger
 from dataforge_kafka_dagster.kafka.errors import KafkaError
@@ -239,9 +239,8 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions):  # type: ign
             context.log.info(describe(session.result))
 
     def _session_name(self, context: Any, name: str) -> str:
-        step = context.op_execution_context if isinstance(context, dg.AssetExecutionContext) else context
-        step_context = step.get_step_execution_context()
-        attempt = (step.run_id, step_context.step.key, str(step_context.previous_attempt_count), name)
+        step = op_context_of(context).get_step_execution_context()
+        attempt = (step.run_id, step.step.key, str(step.previous_attempt_count), name)
         self._sessions[attempt] += 1
         count = self._sessions[attempt]
         return name if count == 1 else f"{name}-{count}"
@@ -385,10 +384,10 @@ def describe(publication: Publication) -> str:
 
 def _step_context(context: Any) -> Any:
     """The step execution context behind any of Dagster's contexts; None behind one that was built for a test."""
-    if isinstance(context, dg.AssetExecutionContext):
-        context = context.op_execution_context
     try:
-        return context.step_context if isinstance(context, dg.OutputContext) else context.get_step_execution_context()
+        if isinstance(context, dg.OutputContext):
+            return context.step_context
+        return op_context_of(context).get_step_execution_context()
     except dg.DagsterError:
         return None
 

@@ -1,16 +1,13 @@
-"""Assets and jobs that crash where a test's run tags say, and a reader that shares no code with the publisher."""
+"""Assets and jobs that crash where a test's run tags say, and what must hold for them afterwards."""
 
 import collections
 import functools
 import os
 import signal
 import time
-import uuid
 from pathlib import Path
 
-import confluent_kafka
 import dagster as dg
-import orjson
 
 from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource
 from dataforge_kafka_dagster.kafka.connection import Connection
@@ -176,37 +173,6 @@ def session_job():
 
 def crashing_op_job():
     return definitions.resolve_job_def("op_job")
-
-
-def read(bootstrap_servers, topic, isolation="read_committed"):
-    """Every record of a topic that a consumer sees now, as (partition, offset, value)."""
-    consumer = confluent_kafka.Consumer(
-        {
-            "bootstrap.servers": bootstrap_servers,
-            "group.id": f"independent-{uuid.uuid4()}",
-            "enable.auto.commit": "false",
-            "auto.offset.reset": "earliest",
-            "isolation.level": isolation,
-            "enable.partition.eof": "true",
-        }
-    )
-    found = []
-    try:
-        partitions = consumer.list_topics(topic, timeout=20).topics[topic].partitions
-        consumer.assign([confluent_kafka.TopicPartition(topic, partition, 0) for partition in partitions])
-        waiting = set(partitions)
-        deadline = time.monotonic() + 60
-        while waiting:
-            assert time.monotonic() < deadline, f"no end of {topic} {waiting}"
-            for message in consumer.consume(10_000, 0.5):
-                error = message.error()
-                if error is None:
-                    found.append((message.partition(), message.offset(), orjson.loads(message.value())))
-                elif error.name() == "_PARTITION_EOF":
-                    waiting.discard(message.partition())
-    finally:
-        consumer.close()
-    return found
 
 
 def assert_once(records, count=RECORDS):

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import crashing
 import dagster as dg
+import orjson
 import pytest
-from crashing import POINTS, RECORDS, assert_once, assert_told_truly, read
+from conftest import read_topic
+from crashing import POINTS, RECORDS, assert_once, assert_told_truly
 from dagster._core.execution.api import ReexecutionOptions, execute_run
 
 pytestmark = pytest.mark.kafka
@@ -59,6 +61,12 @@ def run(job, instance, crash, point=None, **options):
         raise_on_error=False,
         **options,
     )
+
+
+def read(bootstrap_servers, topic, isolation="read_committed"):
+    """Every record of a topic that an independent consumer sees now, as (partition, offset, value)."""
+    found = read_topic(bootstrap_servers, topic, isolation)
+    return [(record.partition, record.offset, orjson.loads(record.value)) for record in found]
 
 
 def last_materialization(instance, asset, partition=None):

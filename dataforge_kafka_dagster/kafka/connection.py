@@ -56,7 +56,7 @@ class Connection:
         return f"Kafka at {self.config.servers}"
 
     def _on_error(self, error: confluent_kafka.KafkaError) -> None:
-        if error.fatal() or error.name() in FENCED_CODES:
+        if _is_fatal(error):
             self.fatal = self.fatal or error
         elif error.name() in LATCHED_CODES:
             self._latched = error
@@ -71,7 +71,7 @@ class Connection:
         """
         while raised is not None:
             error = raised.args[0] if raised.args else None
-            if isinstance(error, confluent_kafka.KafkaError) and (error.fatal() or error.name() in FENCED_CODES):
+            if isinstance(error, confluent_kafka.KafkaError) and _is_fatal(error):
                 self.fatal = self.fatal or error
             raised = raised.__cause__ or raised.__context__
 
@@ -182,7 +182,7 @@ class Connection:
             except confluent_kafka.KafkaException as exception:
                 error = exception.args[0]
                 fatal = self.fatal or error
-                if fatal.fatal() or fatal.name() in FENCED_CODES or error.txn_requires_abort() or not error.retriable():
+                if _is_fatal(fatal) or error.txn_requires_abort() or not error.retriable():
                     raise self.cause(fatal, culprit) from None
                 if time.monotonic() >= deadline:
                     raise self.cause(error, f"{culprit}, {timeout:.0f} s") from None
@@ -251,6 +251,11 @@ class Connection:
             description = self.answer(ask, max(0.1, deadline - time.monotonic()), f"topic {topic!r}, {self.name}")
             counts[topic] = len(description.partitions)
         return counts
+
+
+def _is_fatal(error: confluent_kafka.KafkaError) -> bool:
+    """Whether the producer that gave this error can do nothing more."""
+    return error.fatal() or error.name() in FENCED_CODES
 
 
 def _spawn(call: Callable[[], T]) -> concurrent.futures.Future[T]:

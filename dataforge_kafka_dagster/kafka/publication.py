@@ -514,18 +514,16 @@ class PublicationWriter:
     def abort(self, timeout: float = _ABORT_SECONDS) -> None:
         """Give up: nothing of the publication becomes visible. Called by an exception in the with block."""
         producer = self._producer
-        if producer is None:
-            return
-        with contextlib.suppress(Exception):
-            producer.purge()
-            if self._in_transaction and self._connection.fatal is None:
-                self._connection.resume(producer.abort_transaction, timeout, "abort")
+        if producer is not None:
+            with contextlib.suppress(Exception):
+                producer.purge()
+                if self._in_transaction and self._connection.fatal is None:
+                    self._connection.resume(producer.abort_transaction, timeout, "abort")
         self._close()
 
     def _abandon(self, error: BaseException) -> None:
         hasty = not isinstance(error, Exception) or (isinstance(error, KafkaError) and error.remedy is Remedy.RETRY)
         self.abort(_HASTY_ABORT_SECONDS if hasty else _ABORT_SECONDS)
-        self._close()
 
     def _close(self) -> None:
         # Not Producer.close(): with an open transaction and a dead broker it would wait for minutes.

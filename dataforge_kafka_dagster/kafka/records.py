@@ -16,6 +16,7 @@ from dataforge_kafka_dagster.kafka.serialization import (
     Headers,
     ValueFormat,
     format_of,
+    record_name,
     refuse_non_finite,
     serialize_headers,
     serialize_key,
@@ -266,7 +267,7 @@ def key_of(row: Any, fields: Sequence[str], index: int | None = None) -> Any:
         names = list(row) if isinstance(row, Mapping) else list(getattr(row, "__dict__", ()))
         field = next((field for field in fields if field not in names), fields[0])
         raise InvalidRecordError(
-            f"{'record' if index is None else f'record {index}'}, field {field!r}",
+            f"{record_name(index)}, field {field!r}",
             "the key field is missing",
             f"Name a field that every record has; this one has {', '.join(map(str, names[:20]))}",
             index=index,
@@ -285,7 +286,7 @@ def encode_record(
     Raises:
         InvalidRecordError: One of them cannot be published, or a tombstone has no key.
     """
-    name = "record" if index is None else f"record {index}"
+    name = record_name(index)
     value = serialize_value(record.value, index)
     raw_key = record.key
     if raw_key is None and fields and record.value is not None and format_of(type(record.value)) == "json":

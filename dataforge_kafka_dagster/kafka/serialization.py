@@ -82,7 +82,7 @@ def serialize_value(value: Any, index: int | None = None) -> bytes | None:
         return bytes(value)
     if form is None:
         raise InvalidRecordError(
-            _record(index),
+            record_name(index),
             f"its value is of type {type(value).__qualname__}",
             "Publish a mapping, dataclass, pydantic model, str or bytes",
             index=index,
@@ -101,7 +101,7 @@ def refuse_non_finite(value: Any, index: int | None) -> None:
     field = _find(value, lambda v: isinstance(v, float) and not math.isfinite(v))
     if field is not None:
         raise InvalidRecordError(
-            f"{_record(index)}, field {field!r}",
+            f"{record_name(index)}, field {field!r}",
             "JSON has neither NaN nor infinity",
             "Replace it by None, or publish a data frame, where NaN is null",
             index=index,
@@ -115,7 +115,7 @@ def _no_json_form(value: Any, index: int | None, error: Exception) -> InvalidRec
     what, _, fix = str(cause).partition("; ")
     place = f", field {field!r}" if field else ""
     return InvalidRecordError(
-        f"{_record(index)}{place}",
+        f"{record_name(index)}{place}",
         f"it cannot be written as JSON: {what}" if format_of(type(value)) == "json" else what,
         fix[:1].upper() + fix[1:] or "Convert it to a type that JSON has",
         index=index,
@@ -125,7 +125,7 @@ def _no_json_form(value: Any, index: int | None, error: Exception) -> InvalidRec
 
 def _has_json_form(leaf: Any) -> bool:
     try:
-        orjson.dumps(leaf, _jsonable, _OPTIONS)
+        to_json(leaf)
     except (TypeError, ValueError):
         return False
     return True
@@ -158,7 +158,8 @@ def _find(value: Any, wrong: Any, path: str = "", depth: int = 0) -> str | None:
     return path.rstrip(".") if wrong(value) else None
 
 
-def _record(index: int | None) -> str:
+def record_name(index: int | None) -> str:
+    """What errors call a record: by its position, if it has one."""
     return "record" if index is None else f"record {index}"
 
 
@@ -180,7 +181,7 @@ def serialize_key(key: Any, index: int | None = None, field: str | None = None) 
             return key.encode()
         except UnicodeEncodeError as error:
             raise InvalidRecordError(
-                f"{_record(index)}{place}", f"the key is not text: {error}", "Use bytes", index=index, field=field
+                f"{record_name(index)}{place}", f"the key is not text: {error}", "Use bytes", index=index, field=field
             ) from error
     if isinstance(key, bool):
         return b"true" if key else b"false"
@@ -199,7 +200,7 @@ def serialize_key(key: Any, index: int | None = None, field: str | None = None) 
             refuse_non_finite(key, index)
         return encoded
     raise InvalidRecordError(
-        f"{_record(index)}{place}",
+        f"{record_name(index)}{place}",
         f"a key cannot be {key!r}" if isinstance(key, float) else f"a key cannot be of type {type(key).__qualname__}",
         "Use a str, bytes, int, date, UUID, or a mapping or list of those",
         index=index,
@@ -225,9 +226,11 @@ def serialize_headers(headers: Headers | None, index: int | None = None) -> list
             encoded.append((name, value.encode() if isinstance(value, str) else value))
     except (TypeError, ValueError) as error:
         raise InvalidRecordError(
-            f"{_record(index)}, headers", str(error), "Give a mapping, or (name, value) pairs, of str to str or bytes",
+            f"{record_name(index)}, headers",
+            str(error),
+            "Give a mapping, or (name, value) pairs, of str to str or bytes",
             index=index,
-        ) from error  # fmt: skip
+        ) from error
     return encoded
 
 
