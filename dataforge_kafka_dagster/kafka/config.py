@@ -23,7 +23,9 @@ DeliveryGuarantee = Literal["exactly_once", "at_least_once"]
 COMPRESSION_TYPES: Final = ("none", "gzip", "snappy", "lz4", "zstd")
 SECURITY_PROTOCOLS: Final = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
 SASL_MECHANISMS: Final = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER")
-_SECRETS: Final = ("sasl_password", "sasl_oauthbearer_client_secret", "ssl_key_password", "ssl_key_pem")
+SECRET_OPTIONS: Final = ("sasl_password", "sasl_oauthbearer_client_secret", "ssl_key_password", "ssl_key_pem")
+SECRET_SETTINGS: Final = r"password|secret|key\.pem|sasl\.jaas"
+"""A pattern in the names of raw librdkafka settings that are secrets."""
 _SERVER: Final = re.compile(r"^(?:[A-Z_]+://)?(?P<host>\[[0-9A-Fa-f:.]+\]|[^\s:,\[\]/]+)(?::(?P<port>\d+))?$")
 _MAX_TOPIC: Final = 249
 _TOPIC: Final = re.compile(r"[A-Za-z0-9._-]+")
@@ -35,7 +37,7 @@ def _not(option: str, value: object, allowed: str) -> ValueError:
     return ValueError(f"{option}={value!r} is not possible: {allowed}")
 
 
-_BOUNDS: Final[dict[str, tuple[float, float]]] = {
+BOUNDS: Final[dict[str, tuple[float, float]]] = {
     "retries": (0, 2147483647),
     "batch_size": (1, 2147483647),
     "linger_ms": (0, 900000),
@@ -43,6 +45,7 @@ _BOUNDS: Final[dict[str, tuple[float, float]]] = {
     "connect_timeout": (0.001, 300),
     "delivery_timeout": (0.001, 2147483),
 }
+"""Least and most of each option that is a number."""
 
 
 class KafkaOptions(BaseModel):
@@ -154,7 +157,7 @@ class KafkaProducerConfig(KafkaOptions):
                     raise ValueError(f"unknown option {name!r}: {hint}{dotted}")
         return data
 
-    @field_validator(*_BOUNDS, mode="before")
+    @field_validator(*BOUNDS, mode="before")
     @classmethod
     def _numbers(cls, value: Any, info: Any) -> Any:
         name = info.field_name
@@ -165,7 +168,7 @@ class KafkaProducerConfig(KafkaOptions):
             number = float("nan")
         if math.isnan(number) or (whole and number % 1):
             raise _not(name, value, "give a whole number" if whole else "give a number")
-        low, high = _BOUNDS[name]
+        low, high = BOUNDS[name]
         if not low <= number <= high:
             raise _not(name, value, f"allowed are {low} to {high}")
         return value
@@ -272,8 +275,8 @@ class KafkaProducerConfig(KafkaOptions):
 
     def redact(self, text: str) -> str:
         """The text without any secret of this config."""
-        raw = (v for k, v in self.librdkafka_config.items() if re.search(r"password|secret|key\.pem|sasl\.jaas", k))
-        for secret in (*(getattr(self, name) for name in _SECRETS), *raw):
+        raw = (v for k, v in self.librdkafka_config.items() if re.search(SECRET_SETTINGS, k))
+        for secret in (*(getattr(self, name) for name in SECRET_OPTIONS), *raw):
             if secret:
                 text = text.replace(secret, "***")
         return text
