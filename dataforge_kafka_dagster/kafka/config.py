@@ -24,7 +24,7 @@ COMPRESSION_TYPES: Final = ("none", "gzip", "snappy", "lz4", "zstd")
 SECURITY_PROTOCOLS: Final = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
 SASL_MECHANISMS: Final = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER")
 SECRET_OPTIONS: Final = ("sasl_password", "sasl_oauthbearer_client_secret", "ssl_key_password", "ssl_key_pem")
-SECRET_SETTINGS: Final = r"password|secret|key\.pem|sasl\.jaas"
+SECRET_SETTINGS: Final = r"password|secret|key\.pem|sasl\.jaas"  # noqa: S105  (a pattern)
 """A pattern in the names of raw librdkafka settings that are secrets."""
 _SERVER: Final = re.compile(r"^(?:[A-Z_]+://)?(?P<host>\[[0-9A-Fa-f:.]+\]|[^\s:,\[\]/]+)(?::(?P<port>\d+))?$")
 _MAX_TOPIC: Final = 249
