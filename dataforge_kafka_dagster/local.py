@@ -48,6 +48,7 @@ _TOOL_JARS = ("kafka-tools-4.3.1", f"org.apache.kafka:kafka-tools:4.3.1+{_LOGGIN
 _INSTALL = "Install it with: pip install 'dataforge-kafka-dagster[local]'"
 _OWNED_PROPERTIES = ("process.roles", "node.id", "controller.quorum.voters", "log.dirs", "log.dir", "metadata.log.dir")
 _PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
+_LISTENER = re.compile(r"(?!PLAINTEXT$|CONTROLLER$)[A-Z][A-Z0-9_]*")
 # Below the ephemeral ranges of Linux and macOS, so that no outgoing connection takes the port of a stopped broker.
 _FREE_PORTS = range(12000, 32000)
 _LAST_PORT = 65535
@@ -184,6 +185,9 @@ class LocalKafka:
         ports: The first client port (brokers take consecutive ones), or the client port of each. Default: free ports.
         data_dir: Folder that keeps the data, made if missing; a second start on it finds the same topics and records.
             Default: a temporary folder that `stop` removes.
+        listeners: More listeners of each broker beside `PLAINTEXT`, on free ports: a name in capitals, and its security
+            protocol, such as `{"SECURE": "SASL_SSL"}`. Their settings go into `config` as `listener.name.secure.[...]`;
+            `servers_of` has their addresses.
         config: More `server.properties`, applied last, on every broker. In the values `{port}`, `{controller_port}` and
             `{node_id}` stand for the broker's own. What identifies the nodes and their folders cannot be set.
         format_args: More arguments for Kafka's `StorageTool format`, such as `("--add-scram", "SCRAM-SHA-512=[...]")`.
@@ -205,6 +209,7 @@ class LocalKafka:
         brokers: int = 1,
         ports: int | Sequence[int] | None = None,
         data_dir: str | os.PathLike[str] | None = None,
+        listeners: Mapping[str, str] | None = None,
         config: Mapping[str, str] | None = None,
         format_args: Sequence[str] = (),
         client_config: Mapping[str, str] | None = None,
@@ -223,10 +228,19 @@ class LocalKafka:
             raise ValueError(f"startup_timeout={startup_timeout}: a number of seconds above 0 is needed.")
         if owned := sorted(set(config or ()) & set(_OWNED_PROPERTIES)):
             raise ValueError(f"config: {', '.join(owned)} cannot be set, LocalKafka sets it for each broker.")
+        for name, protocol in (listeners or {}).items():
+            if not _LISTENER.fullmatch(name) or protocol not in _PROTOCOLS:
+                raise ValueError(
+                    f"listeners={{{name!r}: {protocol!r}}}: a name in capitals (neither PLAINTEXT nor CONTROLLER) and "
+                    f"one of {', '.join(_PROTOCOLS)} are needed."
+                )
+        if listeners and (twice := sorted({"listeners", "listener.security.protocol.map"} & set(config or ()))):
+            raise ValueError(f"config: {', '.join(twice)} and the option `listeners` say the same: use one of them.")
         if data_dir is not None and "," in str(data_dir):
             raise ValueError(f"data_dir={str(data_dir)!r}: Kafka takes a comma as the end of a folder's name.")
         self._fixed_ports = None if ports is None else list(ports)
         self._data_dir = None if data_dir is None else Path(data_dir).absolute()
+        self._listeners = dict(listeners or {})
         self._config = dict(config or {})
         self._format_args = list(format_args)
         self._client_config = dict(client_config or {})
@@ -237,6 +251,7 @@ class LocalKafka:
         self._nodes = range(1, brokers + 1)
         self._ports: list[int] = []
         self._controller_ports: list[int] = []
+        self._listener_ports: dict[str, list[int]] = {}
         self._root = self._data_dir or Path()
         self._java: list[str] = []
         self._kafka: list[str] = []
@@ -263,6 +278,19 @@ class LocalKafka:
         if not self._ports:
             raise LocalKafkaError("This LocalKafka has no address before start().")
         return ",".join(f"127.0.0.1:{port}" for port in self._ports)
+
+    def servers_of(self, listener: str) -> str:
+        """The addresses of one of the option `listeners`, `127.0.0.1:port,...`.
+
+        Raises:
+            ValueError: There is no such listener.
+            LocalKafkaError: It was never started.
+        """
+        if listener not in self._listeners:
+            raise ValueError(f"There is no listener {listener!r}, only {', '.join(self._listeners) or 'PLAINTEXT'}.")
+        if not self._listener_ports:
+            raise LocalKafkaError("This LocalKafka has no address before start().")
+        return ",".join(f"127.0.0.1:{port}" for port in self._listener_ports[listener])
 
     @property
     def java(self) -> str:
@@ -501,19 +529,22 @@ class LocalKafka:
         free = (port for port in _free_ports() if port not in (self._fixed_ports or ()))
         self._ports = self._fixed_ports or [next(free) for _ in self._nodes]
         self._controller_ports = [next(free) for _ in self._nodes]
+        self._listener_ports = {name: [next(free) for _ in self._nodes] for name in self._listeners}
 
     def _properties(self, node: int) -> dict[str, str]:
         replicas = str(min(_REPLICATED, len(self._nodes)))
         in_sync = "2" if len(self._nodes) >= _REPLICATED else "1"
         voters = zip(self._nodes, self._controller_ports, strict=True)
+        more = [f"{name}://127.0.0.1:{ports[node - 1]}" for name, ports in self._listener_ports.items()]
+        protocols = {"CONTROLLER": "PLAINTEXT"} | {name: name for name in _PROTOCOLS} | self._listeners
         properties = {
             "process.roles": "broker,controller",
             "node.id": str(node),
             "controller.quorum.voters": ",".join(f"{voter}@127.0.0.1:{port}" for voter, port in voters),
             "log.dirs": str(self._folder(node) / "data"),
-            "listeners": "PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}",
+            "listeners": ",".join(["PLAINTEXT://127.0.0.1:{port}", "CONTROLLER://127.0.0.1:{controller_port}", *more]),
             "controller.listener.names": "CONTROLLER",
-            "listener.security.protocol.map": "CONTROLLER:PLAINTEXT," + ",".join(f"{p}:{p}" for p in _PROTOCOLS),
+            "listener.security.protocol.map": ",".join(f"{name}:{protocol}" for name, protocol in protocols.items()),
             "default.replication.factor": replicas,
             "min.insync.replicas": in_sync,
             "offsets.topic.replication.factor": replicas,

@@ -394,24 +394,19 @@ def _step_context(context: Any) -> Any:
 
 def _check_at_definition(options: dict[str, Any], known: Container[str]) -> None:
     """Refuse what can be refused before the values of environment variables are known."""
-    given = {name: value for name, value in options.items() if name in KafkaProducerConfig.model_fields}
-    unknown = {name: value for name, value in options.items() if name not in known}
-    producer = KafkaProducerConfig(**_without_env_vars(given), **unknown)
-    rest = {name: options[name] for name in _PUBLICATION_OPTIONS if name in options and not _is_env_var(options[name])}
-    PublicationConfig(producer=producer, **rest)
-
-
-def _without_env_vars(options: dict[str, Any]) -> dict[str, Any]:
-    unknown = {name for name, value in options.items() if _is_env_var(value)}
-    known = {name: value for name, value in options.items() if name not in unknown}
-    raw = known.get("librdkafka_config")
+    later = {name for name, value in options.items() if _is_env_var(value)}
+    given = {
+        name: value
+        for name, value in options.items()
+        if name not in later and (name in KafkaProducerConfig.model_fields or name not in known)
+    }
+    raw = given.get("librdkafka_config")
     if isinstance(raw, dict):
-        known["librdkafka_config"] = {name: value for name, value in raw.items() if not _is_env_var(value)}
-    # Whether the security options fit together is known only when all of them are.
-    security = {name for name in options if name.startswith(("sasl_", "ssl_")) or name == "security_protocol"}
-    if {"security_protocol", "sasl_mechanism"} & unknown or any(n.startswith("ssl_") for n in unknown):
-        return {name: value for name, value in known.items() if name not in security}
-    return known | dict.fromkeys(unknown & security, "from the environment")
+        given["librdkafka_config"] = {name: value for name, value in raw.items() if not _is_env_var(value)}
+    context = {"later": later}
+    producer = KafkaProducerConfig.model_validate(given, context=context)
+    rest = {name: options[name] for name in _PUBLICATION_OPTIONS if name in options and name not in later}
+    PublicationConfig.model_validate({"producer": producer, **rest}, context=context)
 
 
 def _is_env_var(value: Any) -> bool:

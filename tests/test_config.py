@@ -1,5 +1,10 @@
+import base64
 import os
 import pickle
+import re
+import sys
+import time
+import urllib.parse
 
 import confluent_kafka
 import pytest
@@ -8,6 +13,7 @@ from pydantic import ValidationError
 from dataforge_kafka_dagster import KafkaProducerConfig
 from dataforge_kafka_dagster.kafka.config import (
     COMPRESSION_TYPES,
+    SECRET_OPTIONS,
     PublicationConfig,
     check_topic,
     client_options,
@@ -18,6 +24,7 @@ from dataforge_kafka_dagster.kafka.config import (
 from dataforge_kafka_dagster.kafka.errors import KafkaConfigError
 
 CANARY = "canary-8d1f"
+PEM = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
 
 
 def test_names_and_defaults_are_those_of_the_dataforge_table():
@@ -42,6 +49,15 @@ def test_every_option_is_described():
             assert field.description, name
             assert field.description.endswith((".", "?")), name
 
+
+OAUTH = {"security_protocol": "SASL_SSL", "sasl_mechanism": "OAUTHBEARER"}
+OIDC = {
+    "sasl_oauthbearer_method": "OIDC",
+    "sasl_oauthbearer_client_id": "me",
+    "sasl_oauthbearer_client_secret": CANARY,
+    "sasl_oauthbearer_token_endpoint_url": "https://id.example.com/token",
+}
+MSK = {"security_protocol": "SASL_SSL", "sasl_mechanism": "aws_msk_iam", "sasl_aws_region": "eu-central-1"}
 
 REFUSED = {
     "unknown name": ({"compresion_type": "gzip"}, ["compresion_type", "compression_type"]),
@@ -113,6 +129,93 @@ REFUSED = {
     "certificate without key": (
         {"security_protocol": "SSL", "ssl_certificate_pem": CANARY},
         ["certificate", "private key", "both"],
+    ),
+    "file that is not there, relative": (
+        {"security_protocol": "SSL", "ssl_ca_location": "no/ca.pem"},
+        ["ssl_ca_location", "no/ca.pem", "no such file", "absolute path"],
+    ),
+    "folder for a file": (
+        {"security_protocol": "SSL", "ssl_crl_location": "/"},
+        ["ssl_crl_location", "folder"],
+    ),
+    "PEM that is a path": (
+        {"security_protocol": "SSL", "ssl_ca_pem": "/etc/ca.pem"},
+        ["ssl_ca_pem", "no PEM text", "ssl_ca_location"],
+    ),
+    "key password without key": ({"security_protocol": "SSL", "ssl_key_password": CANARY}, ["ssl_key_password"]),
+    "key store without password": (
+        {"security_protocol": "SSL", "ssl_keystore_location": __file__},
+        ["ssl_keystore_location", "ssl_keystore_password", "both"],
+    ),
+    "key store and certificate": (
+        {
+            "security_protocol": "SSL",
+            "ssl_keystore_location": __file__,
+            "ssl_keystore_password": CANARY,
+            "ssl_certificate_location": __file__,
+            "ssl_key_location": __file__,
+        },
+        ["ssl_keystore_location", "ssl_certificate_location", "one of them"],
+    ),
+    "host name check": (
+        {"security_protocol": "SSL", "ssl_endpoint_identification_algorithm": "never"},
+        ["ssl_endpoint_identification_algorithm", "never", "https", "none"],
+    ),
+    "Kerberos option": (
+        {"sasl_kerberos_keytab": "/k"},
+        ["sasl_kerberos_keytab", "Kerberos", "PLAIN", "librdkafka_config"],
+    ),
+    "password for OAUTHBEARER": (
+        OAUTH | {"sasl_oauthbearer_callback": "os.path:join", "sasl_password": CANARY},
+        ["sasl_password", "ignored", "OAUTHBEARER"],
+    ),
+    "token for SCRAM": (
+        {
+            "security_protocol": "SASL_SSL",
+            "sasl_mechanism": "SCRAM-SHA-512",
+            "sasl_username": "u",
+            "sasl_password": CANARY,
+            "sasl_oauthbearer_client_secret": CANARY,
+        },
+        ["sasl_oauthbearer_client_secret", "ignored", "SCRAM-SHA-512"],
+    ),
+    "two sources of a token": (
+        OAUTH | OIDC | {"sasl_oauthbearer_callback": "os.path:join"},
+        ["sasl_oauthbearer_callback", "oidc", "exclude"],
+    ),
+    "OIDC without secret": (
+        OAUTH | OIDC | {"sasl_oauthbearer_client_secret": None},
+        ["oidc", "needs sasl_oauthbearer_client_secret"],
+    ),
+    "way to a token": (OAUTH | {"sasl_oauthbearer_method": "jwt"}, ["sasl_oauthbearer_method", "jwt", "oidc"]),
+    "callback that is no path": (
+        OAUTH | {"sasl_oauthbearer_callback": "os.path.join"},
+        ["sasl_oauthbearer_callback", "os.path.join", "package.module:function"],
+    ),
+    "CA of OIDC without OAUTHBEARER": (
+        {"https_ca_location": __file__},
+        ["https_ca_location", "PLAINTEXT", "SASL_SSL"],
+    ),
+    "MSK without region": (
+        {"security_protocol": "SASL_SSL", "sasl_mechanism": "AWS_MSK_IAM"},
+        ["AWS_MSK_IAM", "needs sasl_aws_region"],
+    ),
+    "MSK without TLS": (
+        {"security_protocol": "SASL_PLAINTEXT", "sasl_mechanism": "AWS_MSK_IAM", "sasl_aws_region": "eu-west-1"},
+        ["AWS_MSK_IAM", "SASL_SSL"],
+    ),
+    "MSK with password": (MSK | {"sasl_password": CANARY}, ["sasl_password", "ignored", "AWS_MSK_IAM"]),
+    "MSK with profile and role": (
+        MSK | {"sasl_aws_profile": "p", "sasl_aws_role_arn": "arn:aws:iam::1:role/r"},
+        ["sasl_aws_profile", "sasl_aws_role_arn", "exclude"],
+    ),
+    "region without MSK": (
+        OAUTH | {"sasl_oauthbearer_callback": "os.path:join", "sasl_aws_region": "eu-west-1"},
+        ["sasl_aws_region", "ignored"],
+    ),
+    "password in the servers": (
+        {"bootstrap_servers": f"SASL_SSL://user:{CANARY}@a:9092"},
+        ["bootstrap_servers", "***@a:9092", "host:port"],
     ),
     "key without certificate": ({"security_protocol": "SSL", "ssl_key_pem": CANARY}, ["certificate", "key", "both"]),
 }
@@ -229,13 +332,101 @@ def test_security_options_are_librdkafkas_with_dots(tmp_path):
 
 
 def test_every_security_option_is_known_to_librdkafka():
-    for name in KafkaProducerConfig.model_fields:
-        if name.startswith(("sasl_", "ssl_")) and name != "sasl_oauthbearer_callback":
-            dotted = name.replace("_", ".")
-            try:
-                confluent_kafka.Producer({dotted: ""})
-            except confluent_kafka.KafkaException as error:
-                assert "No such configuration property" not in str(error), dotted  # noqa: PT017
+    named = [name for name in KafkaProducerConfig.model_fields if name.startswith(("sasl_", "ssl_", "https_"))]
+    assert len(named) > 25
+    values = dict.fromkeys(named, "1") | {"sasl_mechanism": "PLAIN", "security_protocol": "SASL_SSL"}
+    for name in client_options(KafkaProducerConfig.model_construct(**values)):
+        try:
+            confluent_kafka.Producer({name: ""})
+        except confluent_kafka.KafkaException as error:
+            assert "No such configuration property" not in str(error), name  # noqa: PT017
+
+
+def test_empty_security_options_are_as_none(monkeypatch):
+    empty = {name: "" for name in KafkaProducerConfig.model_fields if name.startswith(("sasl_", "ssl_", "https_"))}
+    assert KafkaProducerConfig(**empty) == KafkaProducerConfig()
+
+
+def test_a_pem_text_may_have_its_line_ends_escaped():
+    config = KafkaProducerConfig(security_protocol="SSL", ssl_ca_pem=PEM.replace("\n", "\\n"))
+    assert config.ssl_ca_pem == PEM
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        OIDC | {"sasl_oauthbearer_scope": "s", "sasl_oauthbearer_extensions": "a=b", "https_ca_location": __file__},
+        {"sasl_oauthbearer_callback": "os.path:join", "sasl_oauthbearer_config": CANARY},
+        {"librdkafka_config": {"sasl.oauthbearer.metadata.authentication.type": "azure_imds"}},
+        {"librdkafka_config": {"enable.sasl.oauthbearer.unsecure.jwt": "true"}},
+    ],
+    ids=["OIDC", "callback", "raw settings", "unsecured"],
+)
+def test_ways_to_an_oauth_token(options):
+    config = KafkaProducerConfig(**OAUTH, **options)
+    assert client_options(config)["sasl.mechanism"] == "OAUTHBEARER"
+    assert CANARY not in repr(config)
+
+
+def test_msk_signs_its_own_tokens(monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", CANARY)
+    config = KafkaProducerConfig(**MSK)
+    options = client_options(config)
+    assert options["sasl.mechanism"] == "OAUTHBEARER"
+    assert not [name for name in options if "aws" in name]
+    text, expiry = oauth_callback(config)("")
+    url = urllib.parse.urlsplit(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)).decode())
+    query = urllib.parse.parse_qs(url.query)
+    assert url.netloc == "kafka.eu-central-1.amazonaws.com"
+    assert query["Action"] == ["kafka-cluster:Connect"]
+    assert query["X-Amz-Credential"][0].startswith("AKIDEXAMPLE/")
+    assert query["X-Amz-Credential"][0].endswith("/eu-central-1/kafka-cluster/aws4_request")
+    assert query["X-Amz-Expires"] == ["900"]
+    assert len(query["X-Amz-Signature"][0]) == 64
+    assert CANARY not in url.query
+    assert 800 < expiry - time.time() <= 900
+
+
+def test_msk_takes_the_credentials_of_a_profile(monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "credentials").write_text(f"[mine]\naws_access_key_id = AKIDMINE\naws_secret_access_key = {CANARY}\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    text, _ = oauth_callback(KafkaProducerConfig(**MSK, sasl_aws_profile="mine"))("")
+    assert "AKIDMINE" in base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)).decode()
+
+
+def test_msk_assumes_a_role(monkeypatch):
+    from aws_msk_iam_sasl_signer import MSKAuthTokenProvider
+
+    asked = []
+
+    def sign(*arguments):
+        asked.append(arguments)
+        return "token", 5000
+
+    monkeypatch.setattr(MSKAuthTokenProvider, "generate_auth_token_from_role_arn", sign)
+    token = oauth_callback(KafkaProducerConfig(**MSK, sasl_aws_role_arn="arn:aws:iam::1:role/r"))
+    assert token("") == ("token", 5.0)
+    assert asked == [("eu-central-1", "arn:aws:iam::1:role/r")]
+
+
+def test_msk_without_credentials_says_so(monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(KafkaConfigError, match="AWS credentials were not found") as caught:
+        oauth_callback(KafkaProducerConfig(**MSK))("")
+    assert "AWS_ACCESS_KEY_ID" in caught.value.fix
+
+
+def test_msk_without_its_package_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "aws_msk_iam_sasl_signer.MSKAuthTokenProvider", None)
+    with pytest.raises(KafkaConfigError, match=r"pip install 'dataforge-kafka-dagster\[aws-msk-iam\]'"):
+        oauth_callback(KafkaProducerConfig(**MSK))
 
 
 def test_raw_settings_are_applied_last():
@@ -322,7 +513,7 @@ def _secured(**options):
 
 
 def test_no_secret_in_reprs():
-    config = _secured(ssl_certificate_pem="cert", ssl_key_pem=CANARY, ssl_key_password=CANARY)
+    config = _secured(ssl_certificate_pem=PEM, ssl_key_pem=f"{PEM}{CANARY}", ssl_key_password=CANARY)
     for text in (repr(config), str(config), repr(PublicationConfig(producer=config)), f"{config!s}"):
         assert CANARY not in text
     assert "user" in repr(config)
@@ -330,9 +521,29 @@ def test_no_secret_in_reprs():
 
 def test_redact_hides_every_secret_and_nothing_else():
     config = _secured()
-    assert config.redact(f"user={CANARY} raw={CANARY}-raw end") in {"user=*** raw=*** end", "user=*** raw=***-raw end"}
+    assert config.redact(f"user={CANARY} raw={CANARY}-raw end") == "user=*** raw=*** end"
     assert config.redact("nothing here") == "nothing here"
     assert KafkaProducerConfig().redact("nothing to hide") == "nothing to hide"
+
+
+def test_redact_hides_each_line_of_a_key():
+    config = KafkaProducerConfig(
+        security_protocol="SSL",
+        ssl_certificate_pem=PEM,
+        ssl_key_pem=f"-----BEGIN PRIVATE KEY-----\n{CANARY}1\n{CANARY}2\n-----END PRIVATE KEY-----",
+    )
+    assert config.redact(f"-----BEGIN PRIVATE KEY----- {CANARY}2") == "-----BEGIN PRIVATE KEY----- ***"
+
+
+def test_every_secret_is_kept_out_of_reprs_and_errors():
+    hidden = {
+        name
+        for name, field in KafkaProducerConfig.model_fields.items()
+        if not field.repr and name not in {"ssl_ca_pem", "ssl_certificate_pem", "https_ca_pem", "librdkafka_config"}
+    }
+    assert hidden == set(SECRET_OPTIONS)
+    secret = {name for name in KafkaProducerConfig.model_fields if re.search("password|secret|key_pem", name)}
+    assert secret <= hidden
 
 
 def test_publication_config_is_picklable():
@@ -367,7 +578,7 @@ def test_oauth_callback_is_imported():
     assert oauth_callback(KafkaProducerConfig()) is None
     found = oauth_callback(KafkaProducerConfig(**config, sasl_oauthbearer_callback="os.path:join"))
     assert found is os.path.join
-    for path in ("no.such.module:f", "os:no_such", "os", ":x"):
+    for path in ("no.such.module:f", "os:no_such"):
         with pytest.raises(KafkaConfigError, match="package.module:function"):
             oauth_callback(KafkaProducerConfig(**config, sasl_oauthbearer_callback=path))
 

@@ -435,6 +435,27 @@ def test_listeners_with_sasl():
             wrong.list_topics(timeout=3)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"listeners": {"PLAINTEXT": "SSL"}}, "neither PLAINTEXT nor"),
+        ({"listeners": {"secure": "SSL"}}, "in capitals"),
+        ({"listeners": {"SECURE": "TLS"}}, "SASL_SSL"),
+        ({"listeners": {"SECURE": "SSL"}, "config": SASL}, "listeners and the option"),
+    ],
+)
+def test_wrong_listeners_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        LocalKafka(**options)
+
+
+def test_an_unknown_listener_has_no_servers():
+    with pytest.raises(ValueError, match="'TLS', only SECURE"):
+        LocalKafka(listeners={"SECURE": "SSL"}).servers_of("TLS")
+    with pytest.raises(LocalKafkaError, match=r"before start\(\)"):
+        LocalKafka(listeners={"SECURE": "SSL"}).servers_of("SECURE")
+
+
 @pytest.mark.kafka
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_runs_until_it_is_interrupted(number):

@@ -171,6 +171,47 @@ def test_security_options_may_be_env_vars(name, monkeypatch):
         assert getattr(resolved.producer_config(), name) == values[name]
 
 
+CERTIFICATE = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----"
+UNKNOWN = dg.EnvVar("NOT_SET_IN_THESE_TESTS")
+SASL_SSL = {"security_protocol": "SASL_SSL"}
+PLAIN = SASL_SSL | {"sasl_mechanism": "PLAIN", "sasl_username": UNKNOWN, "sasl_password": UNKNOWN}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"sasl_username": UNKNOWN, "sasl_password": UNKNOWN}, "sasl_username, sasl_password would be ignored"),
+        ({"ssl_ca_pem": UNKNOWN}, "ssl_ca_pem would be ignored"),
+        (PLAIN | {"sasl_password": None}, "needs sasl_username and sasl_password"),
+        (SASL_SSL | {"sasl_username": UNKNOWN, "sasl_password": UNKNOWN}, "needs sasl_mechanism"),
+        (PLAIN | {"sasl_oauthbearer_client_secret": UNKNOWN}, "sasl_oauthbearer_client_secret would be ignored"),
+        (PLAIN | {"ssl_certificate_pem": UNKNOWN}, "a client certificate and its private key go together"),
+        (PLAIN | {"ssl_ca_pem": UNKNOWN, "ssl_ca_location": "/"}, "ssl_ca_location and ssl_ca_pem name the same"),
+        (PLAIN | {"ssl_ca_pem": UNKNOWN, "ssl_crl_location": "/no/crl"}, "no such file"),
+        (SASL_SSL | {"sasl_mechanism": "AWS_MSK_IAM", "ssl_ca_pem": UNKNOWN}, "needs sasl_aws_region"),
+        (SASL_SSL | {"sasl_mechanism": "GSSAPI", "sasl_username": UNKNOWN}, "Kerberos"),
+    ],
+)
+def test_security_options_that_do_not_fit_are_refused_at_definition_though_secrets_are_not_known(options, said):
+    with pytest.raises(ValueError, match=said):
+        KafkaProducerResource(bootstrap_servers="a:1", **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        PLAIN | {"ssl_certificate_pem": CERTIFICATE, "ssl_key_pem": UNKNOWN, "ssl_key_password": UNKNOWN},
+        {"security_protocol": UNKNOWN, "sasl_username": UNKNOWN, "ssl_ca_pem": UNKNOWN},
+        SASL_SSL | {"sasl_mechanism": UNKNOWN, "sasl_username": UNKNOWN},
+        SASL_SSL | {"sasl_mechanism": "AWS_MSK_IAM", "sasl_aws_region": UNKNOWN},
+        SASL_SSL | {"sasl_mechanism": "OAUTHBEARER", "sasl_oauthbearer_method": UNKNOWN},
+        SASL_SSL | {"sasl_mechanism": "OAUTHBEARER", "sasl_oauthbearer_callback": UNKNOWN},
+    ],
+)
+def test_security_options_that_may_fit_are_accepted_at_definition(options):
+    KafkaProducerResource(bootstrap_servers="a:1", **options)
+
+
 def test_an_env_var_in_the_list_of_servers_is_refused(monkeypatch):
     monkeypatch.setenv("SERVER_OF_TEST", "real-host:9092")
     # Dagster cannot put an environment variable into a part of a text.

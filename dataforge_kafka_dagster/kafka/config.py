@@ -10,11 +10,11 @@ import difflib
 import importlib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from dataforge_kafka_dagster.kafka.errors import KafkaConfigError
 
@@ -22,15 +22,43 @@ DeliveryGuarantee = Literal["exactly_once", "at_least_once"]
 
 COMPRESSION_TYPES: Final = ("none", "gzip", "snappy", "lz4", "zstd")
 SECURITY_PROTOCOLS: Final = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
-SASL_MECHANISMS: Final = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER")
-SECRET_OPTIONS: Final = ("sasl_password", "sasl_oauthbearer_client_secret", "ssl_key_password", "ssl_key_pem")
-SECRET_SETTINGS: Final = r"password|secret|key\.pem|sasl\.jaas"  # noqa: S105  (a pattern)
+SASL_MECHANISMS: Final = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER", "AWS_MSK_IAM")
+SECRET_OPTIONS: Final = (
+    "sasl_password",
+    "sasl_oauthbearer_client_secret",
+    "sasl_oauthbearer_config",
+    "ssl_key_password",
+    "ssl_key_pem",
+    "ssl_keystore_password",
+)
+"""Options whose values are never shown."""
+SECRET_SETTINGS: Final = r"password|passphrase|secret|key\.pem|jaas|oauthbearer\.config"  # noqa: S105  (a pattern)
 """A pattern in the names of raw librdkafka settings that are secrets."""
+_CALLBACK: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+_FILES: Final = (
+    "ssl_ca_location",
+    "ssl_certificate_location",
+    "ssl_key_location",
+    "ssl_keystore_location",
+    "ssl_crl_location",
+    "https_ca_location",
+)
+_PEMS: Final = ("ssl_ca_pem", "ssl_certificate_pem", "ssl_key_pem", "https_ca_pem")
+# Ours, or librdkafka's under another name.
+_NOT_LIBRDKAFKAS: Final = (
+    "sasl_mechanism", "sasl_oauthbearer_callback", "sasl_aws_region", "sasl_aws_profile", "sasl_aws_role_arn"
+)  # fmt: skip
 _SERVER: Final = re.compile(r"^(?:[A-Z_]+://)?(?P<host>\[[0-9A-Fa-f:.]+\]|[^\s:,\[\]/]+)(?::(?P<port>\d+))?$")
 _MAX_TOPIC: Final = 249
 _TOPIC: Final = re.compile(r"[A-Za-z0-9._-]+")
 
 ACKS: Final[dict[str, str]] = {"all": "all", "-1": "all", "0": "0", "1": "1"}
+
+
+_NO_KERBEROS: Final = (
+    f"confluent-kafka's wheel is built without Kerberos (GSSAPI). Use one of {', '.join(SASL_MECHANISMS)}; or build"
+    " confluent-kafka with it, and set it up in librdkafka_config alone"
+)
 
 
 def _not(option: str, value: object, allowed: str) -> ValueError:
@@ -89,6 +117,17 @@ class KafkaOptions(BaseModel):
     sasl_mechanism: str | None = Field(default=None, description=f"One of {', '.join(SASL_MECHANISMS)}.")
     sasl_username: str | None = Field(default=None, description="User for PLAIN and SCRAM.")
     sasl_password: str | None = Field(default=None, repr=False, description="Password for PLAIN and SCRAM.")
+    sasl_oauthbearer_callback: str | None = Field(
+        default=None,
+        description=(
+            "Import path 'package.module:function' of a function that takes one str (sasl_oauthbearer_config) and"
+            " returns (token, expiry in seconds since the epoch), or these two, the principal and a dict of SASL"
+            " extensions."
+        ),
+    )
+    sasl_oauthbearer_config: str | None = Field(
+        default=None, repr=False, description="Text that sasl_oauthbearer_callback is called with, in any form."
+    )
     sasl_oauthbearer_method: str | None = Field(
         default=None, description="'oidc' lets librdkafka fetch the token itself; else set sasl_oauthbearer_callback."
     )
@@ -96,12 +135,21 @@ class KafkaOptions(BaseModel):
     sasl_oauthbearer_client_secret: str | None = Field(default=None, repr=False, description="Client secret for OIDC.")
     sasl_oauthbearer_token_endpoint_url: str | None = Field(default=None, description="Token endpoint for OIDC.")
     sasl_oauthbearer_scope: str | None = Field(default=None, description="Scope for OIDC.")
-    sasl_oauthbearer_callback: str | None = Field(
-        default=None,
-        description=(
-            "Import path 'package.module:function' of a function that takes one str (librdkafka's"
-            " sasl.oauthbearer.config) and returns (token, expiry in seconds since the epoch)."
-        ),
+    sasl_oauthbearer_extensions: str | None = Field(
+        default=None, description="SASL extensions for OIDC: 'name=value' pairs with commas between."
+    )
+    https_ca_location: str | None = Field(
+        default=None, description="File or folder of CA certificates (PEM) of the OIDC token endpoint."
+    )
+    https_ca_pem: str | None = Field(
+        default=None, repr=False, description="CA certificates of the OIDC token endpoint, PEM text."
+    )
+    sasl_aws_region: str | None = Field(default=None, description="AWS region of the cluster, for AWS_MSK_IAM.")
+    sasl_aws_profile: str | None = Field(
+        default=None, description="Profile of AWS credentials for AWS_MSK_IAM; AWS's default credentials if None."
+    )
+    sasl_aws_role_arn: str | None = Field(
+        default=None, description="IAM role to assume for AWS_MSK_IAM; none if None. Excludes sasl_aws_profile."
     )
     ssl_ca_location: str | None = Field(default=None, description="File or folder of CA certificates (PEM).")
     ssl_ca_pem: str | None = Field(default=None, repr=False, description="CA certificates, PEM text.")
@@ -110,6 +158,19 @@ class KafkaOptions(BaseModel):
     ssl_key_location: str | None = Field(default=None, description="File of the client's private key (PEM).")
     ssl_key_pem: str | None = Field(default=None, repr=False, description="The client's private key, PEM text.")
     ssl_key_password: str | None = Field(default=None, repr=False, description="Passphrase of the private key.")
+    ssl_keystore_location: str | None = Field(
+        default=None, description="File of the client's certificate and key in one (PKCS#12), instead of PEM."
+    )
+    ssl_keystore_password: str | None = Field(default=None, repr=False, description="Password of the key store.")
+    ssl_crl_location: str | None = Field(
+        default=None, description="File of revoked certificates (PEM), against which the broker's is checked."
+    )
+    ssl_cipher_suites: str | None = Field(
+        default=None, description="TLS ciphers allowed, as OpenSSL names them, with colons between."
+    )
+    ssl_providers: str | None = Field(
+        default=None, description="OpenSSL 3 providers with commas between, such as 'default,legacy'."
+    )
     ssl_endpoint_identification_algorithm: str | None = Field(
         default=None, description="'https' (librdkafka's default) checks the broker's host name; 'none' does not."
     )
@@ -150,6 +211,8 @@ class KafkaProducerConfig(KafkaOptions):
     def _known_names(cls, data: Any) -> Any:
         if isinstance(data, Mapping):
             for name in data:
+                if str(name).startswith("sasl_kerberos"):
+                    raise ValueError(f"{name} is not possible: {_NO_KERBEROS}")
                 if name not in cls.model_fields:
                     close = difflib.get_close_matches(str(name), cls.model_fields, n=1)
                     hint = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(cls.model_fields)}"
@@ -182,10 +245,20 @@ class KafkaProducerConfig(KafkaOptions):
         for server in servers:
             match = _SERVER.match(server.strip())
             if not match:
-                raise _not("bootstrap_servers", server, "each is 'host:port', such as 'localhost:9092'")
+                shown = re.sub(r".*@", "***@", server, flags=re.DOTALL)  # what stands there in URLs is a password
+                raise _not("bootstrap_servers", shown, "each is 'host:port', such as 'localhost:9092'")
             if match["port"] and not 1 <= int(match["port"]) <= 65535:  # noqa: PLR2004
                 raise _not("bootstrap_servers", server, "the port must be 1 to 65535")
         return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _unset(cls, value: Any, info: ValidationInfo) -> Any:
+        name = str(info.field_name)
+        if value == "" and name.startswith(("sasl_", "ssl_", "https_")):
+            return None  # how the environment says that there is none
+        # So is a PEM text where line ends cannot be.
+        return value.replace("\\n", "\n") if name in _PEMS and isinstance(value, str) else value
 
     @field_validator("acks", mode="before")
     @classmethod
@@ -208,59 +281,136 @@ class KafkaProducerConfig(KafkaOptions):
     @classmethod
     def _mechanism(cls, value: str | None) -> str | None:
         if value is not None and value.upper() == "GSSAPI":
-            raise _not(
-                "sasl_mechanism", value, "confluent-kafka's wheel is built without Kerberos; use one of the others:"
-                f" {', '.join(SASL_MECHANISMS)}, or build confluent-kafka against a librdkafka with GSSAPI"
-            )  # fmt: skip
+            raise _not("sasl_mechanism", value, _NO_KERBEROS)
         return None if value is None else _one_of("sasl_mechanism", value.upper(), SASL_MECHANISMS)
 
+    @field_validator("sasl_oauthbearer_method")
+    @classmethod
+    def _method(cls, value: str | None) -> str | None:
+        return None if value is None else _one_of("sasl_oauthbearer_method", value.lower(), ("default", "oidc"))
+
+    @field_validator("sasl_oauthbearer_callback")
+    @classmethod
+    def _callback(cls, value: str | None) -> str | None:
+        if value is not None and not _CALLBACK.fullmatch(value):
+            raise _not("sasl_oauthbearer_callback", value, "give an import path 'package.module:function'")
+        return value
+
+    @field_validator("ssl_endpoint_identification_algorithm")
+    @classmethod
+    def _identification(cls, value: str | None) -> str | None:
+        return value and _one_of("ssl_endpoint_identification_algorithm", value.lower(), ("https", "none"))
+
     @model_validator(mode="after")
-    def _combinations(self) -> KafkaProducerConfig:
-        self._check_sasl()
-        self._check_ssl()
-        for name in ("ssl_ca_location", "ssl_certificate_location", "ssl_key_location"):
-            location = getattr(self, name)
-            if location is not None and not Path(location).exists():
-                raise _not(name, location, "there is no such file")
+    def _combinations(self, info: ValidationInfo) -> KafkaProducerConfig:
+        """Refuse options that do not fit together.
+
+        The context's "later" names the options whose values are not known yet, but will be given.
+        """
+        later = (info.context or {}).get("later", ())
+        fields = type(self).model_fields
+        given = {name for name in fields if name in later or getattr(self, name) is not None}
+        if "security_protocol" not in later:
+            self._check_sasl(given, later)
+            self._check_ssl(given)
+        for name in _FILES:
+            self._check_file(name)
+        for name in _PEMS:
+            text = getattr(self, name)
+            if text and "-----BEGIN " not in text:
+                raise ValueError(
+                    f"{name} is no PEM text, which has a line '-----BEGIN ...-----': for a file set {name[:-3]}location"
+                )
         return self
 
-    def _check_sasl(self) -> None:
-        given = [n for n in type(self).model_fields if n.startswith("sasl_") and getattr(self, n) is not None]
-        if not self.security_protocol.startswith("SASL"):
-            if given:
+    def _check_sasl(self, given: Container[str], later: Container[str]) -> None:
+        protocol, mechanism = self.security_protocol, self.sasl_mechanism
+        ours = [n for n in type(self).model_fields if n.startswith(("sasl_", "https_")) and n in given]
+        if not protocol.startswith("SASL"):
+            if ours:
                 raise ValueError(
-                    f"{', '.join(given)} would be ignored with security_protocol={self.security_protocol!r}:"
+                    f"{', '.join(ours)} would be ignored with security_protocol={protocol!r}:"
                     " set security_protocol to 'SASL_SSL' or 'SASL_PLAINTEXT'"
                 )
             return
-        if self.sasl_mechanism is None:
+        if "sasl_mechanism" in later:
+            return
+        if mechanism is None:
             raise ValueError(
-                f"security_protocol={self.security_protocol!r} needs sasl_mechanism:"
-                f" one of {', '.join(SASL_MECHANISMS)}"
+                f"security_protocol={protocol!r} needs sasl_mechanism: one of {', '.join(SASL_MECHANISMS)}"
             )
-        if self.sasl_mechanism == "OAUTHBEARER":
-            if self.sasl_oauthbearer_method != "oidc" and not self.sasl_oauthbearer_callback:
-                raise ValueError(
-                    "sasl_mechanism='OAUTHBEARER' needs sasl_oauthbearer_callback ('package.module:function'),"
-                    " or sasl_oauthbearer_method='oidc' with its client id, secret and token endpoint"
-                )
-        elif self.sasl_username is None or self.sasl_password is None:
-            raise ValueError(f"sasl_mechanism={self.sasl_mechanism!r} needs sasl_username and sasl_password")
+        used = {"OAUTHBEARER": ("sasl_oauthbearer_", "https_"), "AWS_MSK_IAM": ("sasl_aws_",)}.get(
+            mechanism, ("sasl_username", "sasl_password")
+        )
+        ignored = [name for name in ours if not name.startswith(("sasl_mechanism", *used))]
+        if ignored:
+            raise ValueError(f"{', '.join(ignored)} would be ignored with sasl_mechanism={mechanism!r}: leave it out")
+        if mechanism == "OAUTHBEARER":
+            self._check_oauth(given, later)
+        elif mechanism == "AWS_MSK_IAM":
+            if protocol != "SASL_SSL":
+                raise ValueError("sasl_mechanism='AWS_MSK_IAM' needs security_protocol='SASL_SSL' (port 9098 of MSK)")
+            if "sasl_aws_region" not in given:
+                raise ValueError("sasl_mechanism='AWS_MSK_IAM' needs sasl_aws_region, such as 'eu-central-1'")
+            if "sasl_aws_profile" in given and "sasl_aws_role_arn" in given:
+                raise ValueError("sasl_aws_profile and sasl_aws_role_arn exclude each other: give one of them, or none")
+        elif not ("sasl_username" in given and "sasl_password" in given):
+            raise ValueError(f"sasl_mechanism={mechanism!r} needs sasl_username and sasl_password")
 
-    def _check_ssl(self) -> None:
-        given = [n for n in type(self).model_fields if n.startswith("ssl_") and getattr(self, n) is not None]
-        if given and not self.security_protocol.endswith("SSL"):
+    def _check_oauth(self, given: Container[str], later: Container[str]) -> None:
+        if "sasl_oauthbearer_method" in later:
+            return
+        # librdkafka has more ways to a token, such as signed assertions and Azure's and AWS's metadata services.
+        if any("oauthbearer" in name for name in self.librdkafka_config):
+            return
+        callback = "sasl_oauthbearer_callback" in given
+        if self.sasl_oauthbearer_method == "oidc":
+            names = ("client_id", "client_secret", "token_endpoint_url")
+            missing = [name for part in names if (name := f"sasl_oauthbearer_{part}") not in given]
+            if missing:
+                raise ValueError(f"sasl_oauthbearer_method='oidc' needs {', '.join(missing)}")
+            if callback:
+                raise ValueError(
+                    "sasl_oauthbearer_callback and sasl_oauthbearer_method='oidc' exclude each other:"
+                    " the token comes from one of them"
+                )
+        elif not callback:
             raise ValueError(
-                f"{', '.join(given)} would be ignored with security_protocol={self.security_protocol!r}:"
+                "sasl_mechanism='OAUTHBEARER' needs sasl_oauthbearer_callback ('package.module:function'),"
+                " or sasl_oauthbearer_method='oidc' with its client id, secret and token endpoint"
+            )
+
+    def _check_ssl(self, given: Container[str]) -> None:
+        ours = [n for n in type(self).model_fields if n.startswith("ssl_") and n in given]
+        if ours and not self.security_protocol.endswith("SSL"):
+            raise ValueError(
+                f"{', '.join(ours)} would be ignored with security_protocol={self.security_protocol!r}:"
                 " set security_protocol to 'SSL' or 'SASL_SSL'"
             )
-        for what in ("ca", "certificate", "key"):
-            if getattr(self, f"ssl_{what}_location") and getattr(self, f"ssl_{what}_pem"):
-                raise ValueError(f"ssl_{what}_location and ssl_{what}_pem name the same thing: give one of them")
-        certificate = self.ssl_certificate_location or self.ssl_certificate_pem
-        key = self.ssl_key_location or self.ssl_key_pem
+        for what in ("ssl_ca", "ssl_certificate", "ssl_key", "https_ca"):
+            if f"{what}_location" in given and f"{what}_pem" in given:
+                raise ValueError(f"{what}_location and {what}_pem name the same thing: give one of them")
+        certificate = [n for n in ours if n in {"ssl_certificate_location", "ssl_certificate_pem"}]
+        key = [n for n in ours if n in {"ssl_key_location", "ssl_key_pem"}]
         if bool(certificate) != bool(key):
             raise ValueError("a client certificate and its private key go together: give both, or none")
+        if "ssl_key_password" in given and not key:
+            raise ValueError("ssl_key_password is for a private key: set ssl_key_location or ssl_key_pem too")
+        if ("ssl_keystore_location" in given) != ("ssl_keystore_password" in given):
+            raise ValueError("ssl_keystore_location and ssl_keystore_password go together: give both, or none")
+        if "ssl_keystore_location" in given and certificate:
+            raise ValueError(f"ssl_keystore_location and {certificate[0]} name the same thing: give one of them")
+
+    def _check_file(self, name: str) -> None:
+        location = getattr(self, name)
+        if not location or (name.endswith("ca_location") and location == "probe"):  # librdkafka looks itself
+            return
+        path = Path(location)
+        if not path.exists():
+            relative = "" if path.is_absolute() else "; give an absolute path: steps may have another working directory"
+            raise _not(name, location, f"there is no such file{relative}")
+        if path.is_dir() and not name.endswith("ca_location"):
+            raise _not(name, location, "it is a folder, give the file")
 
     @property
     def servers(self) -> str:
@@ -275,10 +425,12 @@ class KafkaProducerConfig(KafkaOptions):
 
     def redact(self, text: str) -> str:
         """The text without any secret of this config."""
-        raw = (v for k, v in self.librdkafka_config.items() if re.search(SECRET_SETTINGS, k))
-        for secret in (*(getattr(self, name) for name in SECRET_OPTIONS), *raw):
-            if secret:
-                text = text.replace(secret, "***")
+        raw = (value for name, value in self.librdkafka_config.items() if re.search(SECRET_SETTINGS, name))
+        whole = [secret for secret in (*(getattr(self, name) for name in SECRET_OPTIONS), *raw) if secret]
+        # A key's text may be cut into its lines, or have its line ends escaped.
+        lines = (line for secret in whole for line in secret.splitlines() if not line.startswith("-----"))
+        for secret in sorted({*whole, *lines} - {""}, key=len, reverse=True):
+            text = text.replace(secret, "***")
         return text
 
 
@@ -363,8 +515,10 @@ def client_options(config: KafkaProducerConfig) -> dict[str, Any]:
         "security.protocol": config.security_protocol,
         "log.connection.close": "false",
     }
+    if config.sasl_mechanism is not None:
+        options["sasl.mechanism"] = "OAUTHBEARER" if config.sasl_mechanism == "AWS_MSK_IAM" else config.sasl_mechanism
     for name in type(config).model_fields:
-        if name.startswith(("sasl_", "ssl_")) and name != "sasl_oauthbearer_callback":
+        if name.startswith(("sasl_", "ssl_", "https_")) and name not in _NOT_LIBRDKAFKAS:
             options[name.replace("_", ".")] = getattr(config, name)
     if config.security_protocol.endswith("SSL") and not config.enable_ssl_certificate_verification:
         options["enable.ssl.certificate.verification"] = "false"
@@ -409,20 +563,53 @@ def publication_options(config: PublicationConfig, transactional_id: str) -> dic
     return options
 
 
-def oauth_callback(config: KafkaProducerConfig) -> Callable[[str], tuple[str, float]] | None:
-    """The token function that sasl_oauthbearer_callback names, imported.
+def oauth_callback(config: KafkaProducerConfig) -> Callable[[str], tuple[Any, ...]] | None:
+    """The function that fetches OAuth tokens: sasl_oauthbearer_callback's, imported, or AWS_MSK_IAM's; else None.
 
     Raises:
-        KafkaConfigError: There is no such module or function.
+        KafkaConfigError: There is no such module or function, or the extra ``aws-msk-iam`` is not installed.
     """
+    if config.sasl_mechanism == "AWS_MSK_IAM":
+        return _msk_token(config)
     path = config.sasl_oauthbearer_callback
     if path is None:
         return None
     module, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError) as error:
         raise KafkaConfigError(
             f"sasl_oauthbearer_callback={path!r}", str(error), "Give an import path 'package.module:function'"
         ) from error
-    return cast("Callable[[str], tuple[str, float]]", function)
+    return cast("Callable[[str], tuple[Any, ...]]", function)
+
+
+def _msk_token(config: KafkaProducerConfig) -> Callable[[str], tuple[str, float]]:
+    try:
+        signer = importlib.import_module("aws_msk_iam_sasl_signer.MSKAuthTokenProvider")
+    except ImportError as error:
+        raise KafkaConfigError(
+            "sasl_mechanism='AWS_MSK_IAM'",
+            f"the package aws-msk-iam-sasl-signer-python cannot be imported ({error})",
+            "Install it with: pip install 'dataforge-kafka-dagster[aws-msk-iam]'",
+        ) from error
+
+    def token(_: str) -> tuple[str, float]:
+        region, profile, role = config.sasl_aws_region, config.sasl_aws_profile, config.sasl_aws_role_arn
+        try:
+            if role is not None:
+                text, milliseconds = signer.generate_auth_token_from_role_arn(region, role)
+            elif profile is not None:
+                text, milliseconds = signer.generate_auth_token_from_profile(region, profile)
+            else:
+                text, milliseconds = signer.generate_auth_token(region)
+        except AttributeError as error:  # the signer (1.0) asks None for its key
+            raise KafkaConfigError(
+                "sasl_mechanism='AWS_MSK_IAM'",
+                "AWS credentials were not found",
+                "Give this process a role, a profile, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+                code="_AUTHENTICATION",
+            ) from error
+        return text, milliseconds / 1000
+
+    return token
