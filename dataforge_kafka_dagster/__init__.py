@@ -1,7 +1,7 @@
 """Publish Dagster assets to Apache Kafka, exactly once, with the offsets in the Dagster UI."""
 
 from dataforge_kafka_dagster.io_manager import KafkaIOManager
-from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig
+from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig, KafkaTopicSpec
 from dataforge_kafka_dagster.kafka.errors import KafkaError, KafkaTimeoutError, NoBrokersAvailable
 from dataforge_kafka_dagster.kafka.producer import DataForgeKafkaProducer, RecordMetadata, create_kafka_producer
 from dataforge_kafka_dagster.kafka.publication import Publication
@@ -16,6 +16,7 @@ __all__ = [
     "KafkaProducerResource",
     "KafkaRecord",
     "KafkaTimeoutError",
+    "KafkaTopicSpec",
     "NoBrokersAvailable",
     "Publication",
     "RecordMetadata",

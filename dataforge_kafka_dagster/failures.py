@@ -10,6 +10,7 @@ import dagster as dg
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaError, Remedy
 
 _LONGEST_DELAY = 300.0
+_LONGEST_KEY = 200
 
 
 def failure_of(error: KafkaError, *, topic: str | None = None, brokers: str | None = None) -> dg.Failure:
@@ -23,9 +24,10 @@ def failure_of(error: KafkaError, *, topic: str | None = None, brokers: str | No
         "kafka/what_to_do": error.fix,
         "kafka/errors_by_code": dg.MetadataValue.json(error.counts) if error.counts else None,
         "kafka/undelivered_records": sum(error.counts.values()) or None,
+        "kafka/record_index": error.index,
+        "kafka/record_key": None if error.key is None else error.key[:_LONGEST_KEY].decode(errors="backslashreplace"),
+        "kafka/field": error.field if isinstance(error, InvalidRecordError) else None,
     }
-    if isinstance(error, InvalidRecordError):
-        said |= {"kafka/record_index": error.index, "kafka/field": error.field}
     return dg.Failure(
         description=str(error),
         metadata={name: value for name, value in said.items() if value is not None},

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import dagster as dg
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, ValidationError
 
 from dataforge_kafka_dagster.identity import Identity, output_identity
-from dataforge_kafka_dagster.kafka.config import check_topic
+from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, check_topic
 from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError
 from dataforge_kafka_dagster.kafka.publication import Publication
 from dataforge_kafka_dagster.kafka.reader import ReadRecord, read_publication
@@ -26,6 +26,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
 
     Topic and key come from, in this order: output metadata, the asset's definition metadata (``kafka/topic``,
     ``kafka/key``), this IO manager's config; the topic in the end from the asset key, its parts joined by dots.
+    The metadata ``kafka/create_topic``, a mapping of `KafkaTopicSpec`'s fields, creates the topic if it is missing.
 
     Example:
         >>> defs = dg.Definitions(assets=[flights], resources={"io_manager": KafkaIOManager(kafka=kafka)})
@@ -62,20 +63,27 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         with self.kafka.errors_in_dagster(context):
             topic = self._topic_of(context)
             key = self._key_of(context)
+            spec = _spec_of(context)
         identity = output_identity(context)
         if len(identity.partition) > 1 and isinstance(obj, Mapping) and set(obj) == set(identity.partition):
             step = context.step_context
             for partition in identity.partition:
-                said = self._publish(context, obj[partition], topic, key, identity.of_partition(partition))
+                said = self._publish(context, obj[partition], topic, key, spec, identity.of_partition(partition))
                 step.add_asset_metadata(said, asset_key=context.asset_key, partition_key=partition)
             return
-        said = self._publish(context, obj, topic, key, identity)
+        said = self._publish(context, obj, topic, key, spec, identity)
         if context.mapping_key:
             said["kafka/mapping_key"] = context.mapping_key
         context.add_output_metadata(said)
 
     def _publish(
-        self, context: dg.OutputContext, obj: Any, topic: str, key: Sequence[str], identity: Identity
+        self,
+        context: dg.OutputContext,
+        obj: Any,
+        topic: str,
+        key: Sequence[str],
+        spec: KafkaTopicSpec | None,
+        identity: Identity,
     ) -> dict[str, Any]:
         """Publish one output and return what its materialization says."""
         if obj is None:
@@ -83,7 +91,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
             return {"dagster/row_count": 0, "kafka/topic": topic, "kafka/records": 0}
         with self.kafka.errors_in_dagster(context, topic):
             encoded = chunks(obj, key)  # refuses the output before anything is connected
-            with self.kafka.writer(context, identity, topic, key) as writer:
+            with self.kafka.writer(context, identity, topic, key, spec) as writer:
                 writer.send_chunks(encoded)
             publication = writer.commit()
         context.log.info(describe(publication))
@@ -143,6 +151,21 @@ def _metadata(context: dg.OutputContext, name: str) -> Any:
         if value is not None:
             return value.value if isinstance(value, dg.MetadataValue) else value
     return None
+
+
+def _spec_of(context: dg.OutputContext) -> KafkaTopicSpec | None:
+    given = _metadata(context, "kafka/create_topic")
+    if given is None:
+        return None
+    try:
+        return KafkaTopicSpec.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise KafkaConfigError(
+            f"metadata kafka/create_topic={given!r}",
+            f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}",
+            f"Give a mapping of {', '.join(KafkaTopicSpec.model_fields)}",
+        ) from error
 
 
 def _publications(context: dg.InputContext) -> Iterator[Publication]:

@@ -17,7 +17,7 @@ from typing_extensions import Self
 
 from dataforge_kafka_dagster.failures import raise_in_dagster
 from dataforge_kafka_dagster.identity import Identity, op_context_of, session_identity
-from dataforge_kafka_dagster.kafka.config import KafkaOptions, KafkaProducerConfig, PublicationConfig
+from dataforge_kafka_dagster.kafka.config import KafkaOptions, KafkaProducerConfig, KafkaTopicSpec, PublicationConfig
 from dataforge_kafka_dagster.kafka.connection import logger
 from dataforge_kafka_dagster.kafka.errors import KafkaError
 from dataforge_kafka_dagster.kafka.producer import DataForgeKafkaProducer, DeliveryCallback, RecordMetadata
@@ -27,7 +27,12 @@ from dataforge_kafka_dagster.kafka.serialization import Headers
 PUBLICATION_METADATA: Final = "kafka/publication"
 """Name of the metadata that holds a publication as JSON: `Publication.to_dict`, and its Dagster partitions."""
 
-_PUBLICATION_OPTIONS: Final = ("delivery_guarantee", "transactional_id_prefix", "transaction_timeout")
+_PUBLICATION_OPTIONS: Final = (
+    "delivery_guarantee",
+    "transactional_id_prefix",
+    "transaction_timeout",
+    "create_topics",
+)
 _CLOSE_SECONDS: Final = 10.0
 
 _COLUMNS: Final = dg.TableSchema(
@@ -39,6 +44,10 @@ _COLUMNS: Final = dg.TableSchema(
         dg.TableColumn("records", "int", "Records of this publication"),
     ]
 )
+
+
+class _TopicSpec(dg.Config, KafkaTopicSpec):
+    """`KafkaTopicSpec` as a part of Dagster's configuration."""
 
 
 class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions):  # type: ignore[type-arg]
@@ -86,6 +95,13 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions):  # type: ign
         default=600.0,
         description="Longest publication, seconds; at most the broker's transaction.max.timeout.ms (900 s by default).",
     )
+    create_topics: _TopicSpec | None = Field(
+        default=None,
+        description=(
+            "How publications create topics that are missing, a KafkaTopicSpec; None creates none. An asset's metadata"
+            " kafka/create_topic wins. Brokers never create topics by themselves."
+        ),
+    )
     step_retries: int = Field(
         default=3,
         ge=0,
@@ -113,6 +129,11 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions):  # type: ign
     def _acks_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
+    @field_validator("create_topics", mode="before")
+    @classmethod
+    def _topic_spec(cls, value: Any) -> Any:
+        return value.model_dump() if isinstance(value, KafkaTopicSpec) else value
+
     def __init__(self, **options: Any) -> None:
         _check_at_definition(options, type(self).model_fields)
         super().__init__(**options)
@@ -124,7 +145,10 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions):  # type: ign
             pydantic.ValidationError: An environment variable holds what is not allowed.
         """
         producer = KafkaProducerConfig(**{name: getattr(self, name) for name in KafkaProducerConfig.model_fields})
-        return PublicationConfig(producer=producer, **{name: getattr(self, name) for name in _PUBLICATION_OPTIONS})
+        options = {name: getattr(self, name) for name in _PUBLICATION_OPTIONS}
+        if self.create_topics is not None:
+            options["create_topics"] = self.create_topics.model_dump()
+        return PublicationConfig(producer=producer, **options)
 
     def producer_config(self) -> KafkaProducerConfig:
         """The checked options of this resource's producer.
@@ -215,6 +239,7 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions):  # type: ign
         topic: str,
         key: str | Sequence[str] | None = None,
         name: str | None = None,
+        create_topic: KafkaTopicSpec | None = None,
     ) -> Iterator[PublishingSession]:
         """A publication from the body of an asset or op: all of its records or none, whatever happens to the step.
 
@@ -226,6 +251,7 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions):  # type: ign
             topic: Where records go that name no other.
             key: Field that is the key of records that have none; several make a JSON object.
             name: Tells sessions of one step apart; the topic if None, numbered if it comes again.
+            create_topic: How to create its topics if they are missing; the resource's create_topics if None.
 
         Raises:
             dagster.RetryRequested: It failed for a cause that may pass.
@@ -233,7 +259,7 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions):  # type: ign
         """
         identity = session_identity(context, self._session_name(context, name or topic))
         with self.errors_in_dagster(context, topic):
-            session = PublishingSession(self.writer(context, identity, topic, key))
+            session = PublishingSession(self.writer(context, identity, topic, key, create_topic))
             with session:
                 yield session
             context.log.info(describe(session.result))
@@ -246,7 +272,12 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions):  # type: ign
         return name if count == 1 else f"{name}-{count}"
 
     def writer(
-        self, context: Any, identity: Identity, topic: str, key: str | Sequence[str] | None = None
+        self,
+        context: Any,
+        identity: Identity,
+        topic: str,
+        key: str | Sequence[str] | None = None,
+        create_topic: KafkaTopicSpec | None = None,
     ) -> PublicationWriter:
         """A writer of the publication with this identity, which logs its progress to the context's log."""
         config = self.publication_config()
@@ -264,6 +295,7 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions):  # type: ign
             publication_id=identity.publication_id,
             topic=topic,
             key=key,
+            create_topic=create_topic,
             on_progress=on_progress,
         )
 

@@ -296,6 +296,7 @@ def test_producer_options_have_librdkafkas_units():
         "message.timeout.ms": 1250,
         "partitioner": "murmur2_random",
         "topic.metadata.propagation.max.ms": 5000,
+        "allow.auto.create.topics": "false",
     }
     confluent_kafka.Producer(options)
 

@@ -434,6 +434,45 @@ class KafkaProducerConfig(KafkaOptions):
         return text
 
 
+class KafkaTopicSpec(BaseModel):
+    """How to create a topic that is missing, and the least Kafka partitions of one that exists.
+
+    Raises `pydantic.ValidationError` for a value that no topic can have.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    partitions: int = Field(
+        default=1,
+        ge=1,
+        le=100_000,
+        description="Number of Kafka partitions; an existing topic with fewer is refused.",
+    )
+    replication_factor: int | None = Field(
+        default=None,
+        ge=1,
+        le=32767,
+        description="Brokers that hold each record; None is the brokers' default.replication.factor.",
+    )
+    configs: dict[str, str] = Field(
+        default_factory=dict,
+        description=(
+            "Settings of a topic that is created, such as {'retention.ms': '604800000'}:"
+            " https://kafka.apache.org/documentation/#topicconfigs. Those of an existing one are left alone."
+        ),
+    )
+
+    def describe(self) -> str:
+        """One line for logs and errors."""
+        factor = (
+            "the brokers' replication factor"
+            if self.replication_factor is None
+            else (f"replication factor {self.replication_factor}")
+        )
+        settings = "".join(f", {name}={value}" for name, value in self.configs.items())
+        return f"partitions {self.partitions}, {factor}{settings}"
+
+
 class PublicationConfig(BaseModel):
     """How publications are made: the producer's options and the guarantee. Picklable.
 
@@ -462,6 +501,10 @@ class PublicationConfig(BaseModel):
             "Longest publication, seconds. The broker aborts a longer one; its transaction.max.timeout.ms"
             " (15 minutes by default) is the limit."
         ),
+    )
+    create_topics: KafkaTopicSpec | None = Field(
+        default=None,
+        description="How to create missing topics; None creates none. Brokers never create them by themselves.",
     )
 
     @model_validator(mode="after")
@@ -540,6 +583,8 @@ def producer_options(config: KafkaProducerConfig) -> dict[str, Any]:
         "partitioner": "murmur2_random",
         # How long a topic may be unknown to a broker before its records fail; librdkafka waits 30 s.
         "topic.metadata.propagation.max.ms": 5000,
+        # A topic that somebody misspells is an error, also where the brokers would create it.
+        "allow.auto.create.topics": "false",
     } | client_options(config)
 
 

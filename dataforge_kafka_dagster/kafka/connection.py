@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 import confluent_kafka
@@ -21,6 +21,7 @@ from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig, client_opt
 from dataforge_kafka_dagster.kafka.errors import (
     FENCED_CODES,
     LATCHED_CODES,
+    NO_ANSWER_CODES,
     KafkaConfigError,
     KafkaError,
     KafkaTimeoutError,
@@ -63,6 +64,10 @@ class Connection:
         else:
             self._transport = error
         logger.debug("%s: %s", self.name, self.config.redact(str(error)))
+
+    def connected(self) -> None:
+        """Forget why a broker could not be reached: one has answered."""
+        self._latched = self._transport = self._oauth_error = None
 
     def note(self, raised: BaseException | None) -> None:
         """Remember a fatal error that a client's poll raised instead of calling back.
@@ -132,11 +137,10 @@ class Connection:
         """Our error for one of confluent-kafka's, or for the connection error that it stands for.
 
         A wrong password, an unknown host or a TLS mismatch is seen only by the error callback: to the request it looks
-        like a time-out.
+        like a time-out. What a broker itself has answered is its own cause.
         """
-        ours = from_broker(error, culprit)
-        hidden = self._hidden_cause() if remedy_of(error.name()) is Remedy.RETRY else None
-        return hidden or ours
+        hidden = self._hidden_cause() if error.name() in NO_ANSWER_CODES else None
+        return hidden or from_broker(error, culprit)
 
     def _hidden_cause(self) -> KafkaError | None:
         if self._oauth_error is not None:
@@ -178,7 +182,7 @@ class Connection:
         deadline = time.monotonic() + timeout
         while True:
             try:
-                return call(max(0.01, min(SLICE, deadline - time.monotonic())))
+                result = call(max(0.01, min(SLICE, deadline - time.monotonic())))
             except confluent_kafka.KafkaException as exception:
                 error = exception.args[0]
                 fatal = self.fatal or error
@@ -186,6 +190,9 @@ class Connection:
                     raise self.cause(fatal, culprit) from None
                 if time.monotonic() >= deadline:
                     raise self.cause(error, f"{culprit}, {timeout:.0f} s") from None
+            else:
+                self.connected()
+                return result
             time.sleep(0.02)
 
     def in_thread(self, call: Callable[[], T], timeout: float, culprit: str) -> T:
@@ -210,7 +217,9 @@ class Connection:
             try:
                 while True:
                     with contextlib.suppress(concurrent.futures.TimeoutError):
-                        return future.result(max(0.01, min(SLICE, deadline - time.monotonic())))
+                        result = future.result(max(0.01, min(SLICE, deadline - time.monotonic())))
+                        self.connected()
+                        return result
                     self._serve_errors()
                     if time.monotonic() >= deadline:
                         raise self.unreachable(timeout)
@@ -221,7 +230,7 @@ class Connection:
                 if remedy_of(fatal.name()) is not Remedy.RETRY:
                     raise self.cause(fatal, culprit) from None
                 if time.monotonic() + 0.1 >= deadline:
-                    if error.name() in {"_TIMED_OUT", "_TRANSPORT", "_ALL_BROKERS_DOWN"}:
+                    if error.name() in NO_ANSWER_CODES:
                         raise self.unreachable(timeout) from None
                     raise self.cause(error, culprit) from None
             time.sleep(0.1)
@@ -230,27 +239,6 @@ class Connection:
         """The error callback of an admin client is called from its poll only."""
         if self._admin is not None:
             self._admin.poll(0)
-
-    def topic_partitions(self, topics: Sequence[str], timeout: float) -> dict[str, int]:
-        """Number of Kafka partitions by topic.
-
-        Raises:
-            NoBrokersAvailable: No broker answered in time, or none let us in.
-            KafkaError: A topic does not exist, or this user may not see it.
-        """
-        deadline = time.monotonic() + timeout
-        counts = {}
-        for topic in topics:
-
-            def ask(topic: str = topic) -> concurrent.futures.Future[Any]:
-                left = max(0.1, deadline - time.monotonic())
-                names = confluent_kafka.TopicCollection([topic])
-                future: concurrent.futures.Future[Any] = self.admin.describe_topics(names, request_timeout=left)[topic]
-                return future
-
-            description = self.answer(ask, max(0.1, deadline - time.monotonic()), f"topic {topic!r}, {self.name}")
-            counts[topic] = len(description.partitions)
-        return counts
 
 
 def _is_fatal(error: confluent_kafka.KafkaError) -> bool:

@@ -34,6 +34,8 @@ class KafkaError(Exception):
             Names are those of https://kafka.apache.org/protocol#protocol_error_codes; local ones begin with ``_``.
         remedy: Whether trying again can help.
         counts: Undelivered records by error code, if records failed.
+        index: Position of the first record that failed, from 0, if a record is at fault.
+        key: Its key as it was to be sent, if it has one.
     """
 
     def __init__(
@@ -46,6 +48,8 @@ class KafkaError(Exception):
         self.code = code
         self.remedy = remedy or (remedy_of(code) if code else Remedy.FAIL)
         self.counts: dict[str, int] = {}
+        self.index: int | None = None
+        self.key: bytes | None = None
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild_error, (type(self), self.__dict__.copy(), str(self)))
@@ -118,6 +122,11 @@ FENCED_CODES: Final = frozenset({"_FENCED", "PRODUCER_FENCED", "INVALID_PRODUCER
 LATCHED_CODES: Final = frozenset({"_AUTHENTICATION", "_SSL", "_RESOLVE", "SASL_AUTHENTICATION_FAILED"})
 """Codes that only the error callback sees: the request itself just times out."""
 
+NO_ANSWER_CODES: Final = frozenset(
+    {"_MSG_TIMED_OUT", "_TIMED_OUT", "_TIMED_OUT_QUEUE", "_TRANSPORT", "_ALL_BROKERS_DOWN", "_RESOLVE"}
+)
+"""Codes that say that no broker answered, but not why."""
+
 _FIXES: Final[dict[str, str]] = {
     "_AUTHENTICATION": "Check sasl_mechanism, sasl_username and sasl_password against the cluster's users",
     "SASL_AUTHENTICATION_FAILED": "Check sasl_mechanism, sasl_username and sasl_password against the cluster's users",
@@ -137,6 +146,9 @@ _FIXES: Final[dict[str, str]] = {
         "Split the record, or raise 'message.max.bytes' in librdkafka_config and max.message.bytes on the topic"
     ),
     "RECORD_LIST_TOO_LARGE": "Lower batch_size, or raise max.message.bytes on the topic",
+    "INVALID_REPLICATION_FACTOR": "Lower replication_factor to at most the number of brokers, or leave it out",
+    "INVALID_PARTITIONS": "Correct the number of Kafka partitions",
+    "INVALID_CONFIG": "Correct the topic settings in create_topics",
     "TOPIC_AUTHORIZATION_FAILED": "Grant this user the WRITE and DESCRIBE ACLs on the topic",
     "GROUP_AUTHORIZATION_FAILED": (
         "Grant this user the READ and DESCRIBE ACLs on Group, prefixed with the resource's transactional_id_prefix,"

@@ -26,11 +26,12 @@ import orjson
 from confluent_kafka import KafkaException, TopicPartition
 from typing_extensions import Self
 
-from dataforge_kafka_dagster.kafka.config import PublicationConfig, check_topic, publication_options
+from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, PublicationConfig, check_topic, publication_options
 from dataforge_kafka_dagster.kafka.connection import SLICE, Connection, logger, timed_out
 from dataforge_kafka_dagster.kafka.errors import FENCED_CODES, FencedError, InvalidRecordError, KafkaError, Remedy
 from dataforge_kafka_dagster.kafka.records import Chunk, KafkaRecord, chunks, encode_record, key_fields
 from dataforge_kafka_dagster.kafka.serialization import Headers, ValueFormat, format_of
+from dataforge_kafka_dagster.kafka.topics import check_topic_exists
 
 _LEDGER_VERSION: Final = 1
 # Brokers refuse more than offset.metadata.max.bytes, 4096 by default.
@@ -158,6 +159,7 @@ class PublicationWriter:
         publication_id: Names the work, the same for each attempt at it.
         topic: Where records go that name no other.
         key: Field or column that is the key of records that have none; several make a JSON object.
+        create_topic: How to create its topics if they are missing; the config's create_topics if None.
         on_progress: Called every 5 seconds or so with records, bytes and seconds so far.
 
     Raises:
@@ -175,6 +177,7 @@ class PublicationWriter:
         publication_id: str,
         topic: str,
         key: str | Sequence[str] | None = None,
+        create_topic: KafkaTopicSpec | None = None,
         on_progress: Callable[[int, int, float], object] | None = None,
     ) -> None:
         self.topic = check_topic(topic)
@@ -183,6 +186,7 @@ class PublicationWriter:
         self._transactional_id = transactional_id
         self._publication_id = publication_id
         self._key = key_fields(key)
+        self._create_topic = create_topic or config.create_topics
         self._on_progress = on_progress or _log_progress
         self._exactly_once = config.delivery_guarantee == "exactly_once"
         self._connection = Connection(config.producer)
@@ -230,7 +234,7 @@ class PublicationWriter:
     def _add_topic(self, topic: str, timeout: float) -> _Track:
         track = self._tracks.get(topic)
         if track is None:
-            partitions = self._connection.topic_partitions([topic], timeout)[topic]
+            partitions = check_topic_exists(self._connection, topic, self._create_topic, timeout)
             track = self._tracks[topic] = _Track(topic, partitions)
         return track
 
@@ -369,7 +373,9 @@ class PublicationWriter:
         if broken is not None:
             return broken
         shown = f" (key {key[:100]!r})" if key else ""
-        return self._explain(error, f"record {index}{shown}, topic {topic!r}")
+        refused = self._explain(error, f"record {index}{shown}, topic {topic!r}")
+        refused.index, refused.key = index, key
+        return refused
 
     def _explain(self, error: confluent_kafka.KafkaError, culprit: str) -> KafkaError:
         """Our error; another attempt that took over is told apart from a transaction that ran too long."""
@@ -398,12 +404,12 @@ class PublicationWriter:
         if self._connection.fatal is not None:
             return self._explain(self._connection.fatal, f"publication to {', '.join(self._tracks)!r}")
         for track in self._tracks.values():
-            if track.failures:
+            if track.first_failure is not None:
                 counts = ", ".join(f"{count} x {code}" for code, count in track.failures.items())
                 culprit = f"topic {track.topic!r}: {sum(track.failures.values())} records not delivered ({counts})"
-                first = next(iter(track.errors.values()))
+                first, key = track.first_failure
                 failure = self._explain(first, culprit)
-                failure.counts = dict(track.failures)
+                failure.counts, failure.key = dict(track.failures), key
                 return failure
         return None
 
@@ -577,13 +583,14 @@ class _Track:
         self.partitions = partitions
         self.runs: dict[int, list[list[int]]] = {}
         self.failures: collections.Counter[str] = collections.Counter()
-        self.errors: dict[str, confluent_kafka.KafkaError] = {}
+        self.first_failure: tuple[confluent_kafka.KafkaError, bytes | None] | None = None
         self._last: dict[int, list[int]] = {}
 
     def __call__(self, err: confluent_kafka.KafkaError | None, msg: Any) -> None:
         if err is not None:
             self.failures[err.name()] += 1
-            self.errors.setdefault(err.name(), err)
+            if self.first_failure is None:
+                self.first_failure = (err, msg.key())
             return
         partition, offset = msg.partition(), msg.offset()
         run = self._last.get(partition)

@@ -1,0 +1,119 @@
+"""The look at a topic before anything is written to it; and its creation, for those who ask for it."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+from typing import Any, Final
+
+import confluent_kafka
+from confluent_kafka.cimpl import NewTopic
+
+from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec
+from dataforge_kafka_dagster.kafka.connection import Connection, logger
+from dataforge_kafka_dagster.kafka.errors import KafkaError, fix_for
+
+_UNKNOWN: Final = "UNKNOWN_TOPIC_OR_PART"
+_DENIED: Final = frozenset({"TOPIC_AUTHORIZATION_FAILED", "CLUSTER_AUTHORIZATION_FAILED"})
+
+
+def check_topic_exists(connection: Connection, topic: str, spec: KafkaTopicSpec | None, timeout: float) -> int:
+    """Check that a topic can be written to, by one metadata request if it is as it should be.
+
+    Args:
+        connection: The cluster.
+        topic: The topic.
+        spec: How to create it if it is missing, and the least Kafka partitions it must have; None creates nothing and
+            takes any number.
+        timeout: Longest wait, seconds.
+
+    Returns:
+        Its number of Kafka partitions.
+
+    Raises:
+        NoBrokersAvailable: No broker answered in time, or none let us in.
+        KafkaError: It does not exist and is not to be created, could not be created, has too few Kafka partitions, or
+            this user may not write to it.
+    """
+    deadline = time.monotonic() + timeout
+    try:
+        partitions = _partitions(connection, topic, timeout)
+    except KafkaError as error:
+        if error.code != _UNKNOWN:
+            raise
+        if spec is None:
+            raise KafkaError(error.culprit, error.cause, _how_to_create(connection, topic), code=_UNKNOWN) from None
+        _create(connection, topic, spec, deadline)
+        partitions = _partitions_of_new(connection, topic, deadline)
+    if spec is not None and partitions < spec.partitions:
+        raise KafkaError(
+            f"topic {topic!r}, {connection.name}",
+            f"it has {partitions} Kafka partitions, but create_topics asks for {spec.partitions}",
+            f"Add some: kafka-topics.sh --bootstrap-server {connection.config.servers} --alter --topic {topic}"
+            f" --partitions {spec.partitions} (keys then go to other Kafka partitions than before),"
+            f" or ask for {partitions}",
+        )
+    return partitions
+
+
+def _partitions(connection: Connection, topic: str, timeout: float) -> int:
+    deadline = time.monotonic() + timeout
+    culprit = f"topic {topic!r}, {connection.name}"
+
+    def ask() -> concurrent.futures.Future[Any]:
+        left = max(0.1, deadline - time.monotonic())
+        names = confluent_kafka.TopicCollection([topic])
+        future: concurrent.futures.Future[Any] = connection.admin.describe_topics(
+            names, include_authorized_operations=True, request_timeout=left
+        )[topic]
+        return future
+
+    description = connection.answer(ask, timeout, culprit)
+    # Brokers that do not say what is allowed give none.
+    allowed = {operation.name for operation in description.authorized_operations or ()}
+    if allowed and "WRITE" not in allowed:
+        code = "TOPIC_AUTHORIZATION_FAILED"
+        raise KafkaError(culprit, f"this user may not write to it [{code}]", fix_for(code), code=code)
+    return len(description.partitions)
+
+
+def _how_to_create(connection: Connection, topic: str) -> str:
+    return (
+        f"Create the topic: kafka-topics.sh --bootstrap-server {connection.config.servers} --create --topic {topic}"
+        " --partitions 6; or correct its name; or set create_topics=KafkaTopicSpec(partitions=6), and publications"
+        " create their topics"
+    )
+
+
+def _create(connection: Connection, topic: str, spec: KafkaTopicSpec, deadline: float) -> None:
+    culprit = f"creation of topic {topic!r} ({spec.describe()}), {connection.name}"
+    new = NewTopic(topic, spec.partitions, spec.replication_factor or -1, config=dict(spec.configs))
+
+    def ask() -> concurrent.futures.Future[Any]:
+        left = max(0.1, deadline - time.monotonic())
+        future: concurrent.futures.Future[Any] = connection.admin.create_topics(
+            [new], operation_timeout=left, request_timeout=left
+        )[topic]
+        return future
+
+    try:
+        connection.answer(ask, max(0.1, deadline - time.monotonic()), culprit)
+        logger.info("Created topic %r (%s)", topic, spec.describe())
+    except KafkaError as error:
+        if error.code == "TOPIC_ALREADY_EXISTS":  # another step was faster
+            return
+        if error.code in _DENIED:
+            fix = "Grant this user the CREATE ACL on the topic, or have the topic created by somebody who has it"
+            raise KafkaError(error.culprit, error.cause, fix, code=error.code) from None
+        raise
+
+
+def _partitions_of_new(connection: Connection, topic: str, deadline: float) -> int:
+    """Brokers hear of a new topic one after the other."""
+    while True:
+        try:
+            return _partitions(connection, topic, max(0.1, deadline - time.monotonic()))
+        except KafkaError as error:
+            if error.code != _UNKNOWN or time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)

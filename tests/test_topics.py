@@ -1,0 +1,247 @@
+"""The look at a topic before a publication, and its creation where that is asked for."""
+
+import threading
+import uuid
+
+import confluent_kafka
+import dagster as dg
+import pytest
+from confluent_kafka.admin import AdminClient, ConfigResource
+from pydantic import ValidationError
+
+from dataforge_kafka_dagster import (
+    DataForgeKafkaProducer,
+    KafkaError,
+    KafkaIOManager,
+    KafkaProducerConfig,
+    KafkaProducerResource,
+    KafkaTopicSpec,
+)
+from dataforge_kafka_dagster.kafka.config import PublicationConfig
+from dataforge_kafka_dagster.kafka.connection import Connection
+from dataforge_kafka_dagster.kafka.publication import PublicationWriter
+from dataforge_kafka_dagster.kafka.topics import check_topic_exists
+from dataforge_kafka_dagster.local import LocalKafka
+
+
+@pytest.fixture
+def new_topic(kafka_bootstrap_servers):
+    """The name of a topic that does not exist; removed afterwards if it does."""
+    name = f"new-{uuid.uuid4().hex[:12]}"
+    yield name
+    admin = AdminClient({"bootstrap.servers": kafka_bootstrap_servers})
+    if name in admin.list_topics(timeout=30).topics:
+        admin.delete_topics([name], operation_timeout=30)[name].result(30)
+
+
+def _topics(servers):
+    return AdminClient({"bootstrap.servers": servers}).list_topics(timeout=30).topics
+
+
+def _settings(servers, topic):
+    asked = ConfigResource(ConfigResource.Type.TOPIC, topic)
+    admin = AdminClient({"bootstrap.servers": servers})  # in a variable: it gives up its calls when it is collected
+    return {name: entry.value for name, entry in admin.describe_configs([asked])[asked].result(30).items()}
+
+
+def _writer(servers, topic, spec=None):
+    name = f"topics-{uuid.uuid4().hex}"
+    config = PublicationConfig(producer=KafkaProducerConfig(bootstrap_servers=servers, connect_timeout=30))
+    return PublicationWriter(config, transactional_id=name, publication_id=name, topic=topic, create_topic=spec)
+
+
+WRONG = [{"partitions": 0}, {"replication_factor": 0}, {"partitions": "many"}, {"configs": {"a": 1}}, {"partition": 6}]
+
+
+@pytest.mark.parametrize("options", WRONG, ids=str)
+def test_wrong_specs_are_refused_at_definition(options):
+    for door in (lambda: KafkaTopicSpec(**options), lambda: KafkaProducerResource(create_topics=options)):
+        with pytest.raises(ValidationError, match=next(iter(options))):
+            door()
+
+
+@pytest.mark.parametrize("options", [*WRONG, "six"], ids=str)
+def test_wrong_specs_in_metadata_fail_the_step(options, closed_port, instance):
+    @dg.asset(metadata={"kafka/topic": "t", "kafka/create_topic": options})
+    def made():
+        return [{"a": 1}]
+
+    manager = KafkaIOManager(kafka=KafkaProducerResource(bootstrap_servers=closed_port))
+    result = dg.materialize([made], resources={"io_manager": manager}, instance=instance, raise_on_error=False)
+    (failure,) = result.get_step_failure_events()
+    said = failure.step_failure_data.user_failure_data
+    assert "kafka/create_topic" in said.description
+    assert "partitions, replication_factor, configs" in said.description
+
+
+@pytest.mark.parametrize(
+    "spec", [KafkaTopicSpec(partitions=3, configs={"a": "b"}), {"partitions": 3, "configs": {"a": "b"}}]
+)
+def test_the_spec_of_the_resource_reaches_publications(spec, instance):
+    seen = []
+
+    @dg.op
+    def look(kafka: KafkaProducerResource):
+        seen.append(kafka.publication_config().create_topics)
+
+    @dg.job(resource_defs={"kafka": KafkaProducerResource(create_topics=spec)})
+    def work():
+        look()
+
+    assert work.execute_in_process(instance=instance).success
+    assert seen == [KafkaTopicSpec(partitions=3, configs={"a": "b"})]
+    assert type(seen[0]) is KafkaTopicSpec
+
+
+@pytest.mark.kafka
+def test_a_missing_topic_is_refused_with_the_command_that_creates_it(kafka_bootstrap_servers, new_topic):
+    with pytest.raises(KafkaError) as caught, _writer(kafka_bootstrap_servers, new_topic):
+        pass
+    assert caught.value.code == "UNKNOWN_TOPIC_OR_PART"
+    assert f"--bootstrap-server {kafka_bootstrap_servers} --create --topic {new_topic}" in caught.value.fix
+    assert "KafkaTopicSpec" in caught.value.fix
+    assert new_topic not in _topics(kafka_bootstrap_servers)
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("where", ["resource", "metadata", "publishing"])
+def test_a_missing_topic_is_created_where_the_user_asks_for_it(
+    where, kafka_bootstrap_servers, new_topic, read, instance
+):
+    spec = KafkaTopicSpec(partitions=4, replication_factor=1, configs={"retention.ms": "86400000"})
+    other = KafkaTopicSpec(partitions=2)
+    kafka = KafkaProducerResource(
+        bootstrap_servers=kafka_bootstrap_servers, create_topics=spec if where == "resource" else other
+    )
+
+    @dg.asset(metadata={"kafka/topic": new_topic} | ({"kafka/create_topic": dict(spec)} if where == "metadata" else {}))
+    def made():
+        return [{"i": i} for i in range(20)]
+
+    @dg.asset(io_manager_key="none")
+    def sent(context: dg.AssetExecutionContext, kafka: KafkaProducerResource) -> None:
+        with kafka.publishing(context, topic=new_topic, create_topic=spec) as publication:
+            publication.send_all({"i": i} for i in range(20))
+
+    resources = {"kafka": kafka, "io_manager": KafkaIOManager(kafka=kafka), "none": dg.mem_io_manager}
+    asset = sent if where == "publishing" else made
+    assert dg.materialize([asset], resources=resources, instance=instance).success
+    assert len(_topics(kafka_bootstrap_servers)[new_topic].partitions) == 4
+    assert _settings(kafka_bootstrap_servers, new_topic)["retention.ms"] == "86400000"
+    assert len(read(new_topic)) == 20
+
+
+@pytest.mark.kafka
+def test_an_existing_topic_with_too_few_kafka_partitions_is_refused(kafka_bootstrap_servers, kafka_topic, read):
+    topic = kafka_topic(partitions=2)
+    with pytest.raises(KafkaError) as caught, _writer(kafka_bootstrap_servers, topic, KafkaTopicSpec(partitions=3)):
+        pass
+    assert "has 2 Kafka partitions" in caught.value.cause
+    assert f"--alter --topic {topic} --partitions 3" in caught.value.fix
+    with _writer(kafka_bootstrap_servers, topic, KafkaTopicSpec(partitions=2)) as writer:
+        writer.send("x")
+    assert [record.value for record in read(topic)] == [b"x"]
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        ({"replication_factor": 3}, "INVALID_REPLICATION_FACTOR", "replication_factor"),
+        ({"configs": {"retention": "1"}}, "INVALID_CONFIG", "retention"),
+        ({"configs": {"retention.ms": "long"}}, "INVALID_CONFIG", "retention.ms"),
+    ],
+)
+def test_what_the_broker_refuses_to_create_is_told(options, code, said, kafka_bootstrap_servers, new_topic):
+    with pytest.raises(KafkaError) as caught, _writer(kafka_bootstrap_servers, new_topic, KafkaTopicSpec(**options)):
+        pass
+    assert caught.value.code == code
+    assert said in str(caught.value)
+    assert new_topic in caught.value.culprit
+    assert new_topic not in _topics(kafka_bootstrap_servers)
+
+
+@pytest.mark.kafka
+def test_fifty_publications_at_once_create_their_topic_once(kafka_bootstrap_servers, new_topic, read, monkeypatch):
+    created, refused, together = [], [], threading.Barrier(50, timeout=60)
+    answer = Connection.answer
+
+    def counting(self, ask, timeout, culprit):
+        try:
+            result = answer(self, ask, timeout, culprit)
+        except KafkaError as error:
+            if "creation" in culprit:
+                refused.append(error.code)
+            elif error.code == "UNKNOWN_TOPIC_OR_PART" and not together.broken:
+                together.wait()  # nobody creates it before all have missed it
+            raise
+        if "creation" in culprit:
+            created.append(culprit)
+        return result
+
+    monkeypatch.setattr(Connection, "answer", counting)
+    spec, errors = KafkaTopicSpec(partitions=3), []
+
+    def publish(number):
+        try:
+            with _writer(kafka_bootstrap_servers, new_topic, spec) as writer:
+                together.abort()
+                writer.send(str(number))
+        except KafkaError as error:
+            errors.append(error)
+            together.abort()
+
+    threads = [threading.Thread(target=publish, args=[number]) for number in range(50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert errors == []
+    assert len(created) == 1
+    assert refused == ["TOPIC_ALREADY_EXISTS"] * 49
+    assert sorted(int(record.value) for record in read(new_topic)) == list(range(50))
+    assert len(_topics(kafka_bootstrap_servers)[new_topic].partitions) == 3
+
+
+@pytest.mark.kafka
+def test_a_publication_asks_for_metadata_once(kafka_bootstrap_servers, kafka_topic, monkeypatch):
+    topic, asked = kafka_topic(), []
+    for name in ("describe_topics", "list_topics", "describe_cluster", "describe_configs", "create_topics"):
+        method = getattr(AdminClient, name)
+
+        def counting(self, *args, _name=name, _method=method, **options):
+            asked.append(_name)
+            return _method(self, *args, **options)
+
+        monkeypatch.setattr(AdminClient, name, counting)
+    with _writer(kafka_bootstrap_servers, topic, KafkaTopicSpec()) as writer:
+        writer.send_all({"i": i} for i in range(1000))
+    assert asked == ["describe_topics"]
+
+
+@pytest.mark.kafka
+def test_a_broker_that_creates_topics_by_itself_creates_none_for_us(instance):
+    with LocalKafka(config={"auto.create.topics.enable": "true"}) as kafka:
+        servers = kafka.bootstrap_servers
+        theirs = confluent_kafka.Producer({"bootstrap.servers": servers})
+        theirs.produce("made-by-the-broker", b"x")
+        assert theirs.flush(30) == 0
+        assert set(_topics(servers)) == {"made-by-the-broker"}, "this broker creates no topics: it proves nothing"
+
+        with pytest.raises(KafkaError, match="misspelt"), _writer(servers, "misspelt"):
+            pass
+        with DataForgeKafkaProducer(KafkaProducerConfig(bootstrap_servers=servers)) as producer:
+            with pytest.raises(KafkaError) as caught:
+                producer.send_sync("misspelt", "x")
+            assert caught.value.code in {"UNKNOWN_TOPIC_OR_PART", "_UNKNOWN_TOPIC"}
+        with _writer(servers, "made-by-the-broker") as writer:
+            writer.send("x")
+            with pytest.raises(KafkaError, match="misspelt"):
+                writer.send("x", topic="misspelt")
+        assert {name for name in _topics(servers) if not name.startswith("__")} == {"made-by-the-broker"}
+
+
+@pytest.mark.kafka
+def test_the_look_at_a_topic_counts_its_kafka_partitions(kafka_bootstrap_servers, kafka_topic):
+    connection = Connection(KafkaProducerConfig(bootstrap_servers=kafka_bootstrap_servers))
+    assert check_topic_exists(connection, kafka_topic(partitions=5), None, 30) == 5
