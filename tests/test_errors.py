@@ -5,11 +5,20 @@ import confluent_kafka
 import dagster as dg
 import pytest
 
-from dataforge_kafka_dagster import KafkaError, KafkaTimeoutError, NoBrokersAvailable
+from dataforge_kafka_dagster import (
+    KafkaError,
+    KafkaIOManager,
+    KafkaProducerConfig,
+    KafkaProducerResource,
+    KafkaTimeoutError,
+    NoBrokersAvailable,
+)
 from dataforge_kafka_dagster.failures import failure_of, raise_in_dagster
+from dataforge_kafka_dagster.kafka.connection import Connection
 from dataforge_kafka_dagster.kafka.errors import (
     FENCED_CODES,
     LATCHED_CODES,
+    NO_ANSWER_CODES,
     REMEDIES,
     FencedError,
     InvalidRecordError,
@@ -56,7 +65,7 @@ def test_every_code_of_the_client_becomes_our_error():
 
 
 def test_the_table_names_real_codes_only():
-    assert (set(REMEDIES) | FENCED_CODES | LATCHED_CODES) - set(NAMES) == set()
+    assert (set(REMEDIES) | FENCED_CODES | LATCHED_CODES | NO_ANSWER_CODES) - set(NAMES) == set()
 
 
 @pytest.mark.parametrize(
@@ -164,7 +173,11 @@ def test_failure_says_what_happened_and_what_to_do():
 
 
 def test_failure_of_a_record_names_index_and_field():
-    failure = failure_of(InvalidRecordError("a", "b", "C", index=4, field="f"))
+    error = InvalidRecordError("a", "b", "C", index=4, field="f")
+    error.key = b"k\xff" + b"x" * 1000
+    failure = failure_of(error)
+    assert failure.metadata["kafka/record_key"].value.startswith("k\\xffxx")
+    assert len(failure.metadata["kafka/record_key"].value) < 300
     assert failure.metadata["kafka/record_index"].value == 4
     assert failure.metadata["kafka/field"].value == "f"
     assert "kafka/error_code" not in failure.metadata
@@ -207,3 +220,107 @@ def test_a_retry_policy_decides_alone(options):
     with pytest.raises(dg.Failure) as caught:
         _raise(KafkaError("a", "b", "C", code="_TRANSPORT"), **options)
     assert caught.value.allow_retries is True
+
+
+ATTEMPTS = [
+    # (RetryPolicy's max_retries, step_retries, attempts)
+    (None, 0, 1),
+    (None, 2, 3),
+    (1, 0, 2),
+    (1, 3, 2),
+    (0, 3, 1),
+]
+
+
+@pytest.mark.parametrize(("policy", "step_retries", "attempts"), ATTEMPTS)
+@pytest.mark.parametrize("door", ["io manager", "publishing"])
+def test_a_retry_policy_and_step_retries_are_never_multiplied(
+    door, policy, step_retries, attempts, closed_port, instance
+):
+    began = []
+    kafka = KafkaProducerResource(
+        bootstrap_servers=closed_port, connect_timeout=0.1, step_retries=step_retries, step_retry_delay=0.01
+    )
+    retry_policy = None if policy is None else dg.RetryPolicy(max_retries=policy)
+
+    @dg.asset(retry_policy=retry_policy)
+    def made():
+        began.append(1)
+        return [{"a": 1}]
+
+    @dg.asset(retry_policy=retry_policy)
+    def sent(context: dg.AssetExecutionContext, kafka: KafkaProducerResource) -> None:
+        began.append(1)
+        with kafka.publishing(context, topic="t") as publication:
+            publication.send({"a": 1})
+
+    asset = made if door == "io manager" else sent
+    resources = {"kafka": kafka, "io_manager": KafkaIOManager(kafka=kafka)}
+    result = dg.materialize([asset], resources=resources, instance=instance, raise_on_error=False)
+    assert not result.success
+    assert len(began) == attempts
+    (failed,) = result.get_step_failure_events()
+    said = failed.step_failure_data.user_failure_data or failed.step_failure_data.error.cause
+    assert closed_port in str(said)
+
+
+@pytest.mark.parametrize("policy", [None, dg.RetryPolicy(max_retries=2)])
+def test_what_cannot_pass_is_tried_once_whatever_the_policy(policy, closed_port, instance):
+    began = []
+
+    @dg.asset(retry_policy=policy)
+    def made():
+        began.append(1)
+        return {1, 2}
+
+    manager = KafkaIOManager(kafka=KafkaProducerResource(bootstrap_servers=closed_port))
+    assert not dg.materialize(
+        [made], resources={"io_manager": manager}, instance=instance, raise_on_error=False
+    ).success
+    assert len(began) == 1
+
+
+def _theirs(name):
+    return confluent_kafka.KafkaError(getattr(confluent_kafka.KafkaError, name), f"text of {name}")
+
+
+@pytest.fixture
+def connection():
+    return Connection(KafkaProducerConfig(bootstrap_servers="a:1"))
+
+
+@pytest.mark.parametrize("latched", sorted(LATCHED_CODES))
+@pytest.mark.parametrize("seen", sorted(NO_ANSWER_CODES))
+def test_no_answer_is_told_as_what_the_error_callback_saw(seen, latched, connection):
+    connection._on_error(_theirs(latched))
+    connection._on_error(_theirs("_ALL_BROKERS_DOWN"))
+    error = connection.cause(_theirs(seen), "topic 't'")
+    assert type(error) is NoBrokersAvailable
+    assert error.code == latched
+    assert error.fix == fix_for(latched)
+    assert error.remedy is remedy_of(latched)
+    assert connection.unreachable(5).code == latched
+
+
+def test_what_a_broker_has_answered_is_its_own_cause(connection):
+    connection._on_error(_theirs("_RESOLVE"))
+    assert connection.cause(_theirs("NOT_ENOUGH_REPLICAS"), "topic 't'").code == "NOT_ENOUGH_REPLICAS"
+    assert connection.cause(_theirs("MSG_SIZE_TOO_LARGE"), "topic 't'").code == "MSG_SIZE_TOO_LARGE"
+
+
+def test_a_cause_is_forgotten_once_a_broker_answers(connection):
+    connection._on_error(_theirs("_RESOLVE"))
+    connection.resume(lambda seconds: None, 1, "call")
+    assert connection.cause(_theirs("_MSG_TIMED_OUT"), "topic 't'").code == "_MSG_TIMED_OUT"
+
+
+def test_an_error_of_the_token_function_is_the_cause(connection):
+    def token(_):
+        raise LookupError("no such tenant")
+
+    with pytest.raises(LookupError):
+        connection._remember_oauth(token)("")
+    connection._on_error(_theirs("SASL_AUTHENTICATION_FAILED"))
+    error = connection.cause(_theirs("_TIMED_OUT"), "x")
+    assert "LookupError: no such tenant" in error.cause
+    assert error.remedy is Remedy.FAIL

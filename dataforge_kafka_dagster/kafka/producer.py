@@ -174,6 +174,7 @@ class DataForgeKafkaProducer:
 
         def on_delivery(err: confluent_kafka.KafkaError | None, msg: Any) -> None:
             if err is None:
+                self._connection.connected()
                 kind, timestamp = msg.timestamp()
                 known = timestamp if kind else None
                 offset = msg.offset()
