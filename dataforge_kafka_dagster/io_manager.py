@@ -132,8 +132,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
             dagster.Failure: There is no publication to read, its records are gone, or Kafka failed for good.
             dagster.RetryRequested: Kafka failed for a cause that may pass.
         """
-        upstream = context.upstream_output
-        with self.kafka.errors_in_dagster(upstream or context):
+        with self.kafka.errors_in_dagster(context):
             publications = list(_publications(context))
             config = self.kafka.producer_config()
             records = (

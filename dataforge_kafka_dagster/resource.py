@@ -417,7 +417,7 @@ def describe(publication: Publication) -> str:
 def _step_context(context: Any) -> Any:
     """The step execution context behind any of Dagster's contexts; None behind one that was built for a test."""
     try:
-        if isinstance(context, dg.OutputContext):
+        if isinstance(context, (dg.InputContext, dg.OutputContext)):
             return context.step_context
         return op_context_of(context).get_step_execution_context()
     except dg.DagsterError:

@@ -756,16 +756,32 @@ def test_the_assets_own_retry_policy_decides_alone(retries, closed_port, instanc
     assert closed_port in _failure(result).metadata["kafka/brokers"].value
 
 
-def test_a_dead_broker_in_load_input_is_tried_again(kafka_bootstrap_servers, kafka_topic, closed_port, instance):
-    topic = kafka_topic()
-    made = _asset(READ, topic)
-    _materialize(made, _manager(kafka_bootstrap_servers), instance)
-    dead = _manager(closed_port, step_retries=1)
-    dead = KafkaIOManager(kafka=dead.kafka, read_timeout=0.5)
-    result = _materialize([made, _reader(list, [])], dead, instance, selection=["reader"], raise_on_error=False)
-    assert len(_events(result, dg.DagsterEventType.STEP_UP_FOR_RETRY)) == 1
+def _read_from(broker, upstream, instance, *, retry_policy=None, **options):
+    dead = KafkaIOManager(kafka=_manager(broker, **options).kafka, read_timeout=0.2)
+    reader = _reader(list, [], retry_policy=retry_policy)
+    return _materialize([upstream, reader], dead, instance, selection=["reader"], raise_on_error=False)
+
+
+def test_a_dead_broker_in_load_input_is_tried_again(manager, kafka_topic, closed_port, instance):
+    made = _asset(READ, kafka_topic())
+    _materialize(made, manager, instance)
+    result = _read_from(closed_port, made, instance, step_retries=2, step_retry_delay=0.1)
+    waits = [e.event_specific_data.seconds_to_wait for e in _events(result, dg.DagsterEventType.STEP_UP_FOR_RETRY)]
+    # The reader's own attempts count: each wait is twice the one before.
+    assert len(waits) == 2
+    assert 0.1 <= waits[0] <= 0.125
+    assert 0.2 <= waits[1] <= 0.25
     (failed,) = result.get_step_failure_events()
     assert closed_port in failed.event_specific_data.error.to_string()
+
+
+def test_the_readers_own_retry_policy_decides_alone(manager, kafka_topic, closed_port, instance):
+    made = _asset(READ, kafka_topic())
+    _materialize(made, manager, instance)
+    policy = dg.RetryPolicy(max_retries=1)
+    result = _read_from(closed_port, made, instance, retry_policy=policy, step_retries=5)
+    assert len(_events(result, dg.DagsterEventType.STEP_UP_FOR_RETRY)) == 1
+    assert closed_port in _failure(result).metadata["kafka/brokers"].value
 
 
 def test_a_failed_attempt_is_made_good_by_the_next(manager, kafka_topic, read, instance):
