@@ -104,7 +104,7 @@ def test_deadlines_are_timeout_errors(name):
     assert error.remedy is Remedy.RETRY
 
 
-@pytest.mark.parametrize("name", ["_FENCED", "PRODUCER_FENCED"])
+@pytest.mark.parametrize("name", sorted(FENCED_CODES))
 def test_fencing_is_told_and_not_repeated(name):
     value = next(v for v in CODES.values() if confluent_kafka.KafkaError(v).name() == name)
     error = from_broker(confluent_kafka.KafkaError(value), "publication")

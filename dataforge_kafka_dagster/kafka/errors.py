@@ -109,7 +109,7 @@ _RETRY: Final = (
 _REBUILD: Final = (
     "_FATAL _GAPLESS_GUARANTEE _INCONSISTENT _DESTROY _CRIT_SYS_RESOURCE _STATE _CONFLICT _PURGE_QUEUE _PURGE_INFLIGHT "
     "OUT_OF_ORDER_SEQUENCE_NUMBER DUPLICATE_SEQUENCE_NUMBER UNKNOWN_PRODUCER_ID INVALID_PRODUCER_ID_MAPPING "
-    "INVALID_TXN_STATE INVALID_PRODUCER_EPOCH"
+    "INVALID_TXN_STATE"
 )
 REMEDIES: Final[dict[str, Remedy]] = {
     **dict.fromkeys(_RETRY.split(), Remedy.RETRY),
@@ -203,11 +203,11 @@ def from_broker(error: confluent_kafka.KafkaError, culprit: str) -> KafkaError:
     code = error.name()
     text = error.str() or code
     cause = f"{text} [{code}]"
-    if code in {"_FENCED", "PRODUCER_FENCED"}:
+    if code in FENCED_CODES:
         return FencedError(
             culprit,
-            f"another attempt with the same transactional id took over ({cause})",
-            "Nothing of this attempt is visible; look at the other attempt's run",
+            f"another attempt at the same publication took over ({cause})",
+            "Nothing of this attempt is visible; look at the run of the other one",
             code=code,
             remedy=Remedy.FAIL,
         )

@@ -28,7 +28,13 @@ from typing_extensions import Self
 
 from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, PublicationConfig, check_topic, publication_options
 from dataforge_kafka_dagster.kafka.connection import SLICE, Connection, logger, timed_out
-from dataforge_kafka_dagster.kafka.errors import FENCED_CODES, FencedError, InvalidRecordError, KafkaError, Remedy
+from dataforge_kafka_dagster.kafka.errors import (
+    FENCED_CODES,
+    InvalidRecordError,
+    KafkaConfigError,
+    KafkaError,
+    Remedy,
+)
 from dataforge_kafka_dagster.kafka.records import Chunk, KafkaRecord, chunks, encode_record, key_fields
 from dataforge_kafka_dagster.kafka.serialization import Headers, ValueFormat, format_of
 from dataforge_kafka_dagster.kafka.topics import check_topic_exists
@@ -39,9 +45,6 @@ _LEDGER_BYTES: Final = 3500
 _ID_BYTES: Final = 180
 _PROGRESS_SECONDS: Final = 5.0
 _REQUEST_SECONDS: Final = 10.0
-_TOO_LONG_FIX: Final = (
-    "Raise transaction_timeout (at most the broker's transaction.max.timeout.ms), or publish less at a time"
-)
 _ABORT_SECONDS: Final = 5.0
 # For an interrupt, and where the broker is the trouble: what is left open, the next attempt or the broker aborts.
 _HASTY_ABORT_SECONDS: Final = 1.0
@@ -196,6 +199,7 @@ class PublicationWriter:
         self._records = 0
         self._bytes = 0
         self._began = time.monotonic()
+        self._first_sent = 0.0
         self._reported = self._began
         self._in_transaction = False
         self._committing = False
@@ -222,7 +226,17 @@ class PublicationWriter:
         if not self._exactly_once:
             return
         name = f"transactional id {self._transactional_id!r}, {connection.name}"
-        connection.resume(producer.init_transactions, config.producer.delivery_timeout, name)
+        try:
+            connection.resume(producer.init_transactions, config.producer.delivery_timeout, name)
+        except KafkaError as error:
+            if error.code != "INVALID_TRANSACTION_TIMEOUT":
+                raise
+            raise KafkaConfigError(
+                f"transaction_timeout={config.transaction_timeout:g} s, {connection.name}",
+                f"the brokers allow no transaction as long as that [{error.code}]",
+                error.fix,
+                code=error.code,
+            ) from None
         done = self._read_ledger()
         if done is not None:
             self.publication = done
@@ -308,6 +322,8 @@ class PublicationWriter:
                     "Publish values of one format per publication",
                     index=self._records,
                 )
+        if not self._first_sent:
+            self._first_sent = time.monotonic()
         produce, index = producer.produce, self._records
         keys: Iterable[bytes | None] = chunk.keys if chunk.keys is not None else itertools.repeat(None)
         if chunk.extras is None:
@@ -378,26 +394,27 @@ class PublicationWriter:
         return refused
 
     def _explain(self, error: confluent_kafka.KafkaError, culprit: str) -> KafkaError:
-        """Our error; another attempt that took over is told apart from a transaction that ran too long."""
-        seconds = time.monotonic() - self._began
-        if error.name() in FENCED_CODES and seconds > self._config.transaction_timeout:
-            return KafkaError(
-                culprit,
-                f"the broker aborted the transaction: it ran for {seconds:.0f} s, longer than"
-                f" transaction_timeout={self._config.transaction_timeout:g} s [{error.name()}]",
-                _TOO_LONG_FIX,
-                code=error.name(),
-                remedy=Remedy.FAIL,
-            )
-        if error.name() in FENCED_CODES:
-            return FencedError(
-                culprit,
-                f"another attempt of the same publication took over [{error.name()}]",
-                "Nothing of this attempt is visible; look at the run of the other one",
-                code=error.name(),
-                remedy=Remedy.FAIL,
-            )
+        """Our error; a transaction that the broker aborted for its length is told apart from another attempt."""
+        if error.name() in FENCED_CODES and self._transaction_seconds > self._config.transaction_timeout:
+            return self._too_long(culprit, error.name())
         return self._connection.cause(error, culprit)
+
+    @property
+    def _transaction_seconds(self) -> float:
+        """How long the transaction has run by the broker's clock, which its first record starts."""
+        return time.monotonic() - self._first_sent if self._first_sent else 0.0
+
+    def _too_long(self, culprit: str, code: str | None = None) -> KafkaError:
+        """The error for a transaction that the broker aborts soon, or has aborted with this code."""
+        said = f" [{code}]" if code else ""
+        return KafkaError(
+            culprit,
+            f"its transaction has run for {self._transaction_seconds:.0f} s and {self._records} records, longer than"
+            f" transaction_timeout={self._config.transaction_timeout:g} s, after which the broker aborts it{said}",
+            "Raise transaction_timeout (at most the broker's transaction.max.timeout.ms), or publish less at a time",
+            code=code,
+            remedy=Remedy.FAIL,
+        )
 
     def _failure(self) -> KafkaError | None:
         """Why this publication cannot succeed any more, if so."""
@@ -417,15 +434,8 @@ class PublicationWriter:
         failure = self._failure()
         if failure is not None:
             raise failure
-        seconds = time.monotonic() - self._began
-        if self._in_transaction and seconds > self._config.transaction_timeout:
-            raise KafkaError(
-                f"publication to {', '.join(self._tracks)!r}",
-                f"it has run for {seconds:.0f} s and {self._records} records, longer than"
-                f" transaction_timeout={self._config.transaction_timeout:g} s",
-                _TOO_LONG_FIX,
-                remedy=Remedy.FAIL,
-            )
+        if self._in_transaction and self._transaction_seconds > self._config.transaction_timeout:
+            raise self._too_long(f"publication to {', '.join(self._tracks)!r}")
 
     def _poll(self, seconds: float) -> None:
         try:
