@@ -8,11 +8,11 @@ RESOLUTION = highest
 
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
-PACKAGES = -e '.[local]' --group dev $(EXAMPLE)
-EXAMPLE = -e ./example_project
+PACKAGES = -e '.[local]' --group dev $(REST)
+REST = --group docs -e ./example_project
 TESTS = tests example_project/tests
 
-.PHONY: help install demo ui test test-only test-faults bench lint matrix build screenshots clean
+.PHONY: help install demo ui test test-only test-faults bench lint matrix build docs screenshots clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -38,7 +38,7 @@ demo: $(STAMP) ## Publish one week of flights to a real Kafka through Dagster, a
 ui: $(STAMP) ## Run Kafka and the Dagster UI together (PORT=3000), until Ctrl-C
 	@$(BIN)/python example_project/demo.py ui --port $(PORT)
 
-test: lint test-only ## Check style and types, and run all tests but the faults, on a real Kafka
+test: lint docs test-only ## Check style and types, build the docs, and run all tests but the faults, on a real Kafka
 
 test-only: $(STAMP)
 	$(BIN)/python -m pytest -m "not faults" $(TESTS)
@@ -70,16 +70,19 @@ matrix: ## Run the tests on each Python from 3.10 to 3.13 found here, and once w
 	  oldest=$${oldest:-$$found}; \
 	  try "Python $$version" "PYTHON=$$found" VENV=.venv-$$version; \
 	done; \
-	[ -z "$$oldest" ] || try "lowest dependencies" "PYTHON=$$oldest" VENV=.venv-lowest RESOLUTION=lowest-direct EXAMPLE= TESTS=tests; \
+	[ -z "$$oldest" ] || try "lowest dependencies" "PYTHON=$$oldest" VENV=.venv-lowest RESOLUTION=lowest-direct REST= TESTS=tests; \
 	echo; echo "passed: $${ran:-none}"; echo "failed: $${failed:-none}"; echo "not found: $${missing:-none}"; \
 	[ -n "$$ran" ] && [ -z "$$failed" ]
 
 build: $(STAMP) ## Build the wheel and the source distribution into dist/
 	@$(BIN)/uv build --quiet --out-dir dist && ls dist
 
+docs: $(STAMP) ## Build the documentation into site/; a warning fails it
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict && echo "Open site/index.html, or run: $(BIN)/mkdocs serve"
+
 screenshots: $(STAMP) ## Take the README's screenshots anew (needs Chromium)
 	@$(BIN)/python docs/screenshots.py
 
 clean: ## Remove all that these targets made
-	rm -rf .venv .venv-* .dagster_home dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* .dagster_home dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,156 @@
+"""Every code block of the README and of docs/*.md: CONTRIBUTING.md tells how a page says what its blocks need."""
+
+import ast
+import json
+import re
+import subprocess
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient, NewTopic
+
+from dataforge_kafka_dagster import KafkaProducerConfig
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LOCAL = "localhost:9092"
+"""The address that pages use, in whose place the Kafka under test is put."""
+
+_BLOCK = re.compile(r"^(?P<indent> *)```(?P<tag>[^\n`]*)\n(?P<source>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
+_TOPICS = re.compile(r"<!-- topics: (.*?) -->", re.DOTALL)
+_LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    page: Path
+    line: int
+    tag: str
+    source: str
+
+    @property
+    def language(self):
+        return self.tag.partition(" ")[0]
+
+
+def _blocks(page):
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(page, text.count("\n", 0, found.start()) + 2, found["tag"].strip(), textwrap.dedent(found["source"]))
+        for found in _BLOCK.finditer(text)
+    ]
+
+
+def _named(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+def _topics(page):
+    """The new topics of a page: `name`, `name:partitions` or `name:partitions:setting=value`."""
+    for spec in " ".join(_TOPICS.findall(page.read_text(encoding="utf-8"))).split():
+        name, partitions, *settings = [*spec.split(":"), "2"] if ":" not in spec else spec.split(":")
+        yield NewTopic(name, int(partitions), config=dict(setting.split("=", 1) for setting in settings))
+
+
+BLOCKS = [block for page in PAGES for block in _blocks(page)]
+EXECUTED = [page for page in PAGES if any(block.tag == "python" for block in _blocks(page))]
+
+
+def test_there_is_much_to_run():
+    assert README in EXECUTED
+    assert len([block for block in BLOCKS if block.tag == "python"]) >= 3
+
+
+def _parse(block):
+    match block.language:
+        case "python":
+            assert block.tag in {"python", "python no-run"}, block.tag
+            compile(block.source, f"{block.page.name}:{block.line}", "exec")
+        case "yaml":
+            assert list(yaml.safe_load_all(block.source))
+        case "toml":
+            assert tomllib.loads(block.source)
+        case "json":
+            json.loads(block.source)
+        case "sh":
+            done = subprocess.run(["bash", "-n"], input=block.source, text=True, capture_output=True, check=False)
+            assert done.returncode == 0, done.stderr
+            targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+            named = " ".join(re.findall(r"^make (.*?)(?:#.*)?$", block.source, re.MULTILINE)).split()
+            assert {word for word in named if "=" not in word} <= targets
+        case "text" | "console" | "avro" | "proto":
+            pass
+        case language:
+            pytest.fail(f"blocks of {language!r} are not known: python, yaml, toml, json, sh and text are")
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=[f"{_named(b.page)}:{b.line}" for b in BLOCKS])
+def test_each_block_is_well_formed(block):
+    _parse(block)
+
+
+@pytest.mark.parametrize("tag", ["python", "python norun", "yaml", "toml", "json", "sh", "jason"])
+def test_a_broken_block_is_found(tag):
+    with pytest.raises((SyntaxError, AssertionError, ValueError, yaml.YAMLError, pytest.fail.Exception)):
+        _parse(Block(README, 1, tag, "a: [1\nif (\nmake nothing-like-this\n"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_named)
+def test_links_to_files_of_the_repository_work(page):
+    for link in _LINK.findall(page.read_text(encoding="utf-8")):
+        path = link.partition("#")[0]
+        if path and "://" not in path:
+            assert (page.parent / path).exists(), link
+
+
+def test_the_table_of_options_has_the_defaults_of_the_config():
+    rows = re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(rows) >= 8
+    for name, default in rows:
+        assert repr(KafkaProducerConfig.model_fields[name].get_default(call_default_factory=True)) == repr(
+            ast.literal_eval(default)
+        ), name
+
+
+@pytest.fixture
+def topics(request, kafka_bootstrap_servers):
+    """The topics that the page names, which are gone after it; one that is there already is left alone."""
+    new = list(_topics(request.getfixturevalue("page")))
+    admin = AdminClient({"bootstrap.servers": kafka_bootstrap_servers})
+    created = []
+    for name, future in (admin.create_topics(new, operation_timeout=30) if new else {}).items():
+        try:
+            future.result(30)
+        except KafkaException as error:
+            assert error.args[0].code() == KafkaError.TOPIC_ALREADY_EXISTS  # noqa: PT017
+        else:
+            created.append(name)
+    yield
+    for future in admin.delete_topics(created).values() if created else ():
+        future.result(30)
+
+
+@pytest.mark.kafka
+@pytest.mark.usefixtures("topics")
+@pytest.mark.parametrize("page", EXECUTED, ids=_named)
+def test_python_of_a_page_runs_from_top_to_bottom(page, kafka_bootstrap_servers, monkeypatch, tmp_path):
+    """The blocks of a page share their names, as a reader who pastes one after the other has it."""
+    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", kafka_bootstrap_servers)
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": page.stem}
+    for block in _blocks(page):
+        if block.tag == "python":
+            # Padded, so that a traceback names the page's lines.
+            padded = "\n" * (block.line - 1) + block.source.replace(LOCAL, kafka_bootstrap_servers)
+            exec(compile(padded, str(page), "exec"), names)
