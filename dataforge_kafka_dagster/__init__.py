@@ -1,5 +1,13 @@
 """Publish Dagster assets to Apache Kafka, exactly once, with the offsets in the Dagster UI."""
 
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Final
+
+from dagster_shared.libraries import DagsterLibraryRegistry
+
 from dataforge_kafka_dagster.io_manager import KafkaIOManager
 from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig, KafkaTopicSpec
 from dataforge_kafka_dagster.kafka.errors import KafkaError, KafkaTimeoutError, NoBrokersAvailable
@@ -8,6 +16,9 @@ from dataforge_kafka_dagster.kafka.publication import Publication
 from dataforge_kafka_dagster.kafka.records import KafkaRecord
 from dataforge_kafka_dagster.resource import KafkaProducerResource
 
+if TYPE_CHECKING:
+    from dataforge_kafka_dagster.components import KafkaResourceComponent, KafkaTopicComponent
+
 __all__ = [
     "DataForgeKafkaProducer",
     "KafkaError",
@@ -15,10 +26,28 @@ __all__ = [
     "KafkaProducerConfig",
     "KafkaProducerResource",
     "KafkaRecord",
+    "KafkaResourceComponent",
     "KafkaTimeoutError",
+    "KafkaTopicComponent",
     "KafkaTopicSpec",
     "NoBrokersAvailable",
     "Publication",
     "RecordMetadata",
     "create_kafka_producer",
 ]
+
+_LAZY: Final = {"KafkaResourceComponent": "components", "KafkaTopicComponent": "components"}
+"""Names that are imported when first asked for, by module: dg finds components in this package's `dir`."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
+
+DagsterLibraryRegistry.register("dataforge-kafka-dagster", version("dataforge-kafka-dagster"), is_dagster_package=False)

@@ -16,7 +16,9 @@ NAMES = [
     "KafkaProducerConfig",
     "KafkaProducerResource",
     "KafkaRecord",
+    "KafkaResourceComponent",
     "KafkaTimeoutError",
+    "KafkaTopicComponent",
     "KafkaTopicSpec",
     "NoBrokersAvailable",
     "Publication",
@@ -127,6 +129,7 @@ ORDER = [
     {"identity", "failures"},
     {"resource"},
     {"io_manager"},
+    {"components"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 
@@ -141,7 +144,7 @@ def test_imports_run_one_way(name):
 
 
 def test_every_module_has_its_place():
-    alone = {"local", "pytest_plugin", "checks", "components"}
+    alone = {"local", "pytest_plugin"}
     modules = {m.removeprefix("dataforge_kafka_dagster.") for m in MODULES} - {"dataforge_kafka_dagster", "kafka"}
     assert modules - alone == set(RANK)
 

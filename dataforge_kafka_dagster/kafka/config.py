@@ -608,6 +608,22 @@ def publication_options(config: PublicationConfig, transactional_id: str) -> dic
     return options
 
 
+def import_function(option: str, path: str) -> Callable[..., Any]:
+    """The function that an option names by its import path 'package.module:function'.
+
+    Raises:
+        KafkaConfigError: There is no such module or function.
+    """
+    module, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise KafkaConfigError(
+            f"{option}={path!r}", str(error), "Give an import path 'package.module:function'"
+        ) from error
+    return cast("Callable[..., Any]", function)
+
+
 def oauth_callback(config: KafkaProducerConfig) -> Callable[[str], tuple[Any, ...]] | None:
     """The function that fetches OAuth tokens: sasl_oauthbearer_callback's, imported, or AWS_MSK_IAM's; else None.
 
@@ -617,16 +633,7 @@ def oauth_callback(config: KafkaProducerConfig) -> Callable[[str], tuple[Any, ..
     if config.sasl_mechanism == "AWS_MSK_IAM":
         return _msk_token(config)
     path = config.sasl_oauthbearer_callback
-    if path is None:
-        return None
-    module, _, name = path.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise KafkaConfigError(
-            f"sasl_oauthbearer_callback={path!r}", str(error), "Give an import path 'package.module:function'"
-        ) from error
-    return cast("Callable[[str], tuple[Any, ...]]", function)
+    return None if path is None else import_function("sasl_oauthbearer_callback", path)
 
 
 def _msk_token(config: KafkaProducerConfig) -> Callable[[str], tuple[str, float]]:

@@ -1,0 +1,395 @@
+"""The resource and a topic's asset from YAML, for Dagster's ``dg``.
+
+``dg check yaml`` knows a component by its JSON schema alone, so what is allowed stands there: as if, then and else,
+which give one error with its reason, where anyOf says only that nothing fits. Loading checks the same again, and what a
+schema cannot say.
+"""
+
+import dataclasses
+import inspect
+import re
+import typing
+from collections.abc import Callable, Container, Mapping
+from typing import Annotated, Any, Final, Literal
+
+import dagster as dg
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, WrapValidator, create_model, model_validator
+from typing_extensions import Self
+
+from dataforge_kafka_dagster.io_manager import KafkaIOManager
+from dataforge_kafka_dagster.kafka.config import (
+    ACKS,
+    BOUNDS,
+    COMPRESSION_TYPES,
+    SASL_MECHANISMS,
+    SECRET_OPTIONS,
+    SECRET_SETTINGS,
+    SECURITY_PROTOCOLS,
+    DeliveryGuarantee,
+    KafkaTopicSpec,
+    check_topic,
+    import_function,
+)
+from dataforge_kafka_dagster.resource import KafkaProducerResource
+
+T = typing.TypeVar("T", bound=BaseModel)
+
+_TEMPLATE: Final = r"\{\{"
+_ENV: Final = {
+    "type": "object",
+    "properties": {"env": {"type": "string", "pattern": r"^[A-Za-z_][A-Za-z0-9_]*$"}},
+    "required": ["env"],
+    "additionalProperties": False,
+}
+_PLAIN: Final = {"type": ["string", "number", "boolean"]}
+_CHOICES: Final[dict[str, tuple[Any, ...]]] = {
+    "acks": (*ACKS, 0, 1),
+    "compression_type": COMPRESSION_TYPES,
+    "delivery_guarantee": typing.get_args(DeliveryGuarantee),
+    "sasl_mechanism": SASL_MECHANISMS,
+    "security_protocol": SECURITY_PROTOCOLS,
+}
+_OF_SERVERS: Final = {"type": ["string", "array"], "items": {"type": "string"}}
+_OF_FIELDS: Final = {"type": ["string", "array", "null"], "items": {"type": "string"}, "minItems": 1}
+_OF_TOPIC_SPEC: Final = KafkaTopicSpec.model_json_schema() | {"type": ["object", "null"]}
+_TOPIC: Final = r"^[A-Za-z0-9._-]{1,249}$"
+_FUNCTION: Final = r"^\w+(\.\w+)*:\w+$"
+
+
+class _Env(BaseModel):
+    """``{env: NAME}``: the environment variable's value when a run starts; Dagster stores its name only."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    env: Annotated[str, Field(pattern=_ENV["properties"]["env"]["pattern"])]
+
+
+def _or_template(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {"if": {"type": "string", "pattern": _TEMPLATE}, "then": True, "else": schema}
+
+
+def _or_env(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {"if": {"type": "object", "required": ["env"]}, "then": _ENV, "else": schema}
+
+
+_SECRET: Final = {"if": {"type": "object"}, "then": _ENV, "else": {"const": {"env": "NAME_OF_A_VARIABLE"}}}
+_RAW: Final = {
+    "type": "object",
+    "patternProperties": {SECRET_SETTINGS: _SECRET},
+    "additionalProperties": _or_env(_PLAIN),
+}
+
+
+def _is_template(value: object) -> bool:
+    return isinstance(value, str) and re.search(_TEMPLATE, value) is not None
+
+
+def _secret(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        raise ValueError("a secret is not written into YAML, nor a template of it: write {env: NAME_OF_A_VARIABLE}")  # noqa: TRY004  (pydantic's)
+    return _Env.model_validate(value)
+
+
+def _raw_setting(name: str, value: Any) -> Any:
+    if re.search(SECRET_SETTINGS, name):
+        return _secret(value)
+    if isinstance(value, Mapping):
+        return _Env.model_validate(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _field(name: str, info: Any) -> tuple[Any, Any]:
+    """An option of a resource as a YAML attribute: its type with JSON schema, and its description and default."""
+    default = info.get_default(call_default_factory=True)
+    described = Field(default=default, description=info.description)
+    annotation = info.annotation
+    if name in SECRET_OPTIONS:
+        return Annotated[
+            _Env | None, WrapValidator(lambda value, _: _secret(value)), WithJsonSchema(_SECRET)
+        ], described
+    if name == "librdkafka_config":
+
+        def raw(value: Any, _: Any) -> Any:
+            if not isinstance(value, Mapping):
+                raise ValueError("give a mapping from librdkafka's names to values")  # noqa: TRY004  (pydantic's)
+            return {setting: _raw_setting(str(setting), its) for setting, its in value.items()}
+
+        return Annotated[Any, WrapValidator(raw), WithJsonSchema(_RAW)], described
+    kinds = set(typing.get_args(annotation)) or {annotation}
+    schema: dict[str, Any]
+    if name in _CHOICES:
+        annotation, schema = Literal[_CHOICES[name]], {"enum": list(_CHOICES[name])}
+    elif name == "bootstrap_servers":
+        annotation, schema = str | list[str], _OF_SERVERS
+    elif any(inspect.isclass(kind) and issubclass(kind, BaseModel) for kind in kinds):
+        annotation, schema = KafkaTopicSpec | None, _OF_TOPIC_SPEC
+    else:
+        names = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
+        schema = {"type": sorted(names[kind] for kind in kinds)}
+        if name in BOUNDS:
+            schema["minimum"], schema["maximum"] = low, high = BOUNDS[name]
+            annotation = Annotated[annotation, Field(ge=low, le=high)]
+    env = bool(kinds & {str, int}) and bool not in kinds
+
+    def option(value: Any, check: Any) -> Any:
+        if _is_template(value):
+            return value
+        return _Env.model_validate(value) if env and isinstance(value, Mapping) else check(value)
+
+    schema = _or_template(schema)
+    return Annotated[annotation, WrapValidator(option), WithJsonSchema(_or_env(schema) if env else schema)], described
+
+
+def _as_option(value: Any, annotation: Any) -> Any:
+    """A checked attribute as a resource takes it: an environment variable as Dagster's EnvVar."""
+    if isinstance(value, _Env):
+        return dg.EnvVar.int(value.env) if annotation is int else dg.EnvVar(value.env)
+    if isinstance(value, BaseModel):
+        return value.model_dump(exclude_unset=True)
+    if isinstance(value, dict):
+        return {name: _as_option(its, str) for name, its in value.items()}
+    return value
+
+
+def _options(attributes: BaseModel, resource: type[BaseModel], leave: Container[str] = ()) -> dict[str, Any]:
+    """The resource's options that the YAML gives."""
+    return {
+        name: _as_option(getattr(attributes, name), resource.model_fields[name].annotation)
+        for name in attributes.model_fields_set
+        if name not in leave
+    }
+
+
+class _Attributes(BaseModel):
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+
+def _model(name: str, base: type[T], resource: type[BaseModel], leave: Container[str] = ()) -> type[T]:
+    """A model of YAML attributes that are a resource's options."""
+    fields: Any = {name: _field(name, info) for name, info in resource.model_fields.items() if name not in leave}
+    return create_model(name, __base__=base, **fields)
+
+
+_IOManagerAttributes: Any = _model("_IOManagerAttributes", _Attributes, KafkaIOManager, ["kafka"])
+
+_OWN_KEYS: Final = ("resource_key", "io_manager_key", "io_manager")
+
+
+class _ResourceAttributesBase(_Attributes):
+    resource_key: str = Field(default="kafka", description="Name of the KafkaProducerResource.")
+    io_manager_key: str | None = Field(
+        default="kafka_io", description="Name of the KafkaIOManager; null for none. 'io_manager' makes it the default."
+    )
+    io_manager: _IOManagerAttributes = Field(
+        default_factory=_IOManagerAttributes, description="Options of the KafkaIOManager."
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        """What a schema cannot say, such as options that do not go together."""
+        options = _options(self, KafkaProducerResource, _OWN_KEYS)
+        if not any(map(_is_template, options.values())):
+            try:
+                KafkaProducerResource(**options)
+            except pydantic.ValidationError as error:
+                raise ValueError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from None
+        return self
+
+
+_ResourceAttributes: Final = _model("_ResourceAttributes", _ResourceAttributesBase, KafkaProducerResource)
+
+
+def _resolved(context: dg.ResolutionContext, value: Any) -> Any:
+    """The value with its templates filled in; all else as it is ('01' would become 1)."""
+    if isinstance(value, list):
+        return [_resolved(context, item) for item in value]
+    if isinstance(value, dict):
+        return {name: _resolved(context, item) for name, item in value.items()}
+    return context.resolve_value(value) if _is_template(value) else value
+
+
+class _ResourceScaffolder(dg.Scaffolder):
+    def scaffold(self, request: dg.ScaffoldRequest[Any]) -> None:
+        attributes = (
+            "  bootstrap_servers: {env: KAFKA_BOOTSTRAP_SERVERS}\n  resource_key: kafka\n  io_manager_key: kafka_io"
+        )
+        _scaffold(request, attributes)
+
+
+class _TopicScaffolder(dg.Scaffolder):
+    def scaffold(self, request: dg.ScaffoldRequest[Any]) -> None:
+        name = re.sub(r"[^A-Za-z0-9_]", "_", request.target_path.name)
+        attributes = f"  asset:\n    key: {name}\n  topic: {name}\n  function: package.module:function"
+        _scaffold(request, attributes)
+
+
+def _scaffold(request: dg.ScaffoldRequest[Any], attributes: str) -> None:
+    if request.scaffold_format == "python":
+        dg.scaffold_component(request, {})
+        return
+    text = f"type: {request.type_name}\n\nattributes:\n{attributes}\n"
+    if request.append:
+        with request.target_path.open("a", encoding="utf-8") as file:
+            file.write(f"---\n{text}")
+    else:
+        (request.target_path / "defs.yaml").write_text(text, encoding="utf-8")
+
+
+@dg.scaffold_with(_ResourceScaffolder)
+@dataclasses.dataclass
+class KafkaResourceComponent(dg.Component, dg.Resolvable):
+    """A Kafka cluster for a project: a `KafkaProducerResource`, and a `KafkaIOManager` that publishes to it.
+
+    Its attributes are the resource's options, ``io_manager`` with the IO manager's, and the names of both. Strings and
+    whole numbers may be ``{env: NAME}``, the value that an environment variable has when a run starts; secrets must be.
+
+    Attributes:
+        kafka: The resource.
+        io_manager: The IO manager; None for none.
+        resource_key: Name of the resource.
+        io_manager_key: Name of the IO manager.
+    """
+
+    kafka: KafkaProducerResource
+    io_manager: KafkaIOManager | None
+    resource_key: str = "kafka"
+    io_manager_key: str = "kafka_io"
+
+    @classmethod
+    def model(cls) -> type[BaseModel]:
+        """The pydantic model of its YAML attributes."""
+        return _ResourceAttributes
+
+    @classmethod
+    def resolve_from_model(cls, context: dg.ResolutionContext, model: BaseModel) -> Self:
+        """The component that YAML attributes describe.
+
+        Raises:
+            pydantic.ValidationError: A template gave a value that is not allowed.
+        """
+        attributes = typing.cast("_ResourceAttributesBase", model)
+        options = _options(attributes, KafkaProducerResource, _OWN_KEYS)
+        kafka = KafkaProducerResource(**_resolved(context, options))
+        key = _resolved(context, attributes.io_manager_key)
+        io_manager = None
+        if key is not None:
+            io_manager = KafkaIOManager(
+                kafka=kafka, **_resolved(context, _options(attributes.io_manager, KafkaIOManager))
+            )
+        return cls(kafka, io_manager, _resolved(context, attributes.resource_key), key or "")
+
+    def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:  # noqa: ARG002
+        """The resource and the IO manager as definitions."""
+        resources: dict[str, Any] = {self.resource_key: self.kafka}
+        if self.io_manager is not None:
+            resources[self.io_manager_key] = self.io_manager
+        return dg.Definitions(resources=resources)
+
+
+class _Asset(dg.Resolvable, dg.Model):
+    """Dagster's own attributes of an asset: key, partitions_def, description, automation_condition, and so on."""
+
+    asset: dg.ResolvedAssetSpec
+
+
+# The model behind the annotation, and not a str: no template stands for a whole asset.
+_AssetAttributes: Any = typing.get_args(dg.ResolvedAssetSpec)[1].model_field_type
+
+
+class _TopicAttributes(_Attributes):
+    asset: _AssetAttributes = Field(
+        description="Dagster's own attributes of the asset: key, partitions_def, group_name, and so on."
+    )
+    topic: Annotated[str | None, WithJsonSchema(_or_template({"type": ["string", "null"], "pattern": _TOPIC}))] = Field(
+        default=None, description="The topic; the IO manager's if left out, which is the asset key by default."
+    )
+    key: Annotated[str | list[str] | None, WithJsonSchema(_OF_FIELDS)] = Field(
+        default=None, description="Field that is the record's key, or a list of them."
+    )
+    create_topic: Annotated[KafkaTopicSpec | None, WithJsonSchema(_OF_TOPIC_SPEC)] = Field(
+        default=None, description="How to create the topic if it is missing; the resource's create_topics if left out."
+    )
+    function: Annotated[str, WithJsonSchema(_or_template({"type": "string", "pattern": _FUNCTION}))] = Field(
+        description=(
+            "Import path 'package.module:function' of a function that returns the records, as an asset does; it may"
+            " take the asset's context. Or a template that gives the function."
+        )
+    )
+    io_manager_key: str = Field(default="kafka_io", description="Name of the KafkaIOManager.")
+
+
+@dg.scaffold_with(_TopicScaffolder)
+@dataclasses.dataclass
+class KafkaTopicComponent(dg.Component, dg.Resolvable):
+    """An asset whose records are published to a topic: all of them or none, once.
+
+    Attributes:
+        asset: Key, Dagster partitions and all else that Dagster wants to know.
+        function: Returns the records; it may take the asset's context.
+        topic: The topic; the IO manager's if None.
+        key: Field that is the record's key, or several.
+        create_topic: How to create the topic if it is missing; the resource's ``create_topics`` if None.
+        io_manager_key: Name of the `KafkaIOManager`.
+    """
+
+    asset: dg.AssetSpec
+    function: Callable[..., Any]
+    topic: str | None = None
+    key: str | list[str] | None = None
+    create_topic: KafkaTopicSpec | None = None
+    io_manager_key: str = "kafka_io"
+
+    @classmethod
+    def model(cls) -> type[BaseModel]:
+        """The pydantic model of its YAML attributes."""
+        return _TopicAttributes
+
+    @classmethod
+    def resolve_from_model(cls, context: dg.ResolutionContext, model: BaseModel) -> Self:
+        """The component that YAML attributes describe.
+
+        Raises:
+            KafkaConfigError: There is no such function, or the topic's name is illegal.
+        """
+        attributes = typing.cast("_TopicAttributes", model)
+        topic = _resolved(context, attributes.topic)
+        function = _resolved(context, attributes.function)
+        return cls(
+            asset=_Asset.resolve_from_model(context, attributes).asset,
+            function=function if callable(function) else import_function("function", function),
+            topic=None if topic is None else check_topic(topic),
+            key=_resolved(context, attributes.key),
+            create_topic=attributes.create_topic,
+            io_manager_key=_resolved(context, attributes.io_manager_key),
+        )
+
+    def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:  # noqa: ARG002
+        """The asset as definitions."""
+        return dg.Definitions(assets=[self._build_asset()])
+
+    def _build_asset(self) -> dg.AssetsDefinition:
+        named: dict[str, Any] = {"kafka/topic": self.topic, "kafka/key": self.key}
+        if self.create_topic is not None:
+            named["kafka/create_topic"] = self.create_topic.model_dump(exclude_unset=True)
+        if self.topic is not None:
+            named["dagster/uri"] = f"kafka://{self.topic}"
+        metadata = {name: value for name, value in named.items() if value is not None}
+        spec = self.asset.merge_attributes(kinds={"kafka"}).replace_attributes(
+            metadata=metadata | dict(self.asset.metadata)
+        )
+        function, takes_context = self.function, bool(inspect.signature(self.function).parameters)
+
+        @dg.multi_asset(
+            name=spec.key.to_python_identifier(),
+            outs={
+                "result": dg.AssetOut.from_spec(spec.replace_attributes(deps=[]), io_manager_key=self.io_manager_key)
+            },
+            deps=spec.deps,
+            partitions_def=spec.partitions_def,
+        )
+        def publish(context: dg.AssetExecutionContext) -> Any:
+            # As an Output, for a generator: Dagster would iterate it itself.
+            yield dg.Output(function(context) if takes_context else function(), "result")
+
+        return publish

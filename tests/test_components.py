@@ -1,0 +1,373 @@
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import dagster as dg
+import pytest
+import yaml
+from dagster.components.core.package_entry import discover_entry_point_package_objects
+from jsonschema import Draft202012Validator
+from pydantic import ValidationError
+
+import dataforge_kafka_dagster
+from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource, KafkaResourceComponent, KafkaTopicComponent
+from dataforge_kafka_dagster.kafka.config import SECRET_OPTIONS
+from dataforge_kafka_dagster.kafka.errors import KafkaConfigError
+
+ROOT = Path(__file__).parents[1]
+CANARY = "canary-52be"
+NUMBERS = [{"n": i, "name": f"N{i}"} for i in range(10)]
+
+
+def numbers():
+    yield from NUMBERS
+
+
+def day(context):
+    return [{"day": context.partition_key, "asset": context.asset_key.to_user_string()}]
+
+
+def _component(cls, text):
+    return cls.from_attributes_dict(attributes=yaml.safe_load(text))
+
+
+def _defs(*components):
+    return dg.Definitions.merge(*(component.build_defs(None) for component in components))
+
+
+def _said(cls, text):
+    """What `dg check yaml` says: (path, message) of each error."""
+    validator = Draft202012Validator(cls.get_model_cls().model_json_schema())
+    return {(".".join(map(str, e.absolute_path)), e.message) for e in validator.iter_errors(yaml.safe_load(text))}
+
+
+def test_dg_finds_the_components_although_the_import_is_lazy(python):
+    found = {key.name: thing for key, thing in discover_entry_point_package_objects().items() if "Kafka" in key.name}
+    assert found == {"KafkaResourceComponent": KafkaResourceComponent, "KafkaTopicComponent": KafkaTopicComponent}
+    assert (
+        python("import sys, dataforge_kafka_dagster as d; print([m for m in sys.modules if m.endswith('.components')])")
+        .strip()
+        .count("dataforge")
+        == 0
+    )
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="KafkaTopicComponents"):
+        dataforge_kafka_dagster.KafkaTopicComponents  # noqa: B018
+
+
+def test_dagster_knows_the_library():
+    from dagster_shared.libraries import DagsterLibraryRegistry
+
+    assert DagsterLibraryRegistry.get()["dataforge-kafka-dagster"] == "0.1.0"
+
+
+def test_the_resource_has_the_options_of_the_yaml(monkeypatch):
+    monkeypatch.setenv("SERVERS_OF_TEST", "broker:9092")
+    monkeypatch.setenv("RETRIES_OF_TEST", "7")
+    component = _component(
+        KafkaResourceComponent,
+        """
+        bootstrap_servers: {env: SERVERS_OF_TEST}
+        retries: {env: RETRIES_OF_TEST}
+        linger_ms: 7.5
+        acks: all
+        client_id: "01"
+        librdkafka_config: {socket.timeout.ms: 1000, socket.keepalive.enable: true}
+        resource_key: cluster
+        io_manager_key: io_manager
+        io_manager: {topic: "{name}", read_timeout: 5}
+        """,
+    )
+    resources = _defs(component).resources
+    assert set(resources) == {"cluster", "io_manager"}
+    with resources["cluster"].process_config_and_initialize_cm() as kafka:
+        config = kafka.producer_config()
+    assert (config.servers, config.retries, config.linger_ms, config.client_id) == ("broker:9092", 7, 7.5, "01")
+    assert config.librdkafka_config == {"socket.timeout.ms": "1000", "socket.keepalive.enable": "true"}
+    manager = resources["io_manager"]
+    assert isinstance(manager, KafkaIOManager)
+    assert (manager.topic, manager.read_timeout) == ("{name}", 5)
+    assert manager.kafka is resources["cluster"]
+
+
+def test_every_option_of_the_resource_and_the_io_manager_is_there():
+    fields = KafkaResourceComponent.get_model_cls().model_json_schema()
+    assert set(fields["properties"]) == {
+        *KafkaProducerResource.model_fields,
+        "resource_key",
+        "io_manager_key",
+        "io_manager",
+    }
+    assert set(fields["$defs"]["_IOManagerAttributes"]["properties"]) == set(KafkaIOManager.model_fields) - {"kafka"}
+    for name, info in KafkaProducerResource.model_fields.items():
+        assert fields["properties"][name]["description"] == info.description
+        assert fields["properties"][name]["default"] == info.get_default(call_default_factory=True)
+
+
+def test_a_resource_without_an_io_manager():
+    assert set(_defs(_component(KafkaResourceComponent, "io_manager_key: null")).resources) == {"kafka"}
+
+
+def test_templates_are_filled_in(monkeypatch):
+    monkeypatch.setenv("CLIENT_OF_TEST", "me")
+    component = _component(KafkaResourceComponent, 'client_id: "{{ env.CLIENT_OF_TEST }}"')
+    assert component.kafka.client_id == "me"
+
+
+BAD_RESOURCES = [
+    ("compression_type: snapy", "compression_type", "'snapy' is not one of ['none', 'gzip', 'snappy', 'lz4', 'zstd']"),
+    ("linger_ms: 9000000", "linger_ms", "9000000 is greater than the maximum of 900000"),
+    ("batch_size: lots", "batch_size", "'lots' is not of type 'integer'"),
+    ("acks: 2", "acks", "2 is not one of ['all', '-1', '0', '1', 0, 1]"),
+    ("ackz: all", "", "Additional properties are not allowed ('ackz' was unexpected)"),
+    ("client_id: {enw: X}", "client_id", "{'enw': 'X'} is not of type 'null', 'string'"),
+    ("client_id: {env: X-Y}", "client_id.env", "'X-Y' does not match '^[A-Za-z_][A-Za-z0-9_]*$'"),
+    ("linger_ms: {env: X}", "linger_ms", "{'env': 'X'} is not of type 'number'"),
+    ("sasl_password: secret", "sasl_password", "{'env': 'NAME_OF_A_VARIABLE'} was expected"),
+    ('sasl_password: "{{ env.PW }}"', "sasl_password", "{'env': 'NAME_OF_A_VARIABLE'} was expected"),
+    (
+        "librdkafka_config: {sasl.password: secret}",
+        "librdkafka_config.sasl.password",
+        "{'env': 'NAME_OF_A_VARIABLE'} was expected",
+    ),
+    ("librdkafka_config: [1]", "librdkafka_config", "[1] is not of type 'object'"),
+    ("create_topics: {partitions: 0}", "create_topics.partitions", "0 is less than the minimum of 1"),
+    ("io_manager: {read_timeout: soon}", "io_manager.read_timeout", "'soon' is not of type 'number'"),
+]
+
+
+@pytest.mark.parametrize(("text", "path", "message"), BAD_RESOURCES, ids=[text for text, _, _ in BAD_RESOURCES])
+def test_bad_values_of_a_resource_are_refused_by_schema_and_by_loading(text, path, message):
+    assert _said(KafkaResourceComponent, text) == {(path, message)}
+    with pytest.raises(ValidationError) as refused:
+        _component(KafkaResourceComponent, text)
+    place = ".".join(path.split(".")[:1])
+    assert place in ".".join(map(str, refused.value.errors()[0]["loc"]))
+
+
+def test_options_that_do_not_go_together_are_refused_with_their_reason():
+    with pytest.raises(ValidationError, match="security_protocol='SASL_SSL' needs sasl_mechanism"):
+        _component(KafkaResourceComponent, "security_protocol: SASL_SSL")
+
+
+BAD_TOPICS = [
+    ("{asset: {key: a}}", "", "'function' is a required property"),
+    ("{asset: {}, function: 'a:b'}", "asset", "'key' is a required property"),
+    (
+        "{asset: {key: a, grp: x}, function: 'a:b'}",
+        "asset",
+        "Additional properties are not allowed ('grp' was unexpected)",
+    ),
+    ("{asset: {key: a}, function: 'a:b', topic: a b}", "topic", "'a b' does not match '^[A-Za-z0-9._-]{1,249}$'"),
+    ("{asset: {key: a}, function: 'a:b', key: 3}", "key", "3 is not of type 'string', 'array', 'null'"),
+    ("{asset: {key: a}, function: a.b}", "function", "'a.b' does not match '^\\\\w+(\\\\.\\\\w+)*:\\\\w+$'"),
+]
+
+
+@pytest.mark.parametrize(("text", "path", "message"), BAD_TOPICS, ids=[text for text, _, _ in BAD_TOPICS])
+def test_bad_values_of_a_topic_are_refused(text, path, message):
+    assert _said(KafkaTopicComponent, text) == {(path, message)}
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [("nowhere.to_be:found", "No module named 'nowhere'"), ("test_components:lost", "no attribute 'lost'")],
+)
+def test_a_function_that_does_not_exist_is_refused_when_loading(function, reason):
+    with pytest.raises(KafkaConfigError, match=reason):
+        _component(KafkaTopicComponent, f"{{asset: {{key: a}}, function: '{function}'}}")
+
+
+def test_no_secret_in_snapshot_or_repr(monkeypatch):
+    from dagster._core.remote_representation.external_data import RepositorySnap
+
+    monkeypatch.setenv("SECRET_OF_TEST", CANARY)
+    component = _component(
+        KafkaResourceComponent,
+        """
+        security_protocol: SASL_SSL
+        sasl_mechanism: PLAIN
+        sasl_username: me
+        sasl_password: {env: SECRET_OF_TEST}
+        librdkafka_config: {sasl.jaas.config: {env: SECRET_OF_TEST}}
+        """,
+    )
+    snapshot = dg.serialize_value(RepositorySnap.from_def(_defs(component).get_repository_def()))
+    assert "SECRET_OF_TEST" in snapshot
+    assert CANARY not in snapshot + repr(component)
+    with component.kafka.process_config_and_initialize_cm() as kafka:
+        assert kafka.sasl_password == kafka.librdkafka_config["sasl.jaas.config"] == CANARY
+
+
+def test_every_secret_of_the_resource_takes_an_environment_variable_only():
+    for name in SECRET_OPTIONS:
+        assert _said(KafkaResourceComponent, f"{{{name}: text}}"), name
+        assert not _said(KafkaResourceComponent, f"{{{name}: {{env: NAME}}}}"), name
+
+
+def test_the_asset_is_as_its_attributes_say():
+    component = _component(
+        KafkaTopicComponent,
+        """
+        asset:
+          key: ops/flights
+          partitions_def: {type: daily, start_date: "2026-01-01"}
+          group_name: ops
+          owners: ["team:ops"]
+          kinds: [polars]
+          tags: {tier: gold}
+          deps: [raw/flights]
+          metadata: {note: hello, dagster/uri: elsewhere}
+          automation_condition: "{{ dg.AutomationCondition.eager() }}"
+        topic: flights
+        key: [carrier, flight]
+        create_topic: {partitions: 6}
+        function: test_components:day
+        io_manager_key: out
+        """,
+    )
+    (asset,) = _defs(component).assets
+    (spec,) = asset.specs
+    assert spec.key == dg.AssetKey(["ops", "flights"])
+    assert spec.partitions_def == dg.DailyPartitionsDefinition("2026-01-01")
+    assert (spec.group_name, spec.owners, spec.kinds) == ("ops", ["team:ops"], {"kafka", "polars"})
+    assert spec.tags["tier"] == "gold"
+    assert [dep.asset_key.to_user_string() for dep in spec.deps] == ["raw/flights"]
+    assert spec.automation_condition == dg.AutomationCondition.eager()
+    assert {
+        name: spec.metadata[name] for name in ("kafka/topic", "kafka/key", "kafka/create_topic", "note", "dagster/uri")
+    } == {
+        "kafka/create_topic": {"partitions": 6},
+        "kafka/topic": "flights",
+        "kafka/key": ["carrier", "flight"],
+        "note": "hello",
+        "dagster/uri": "elsewhere",
+    }
+    assert asset.required_resource_keys == {"out"}
+
+
+@pytest.mark.kafka
+def test_ten_lines_of_yaml_publish(kafka_bootstrap_servers, kafka_topic, read, instance, monkeypatch):
+    topic = kafka_topic()
+    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", kafka_bootstrap_servers)
+    defs = _defs(
+        _component(KafkaResourceComponent, "bootstrap_servers: {env: KAFKA_BOOTSTRAP_SERVERS}"),
+        _component(
+            KafkaTopicComponent,
+            f"{{asset: {{key: numbers}}, topic: {topic}, key: name, function: 'test_components:numbers'}}",
+        ),
+        _component(
+            KafkaTopicComponent,
+            f"""
+            asset: {{key: a/day, partitions_def: {{type: static, partition_keys: [mon, tue]}}}}
+            topic: {topic}
+            function: test_components:day
+            """,
+        ),
+    )
+    assert dg.materialize(defs.assets, resources=defs.resources, instance=instance, partition_key="tue").success
+    found = read(topic)
+    assert [(r.key, json.loads(r.value)) for r in found if r.key] == [(f"N{i}".encode(), NUMBERS[i]) for i in range(10)]
+    assert [json.loads(r.value) for r in found if not r.key] == [{"day": "tue", "asset": "a/day"}]
+
+
+def _run(*command, cwd, **env):
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=300, env=os.environ | env, check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A project as create-dagster makes it, without an environment of its own."""
+    (tmp_path / "pyproject.toml").write_text(
+        textwrap.dedent("""\
+        [project]
+        name = "proj"
+        version = "0.1.0"
+
+        [tool.dg]
+        directory_type = "project"
+
+        [tool.dg.project]
+        root_module = "proj"
+        """)
+    )
+    defs = tmp_path / "src" / "proj" / "defs"
+    defs.mkdir(parents=True)
+    (defs.parent / "__init__.py").touch()
+    (defs / "__init__.py").touch()
+    return tmp_path
+
+
+def test_dg_scaffolds_what_dg_check_yaml_accepts_and_refuses_what_is_bad(project):
+    dg_command = str(Path(sys.executable).with_name("dg"))
+    for name in ("KafkaResourceComponent", "KafkaTopicComponent"):
+        code, out = _run(dg_command, "scaffold", "defs", f"dataforge_kafka_dagster.{name}", name.lower(), cwd=project)
+        assert code == 0, out
+    code, out = _run(dg_command, "check", "yaml", cwd=project)
+    assert code == 0, out
+    file = project / "src" / "proj" / "defs" / "kafkaresourcecomponent" / "defs.yaml"
+    file.write_text(file.read_text() + "  compression_type: snapy\n")
+    code, out = _run(dg_command, "check", "yaml", cwd=project)
+    assert code == 1
+    line = file.read_text().splitlines().index("  compression_type: snapy") + 1
+    assert f"defs.yaml:{line} - " in out
+    assert "'snapy' is not one of ['none', 'gzip', 'snappy', 'lz4', 'zstd']" in out
+
+
+@pytest.mark.faults
+def test_a_project_made_with_create_dagster_publishes_with_the_built_wheel(
+    kafka_bootstrap_servers, kafka_topic, read, tmp_path
+):
+    """The whole way of a new user: packages from the registry, the wheel, ten lines of YAML, `dg launch`."""
+    topic, uv, dist = kafka_topic(), str(Path(sys.executable).with_name("uv")), tmp_path / "dist"
+    assert _run(uv, "build", "--wheel", "--out-dir", str(dist), cwd=ROOT)[0] == 0
+    (wheel,) = dist.glob("*.whl")
+    assert _run(uv, "venv", "--python", sys.executable, str(tmp_path / "env"), cwd=tmp_path)[0] == 0
+    binaries = tmp_path / "env" / "bin"
+    packages = [str(wheel), *(f"{name}=={dg.__version__}" for name in ("dagster", "dagster-dg-cli", "create-dagster"))]
+    code, out = _run(uv, "pip", "install", "--python", str(binaries / "python"), *packages, cwd=tmp_path)
+    assert code == 0, out
+    code, out = _run(str(binaries / "create-dagster"), "project", "proj", "--no-uv-sync", cwd=tmp_path)
+    assert code == 0, out
+    project, home = tmp_path / "proj", tmp_path / "home"
+    home.mkdir()
+    code, out = _run(uv, "pip", "install", "--python", str(binaries / "python"), "--no-deps", "-e", ".", cwd=project)
+    assert code == 0, out
+    (project / "src" / "proj" / "rows.py").write_text("def flights():\n    return ({'n': i} for i in range(100))\n")
+    (project / "src" / "proj" / "defs" / "cluster").mkdir()
+    (project / "src" / "proj" / "defs" / "cluster" / "defs.yaml").write_text(
+        textwrap.dedent("""\
+        type: dataforge_kafka_dagster.KafkaResourceComponent
+        attributes:
+          bootstrap_servers: {env: KAFKA_BOOTSTRAP_SERVERS}
+        """)
+    )
+    (project / "src" / "proj" / "defs" / "flights").mkdir()
+    (project / "src" / "proj" / "defs" / "flights" / "defs.yaml").write_text(
+        textwrap.dedent(f"""\
+        type: dataforge_kafka_dagster.KafkaTopicComponent
+        attributes:
+          asset: {{key: flights}}
+          topic: {topic}
+          key: n
+          function: proj.rows:flights
+        """)
+    )
+    environment = {
+        "KAFKA_BOOTSTRAP_SERVERS": kafka_bootstrap_servers,
+        "DAGSTER_HOME": str(home),
+        "VIRTUAL_ENV": str(tmp_path / "env"),
+        "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
+    }
+    for command in (["list", "components"], ["check", "yaml"], ["check", "defs"], ["launch", "--assets", "*"]):
+        code, out = _run(str(binaries / "dg"), *command, cwd=project, **environment)
+        assert code == 0, out
+    assert sorted(json.loads(record.value)["n"] for record in read(topic)) == list(range(100))
