@@ -74,8 +74,13 @@ matrix: ## Run the tests on each Python from 3.10 to 3.13 found here, and once w
 	echo; echo "passed: $${ran:-none}"; echo "failed: $${failed:-none}"; echo "not found: $${missing:-none}"; \
 	[ -n "$$ran" ] && [ -z "$$failed" ]
 
-build: $(STAMP) ## Build the wheel and the source distribution into dist/
-	@$(BIN)/uv build --quiet --out-dir dist && ls dist
+build: $(STAMP) ## Build the source distribution and the wheel into dist/, and try the wheel in a clean environment
+	@rm -rf dist build/smoke
+	@$(BIN)/uv build --quiet --out-dir dist
+	@$(BIN)/python -m venv build/smoke
+	@$(BIN)/uv pip install --quiet --python build/smoke/bin/python dist/*.whl
+	@build/smoke/bin/python -I tests/smoke_install.py
+	@rm -rf build/smoke; ls dist
 
 docs: $(STAMP) ## Build the documentation into site/; a warning fails it
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict && echo "Open site/index.html, or run: $(BIN)/mkdocs serve"

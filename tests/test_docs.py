@@ -72,6 +72,14 @@ def test_there_is_much_to_run():
     assert len([block for block in BLOCKS if block.tag == "python"]) >= 3
 
 
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def _make_targets(commands):
+    words = " ".join(re.findall(r"^make (.*?)(?:#.*)?$", commands, re.MULTILINE)).split()
+    return {word for word in words if "=" not in word}
+
+
 def _parse(block):
     match block.language:
         case "python":
@@ -86,9 +94,7 @@ def _parse(block):
         case "sh":
             done = subprocess.run(["bash", "-n"], input=block.source, text=True, capture_output=True, check=False)
             assert done.returncode == 0, done.stderr
-            targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-            named = " ".join(re.findall(r"^make (.*?)(?:#.*)?$", block.source, re.MULTILINE)).split()
-            assert {word for word in named if "=" not in word} <= targets
+            assert _make_targets(block.source) <= TARGETS
         case "text" | "console" | "avro" | "proto":
             pass
         case language:
@@ -104,6 +110,14 @@ def test_each_block_is_well_formed(block):
 def test_a_broken_block_is_found(tag):
     with pytest.raises((SyntaxError, AssertionError, ValueError, yaml.YAMLError, pytest.fail.Exception)):
         _parse(Block(README, 1, tag, "a: [1\nif (\nmake nothing-like-this\n"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda path: path.name)
+def test_workflows_call_make_targets_that_there_are(path):
+    jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
+    commands = "\n".join(step["run"] for job in jobs.values() for step in job["steps"] if "run" in step)
+    assert _make_targets(commands)
+    assert _make_targets(commands) <= TARGETS
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_named)
