@@ -244,4 +244,4 @@ def test_a_broker_that_creates_topics_by_itself_creates_none_for_us(instance):
 @pytest.mark.kafka
 def test_the_look_at_a_topic_counts_its_kafka_partitions(kafka_bootstrap_servers, kafka_topic):
     connection = Connection(KafkaProducerConfig(bootstrap_servers=kafka_bootstrap_servers))
-    assert check_topic_exists(connection, kafka_topic(partitions=5), None, 30) == 5
+    assert check_topic_exists(connection, kafka_topic(partitions=5), None, 30).partitions == 5

@@ -37,7 +37,7 @@ from dataforge_kafka_dagster.kafka.errors import (
 )
 from dataforge_kafka_dagster.kafka.records import Chunk, KafkaRecord, chunks, encode_record, key_fields
 from dataforge_kafka_dagster.kafka.serialization import Headers, ValueFormat, format_of
-from dataforge_kafka_dagster.kafka.topics import check_topic_exists
+from dataforge_kafka_dagster.kafka.topics import Topic, check_topic_exists
 
 _LEDGER_VERSION: Final = 1
 # Brokers refuse more than offset.metadata.max.bytes, 4096 by default.
@@ -95,6 +95,7 @@ class Publication:
         offsets: Where they are, by topic and Kafka partition.
         replayed: True if an earlier attempt had published it, so that this one published nothing.
         seconds: Time this attempt took, from connecting to commit.
+        topic_ids: Kafka's own id of each topic, which another one of the same name does not have.
     """
 
     publication_id: str
@@ -106,6 +107,7 @@ class Publication:
     offsets: tuple[PartitionOffsets, ...]
     replayed: bool
     seconds: float
+    topic_ids: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def topics(self) -> tuple[str, ...]:
@@ -239,7 +241,8 @@ class PublicationWriter:
             ) from None
         done = self._read_ledger()
         if done is not None:
-            self.publication = done
+            # Brokers forget a group's offsets in a topic that is deleted: the topics are those of the ledger.
+            self.publication = dataclasses.replace(done, topic_ids=self._topic_ids())
             self._close()
             return
         producer.begin_transaction()
@@ -248,8 +251,8 @@ class PublicationWriter:
     def _add_topic(self, topic: str, timeout: float) -> _Track:
         track = self._tracks.get(topic)
         if track is None:
-            partitions = check_topic_exists(self._connection, topic, self._create_topic, timeout)
-            track = self._tracks[topic] = _Track(topic, partitions)
+            found = check_topic_exists(self._connection, topic, self._create_topic, timeout)
+            track = self._tracks[topic] = _Track(topic, found)
         return track
 
     def send(
@@ -471,12 +474,16 @@ class PublicationWriter:
             offsets,
             replayed=False,
             seconds=0.0,
+            topic_ids=self._topic_ids(),
         )
         if self._exactly_once:
             self._commit_transaction(producer, publication)
         self.publication = dataclasses.replace(publication, seconds=time.monotonic() - self._began)
         self._close()
         return self.publication
+
+    def _topic_ids(self) -> dict[str, str]:
+        return {track.topic: track.topic_id for track in self._tracks.values() if track.topic_id is not None}
 
     def _flush(self, producer: confluent_kafka.Producer) -> None:
         deadline = time.monotonic() + self._config.producer.delivery_timeout + 5
@@ -588,9 +595,10 @@ class PublicationWriter:
 class _Track:
     """Delivery reports of one topic, collapsed into runs of offsets. A callback: it records and never raises."""
 
-    def __init__(self, topic: str, partitions: int) -> None:
+    def __init__(self, topic: str, found: Topic) -> None:
         self.topic = topic
-        self.partitions = partitions
+        self.partitions = found.partitions
+        self.topic_id = found.id
         self.runs: dict[int, list[list[int]]] = {}
         self.failures: collections.Counter[str] = collections.Counter()
         self.first_failure: tuple[confluent_kafka.KafkaError, bytes | None] | None = None

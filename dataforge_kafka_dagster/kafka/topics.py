@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import time
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import confluent_kafka
 from confluent_kafka.cimpl import NewTopic
@@ -17,7 +17,19 @@ _UNKNOWN: Final = "UNKNOWN_TOPIC_OR_PART"
 _DENIED: Final = frozenset({"TOPIC_AUTHORIZATION_FAILED", "CLUSTER_AUTHORIZATION_FAILED"})
 
 
-def check_topic_exists(connection: Connection, topic: str, spec: KafkaTopicSpec | None, timeout: float) -> int:
+class Topic(NamedTuple):
+    """A topic as it is.
+
+    Attributes:
+        partitions: Number of Kafka partitions.
+        id: Kafka's own id; a topic that is deleted and made anew has another one. None from brokers before 2.8.
+    """
+
+    partitions: int
+    id: str | None
+
+
+def check_topic_exists(connection: Connection, topic: str, spec: KafkaTopicSpec | None, timeout: float) -> Topic:
     """Check that a topic can be written to, by one metadata request if it is as it should be.
 
     Args:
@@ -28,7 +40,7 @@ def check_topic_exists(connection: Connection, topic: str, spec: KafkaTopicSpec 
         timeout: Longest wait, seconds.
 
     Returns:
-        Its number of Kafka partitions.
+        The topic as it is.
 
     Raises:
         NoBrokersAvailable: No broker answered in time, or none let us in.
@@ -37,26 +49,38 @@ def check_topic_exists(connection: Connection, topic: str, spec: KafkaTopicSpec 
     """
     deadline = time.monotonic() + timeout
     try:
-        partitions = _partitions(connection, topic, timeout)
+        found = look_at_topic(connection, topic, timeout, write=True)
     except KafkaError as error:
         if error.code != _UNKNOWN:
             raise
         if spec is None:
             raise KafkaError(error.culprit, error.cause, _how_to_create(connection, topic), code=_UNKNOWN) from None
         _create(connection, topic, spec, deadline)
-        partitions = _partitions_of_new(connection, topic, deadline)
-    if spec is not None and partitions < spec.partitions:
+        found = _look_at_new(connection, topic, deadline)
+    if spec is not None and found.partitions < spec.partitions:
         raise KafkaError(
             f"topic {topic!r}, {connection.name}",
-            f"it has {partitions} Kafka partitions, but create_topics asks for {spec.partitions}",
+            f"it has {found.partitions} Kafka partitions, but create_topics asks for {spec.partitions}",
             f"Add some: kafka-topics.sh --bootstrap-server {connection.config.servers} --alter --topic {topic}"
             f" --partitions {spec.partitions} (keys then go to other Kafka partitions than before),"
-            f" or ask for {partitions}",
+            f" or ask for {found.partitions}",
         )
-    return partitions
+    return found
 
 
-def _partitions(connection: Connection, topic: str, timeout: float) -> int:
+def look_at_topic(connection: Connection, topic: str, timeout: float, *, write: bool = False) -> Topic:
+    """A topic as it is, by one metadata request.
+
+    Args:
+        connection: The cluster.
+        topic: The topic.
+        timeout: Longest wait, seconds.
+        write: Whether this user must be allowed to write to it.
+
+    Raises:
+        NoBrokersAvailable: No broker answered in time, or none let us in.
+        KafkaError: It does not exist, or this user may not do that.
+    """
     deadline = time.monotonic() + timeout
     culprit = f"topic {topic!r}, {connection.name}"
 
@@ -71,10 +95,12 @@ def _partitions(connection: Connection, topic: str, timeout: float) -> int:
     description = connection.answer(ask, timeout, culprit)
     # Brokers that do not say what is allowed give none.
     allowed = {operation.name for operation in description.authorized_operations or ()}
-    if allowed and "WRITE" not in allowed:
+    if write and allowed and "WRITE" not in allowed:
         code = "TOPIC_AUTHORIZATION_FAILED"
         raise KafkaError(culprit, f"this user may not write to it [{code}]", fix_for(code), code=code)
-    return len(description.partitions)
+    # The id of all zeros, which brokers give that have none.
+    identifier = str(description.topic_id)
+    return Topic(len(description.partitions), None if not identifier.strip("A") else identifier)
 
 
 def _how_to_create(connection: Connection, topic: str) -> str:
@@ -108,11 +134,11 @@ def _create(connection: Connection, topic: str, spec: KafkaTopicSpec, deadline: 
         raise
 
 
-def _partitions_of_new(connection: Connection, topic: str, deadline: float) -> int:
+def _look_at_new(connection: Connection, topic: str, deadline: float) -> Topic:
     """Brokers hear of a new topic one after the other."""
     while True:
         try:
-            return _partitions(connection, topic, max(0.1, deadline - time.monotonic()))
+            return look_at_topic(connection, topic, max(0.1, deadline - time.monotonic()), write=True)
         except KafkaError as error:
             if error.code != _UNKNOWN or time.monotonic() > deadline:
                 raise
