@@ -57,7 +57,7 @@ def _named(page):
 
 
 def _topics(page):
-    """The new topics of a page: `name`, `name:partitions` or `name:partitions:setting=value`."""
+    """The topics of a page: `name`, `name:partitions` or `name:partitions:setting=value`."""
     for spec in " ".join(_TOPICS.findall(page.read_text(encoding="utf-8"))).split():
         name, partitions, *settings = [*spec.split(":"), "2"] if ":" not in spec else spec.split(":")
         yield NewTopic(name, int(partitions), config=dict(setting.split("=", 1) for setting in settings))
@@ -140,9 +140,10 @@ def test_the_table_of_options_has_the_defaults_of_the_config():
 @pytest.fixture
 def topics(request, kafka_bootstrap_servers):
     """The topics that the page names, which are gone after it; one that is there already is left alone."""
-    new = list(_topics(request.getfixturevalue("page")))
+    named = list(_topics(request.getfixturevalue("page")))
+    new = [topic for topic in named if topic.num_partitions]
     admin = AdminClient({"bootstrap.servers": kafka_bootstrap_servers})
-    created = []
+    created = [topic.topic for topic in named if not topic.num_partitions]
     for name, future in (admin.create_topics(new, operation_timeout=30) if new else {}).items():
         try:
             future.result(30)
