@@ -23,6 +23,7 @@ NAMES = [
     "NoBrokersAvailable",
     "Publication",
     "RecordMetadata",
+    "build_publication_checks",
     "create_kafka_producer",
 ]
 MODULES = sorted(
@@ -126,9 +127,11 @@ ORDER = [
     {"kafka.records", "kafka.topics"},
     {"kafka.producer", "kafka.publication"},
     {"kafka.reader"},
+    {"kafka.verification"},
     {"identity", "failures"},
     {"resource"},
-    {"io_manager"},
+    {"history"},
+    {"io_manager", "checks"},
     {"components"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
