@@ -122,9 +122,10 @@ def test_the_core_knows_neither_dagster_nor_the_modules_around_it():
 
 ORDER = [
     {"kafka.errors"},
+    {"kafka.registry", "kafka.schema_types"},
     {"kafka.config"},
     {"kafka.connection", "kafka.serialization"},
-    {"kafka.records", "kafka.topics"},
+    {"kafka.records", "kafka.schemas", "kafka.topics"},
     {"kafka.producer", "kafka.publication"},
     {"kafka.reader"},
     {"kafka.verification"},
@@ -147,7 +148,7 @@ def test_imports_run_one_way(name):
 
 
 def test_every_module_has_its_place():
-    alone = {"local", "pytest_plugin"}
+    alone = {"local", "local_registry", "pytest_plugin"}
     modules = {m.removeprefix("dataforge_kafka_dagster.") for m in MODULES} - {"dataforge_kafka_dagster", "kafka"}
     assert modules - alone == set(RANK)
 
