@@ -314,12 +314,40 @@ def test_a_cause_is_forgotten_once_a_broker_answers(connection):
     assert connection.cause(_theirs("_MSG_TIMED_OUT"), "topic 't'").code == "_MSG_TIMED_OUT"
 
 
-def test_an_error_of_the_token_function_is_the_cause(connection):
-    def token(_):
-        raise LookupError("no such tenant")
+def _closed(_):
+    raise LookupError("no such tenant")
 
+
+def _away(_):
+    raise ConnectionRefusedError("nobody there")
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "remedy"),
+    [("_closed", "LookupError: no such tenant", Remedy.FAIL), ("_away", "nobody there", Remedy.RETRY)],
+)
+def test_an_error_of_the_token_function_is_the_cause_at_once(name, said, remedy):
+    oauth = {"security_protocol": "SASL_SSL", "sasl_mechanism": "OAUTHBEARER"}
+    config = KafkaProducerConfig(**oauth, sasl_oauthbearer_callback=f"{__name__}:{name}")
+    with pytest.raises(KafkaError) as caught:
+        Connection(config).producer({})
+    assert said in caught.value.cause
+    assert name in caught.value.culprit
+    assert caught.value.remedy is remedy
+
+
+def test_an_error_of_the_token_function_at_a_later_token_is_the_cause(connection):
+    tokens = [("a", 1.0), ("b", 2.0)]
+
+    def token(_):
+        if not tokens:
+            raise LookupError("no such tenant")
+        return tokens.pop(0)
+
+    fetch = connection._first_token_at_once(token, {})
+    assert [fetch(""), fetch("")] == [("a", 1.0), ("b", 2.0)]
     with pytest.raises(LookupError):
-        connection._remember_oauth(token)("")
+        fetch("")
     connection._on_error(_theirs("SASL_AUTHENTICATION_FAILED"))
     error = connection.cause(_theirs("_TIMED_OUT"), "x")
     assert "LookupError: no such tenant" in error.cause

@@ -84,7 +84,7 @@ class Connection:
         extra: dict[str, Any] = {"error_cb": self._on_error, "logger": _Quiet("librdkafka")}
         token = oauth_callback(self.config)
         if token is not None:
-            extra["oauth_cb"] = self._remember_oauth(token)
+            extra["oauth_cb"] = self._first_token_at_once(token, options)
         try:
             return make(options | extra)
         except (confluent_kafka.KafkaException, ValueError, TypeError) as error:
@@ -96,15 +96,38 @@ class Connection:
                 code="_INVALID_ARG",
             ) from None
 
-    def _remember_oauth(self, token: Callable[[str], tuple[str, float]]) -> Callable[[str], Any]:
-        def fetch(oauth_config: str) -> Any:
+    def _first_token_at_once(
+        self, token: Callable[[str], tuple[Any, ...]], options: dict[str, Any]
+    ) -> Callable[[str], tuple[Any, ...]]:
+        """The token function, for librdkafka, which waits 10 s for a first token and does not tell why none comes."""
+
+        def fetch(oauth_config: str) -> tuple[Any, ...]:
+            if first:
+                return first.pop()
             try:
                 return token(oauth_config)
             except Exception as error:
                 self._oauth_error = error
                 raise
 
+        first: list[tuple[Any, ...]] = []
+        try:
+            first.append(fetch(options.get("sasl.oauthbearer.config", "")))
+        except Exception as error:  # noqa: BLE001  (of any kind: the function is the user's)
+            raise self._oauth_cause(error) from None
         return fetch
+
+    def _oauth_cause(self, error: Exception) -> KafkaError:
+        if isinstance(error, KafkaError):
+            return error
+        return KafkaError(
+            f"sasl_oauthbearer_callback={self.config.sasl_oauthbearer_callback!r}",
+            self.config.redact(f"it raised {type(error).__name__}: {error}"),
+            "Correct the function, or what it asks for the token",
+            code="_AUTHENTICATION",
+            # What it asks may have been away.
+            remedy=Remedy.RETRY if isinstance(error, OSError) else Remedy.FAIL,
+        )
 
     def producer(self, options: dict[str, Any]) -> confluent_kafka.Producer:
         """A producer with these settings of librdkafka.
@@ -144,13 +167,7 @@ class Connection:
 
     def _hidden_cause(self) -> KafkaError | None:
         if self._oauth_error is not None:
-            error = self._oauth_error
-            return KafkaError(
-                f"sasl_oauthbearer_callback={self.config.sasl_oauthbearer_callback!r}",
-                self.config.redact(f"it raised {type(error).__name__}: {error}"),
-                "Correct the function, or what it asks for the token",
-                code="_AUTHENTICATION",
-            )
+            return self._oauth_cause(self._oauth_error)
         if self._latched is None:
             return None
         code = self._latched.name()

@@ -127,13 +127,19 @@ NO_ANSWER_CODES: Final = frozenset(
 )
 """Codes that say that no broker answered, but not why."""
 
+_CHECK_USER: Final = (
+    "Check sasl_mechanism, and sasl_username and sasl_password or the OAuth token, against the cluster's users"
+)
 _FIXES: Final[dict[str, str]] = {
-    "_AUTHENTICATION": "Check sasl_mechanism, sasl_username and sasl_password against the cluster's users",
-    "SASL_AUTHENTICATION_FAILED": "Check sasl_mechanism, sasl_username and sasl_password against the cluster's users",
+    "_AUTHENTICATION": _CHECK_USER,
+    "SASL_AUTHENTICATION_FAILED": _CHECK_USER,
     "UNSUPPORTED_SASL_MECHANISM": "Set sasl_mechanism to one that the listener offers",
     "_SSL": "Check security_protocol, ssl_ca_location and the client certificate against the listener",
     "_RESOLVE": "Check the host names in bootstrap_servers, and the advertised listeners of the brokers",
-    "_TRANSPORT": "Check that bootstrap_servers names the cluster's listener, and that a firewall lets you through",
+    "_TRANSPORT": (
+        "Check that bootstrap_servers names the cluster's listener and that a firewall lets you through, that"
+        " security_protocol is that of the listener, and whether it asks for a client certificate"
+    ),
     "_ALL_BROKERS_DOWN": "Check that the brokers run, and that security_protocol is that of the listener",
     "_MSG_TIMED_OUT": "Check the brokers' health, or raise delivery_timeout",
     "_TIMED_OUT": "Check that the brokers in bootstrap_servers run and can be reached from here",
@@ -149,7 +155,10 @@ _FIXES: Final[dict[str, str]] = {
     "INVALID_REPLICATION_FACTOR": "Lower replication_factor to at most the number of brokers, or leave it out",
     "INVALID_PARTITIONS": "Correct the number of Kafka partitions",
     "INVALID_CONFIG": "Correct the topic settings in create_topics",
-    "TOPIC_AUTHORIZATION_FAILED": "Grant this user the WRITE and DESCRIBE ACLs on the topic",
+    "TOPIC_AUTHORIZATION_FAILED": (
+        "Grant this user the ACLs on the topic: WRITE to publish, READ to read back and for the ledger of"
+        " delivery_guarantee='exactly_once'"
+    ),
     "GROUP_AUTHORIZATION_FAILED": (
         "Grant this user the READ and DESCRIBE ACLs on Group, prefixed with the resource's transactional_id_prefix,"
         " or set delivery_guarantee='at_least_once'"
@@ -159,7 +168,7 @@ _FIXES: Final[dict[str, str]] = {
         " transactional_id_prefix, or set delivery_guarantee='at_least_once'"
     ),
     "CLUSTER_AUTHORIZATION_FAILED": (
-        "Grant this user the IDEMPOTENT_WRITE ACL on Cluster (brokers before 3.0 need it), or set acks to 1"
+        "Grant this user the WRITE ACL on the topic (brokers before 2.8: IDEMPOTENT_WRITE on Cluster too)"
     ),
     "INVALID_TRANSACTION_TIMEOUT": "Lower transaction_timeout to at most the broker's transaction.max.timeout.ms",
     "NOT_ENOUGH_REPLICAS": "Wait until enough replicas are in sync, or lower the topic's min.insync.replicas",

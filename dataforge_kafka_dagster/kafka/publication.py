@@ -428,9 +428,23 @@ class PublicationWriter:
                 counts = ", ".join(f"{count} x {code}" for code, count in track.failures.items())
                 culprit = f"topic {track.topic!r}: {sum(track.failures.values())} records not delivered ({counts})"
                 first, key = track.first_failure
+                if first.name() == "_PURGE_QUEUE":
+                    first = self._transaction_error() or first
                 failure = self._explain(first, culprit)
                 failure.counts, failure.key = dict(track.failures), key
                 return failure
+        return None
+
+    def _transaction_error(self) -> confluent_kafka.KafkaError | None:
+        """Why librdkafka gave up the transaction, as it does without a word when the broker refuses a Kafka partition.
+
+        Any transactional call tells; to begin one inside another does nothing else.
+        """
+        try:
+            self._live_producer().begin_transaction()
+        except KafkaException as exception:
+            error: confluent_kafka.KafkaError = exception.args[0]
+            return error if error.txn_requires_abort() else None
         return None
 
     def _check(self) -> None:
@@ -584,12 +598,22 @@ class PublicationWriter:
         group = _ledger_group(self._transactional_id, number)
         consumer = self._connection.consumer({"group.id": group, "enable.auto.commit": False})
         asked = [TopicPartition(topic, partition) for topic, count in places.items() for partition in range(count)]
-        read = functools.partial(consumer.committed, asked, _REQUEST_SECONDS)
-        try:
-            return self._connection.in_thread(read, self._config.producer.delivery_timeout, f"ledger group {group!r}")
-        finally:
-            # Not Consumer.close(): it waits for the coordinator.
-            del consumer, read
+        waits = itertools.chain((1.0, 2.0, 4.0), itertools.repeat(_REQUEST_SECONDS))
+
+        def read() -> list[TopicPartition]:
+            try:
+                found: list[TopicPartition] = consumer.committed(asked, next(waits))
+            except KafkaException:
+                # Only a poll tells that the group is refused, and it has to wait for the call above.
+                message = consumer.poll(0)
+                refused = None if message is None else message.error()
+                if refused is not None:
+                    raise KafkaException(refused) from None
+                raise
+            return found
+
+        # Not Consumer.close(): it waits for the coordinator.
+        return self._connection.in_thread(read, self._config.producer.delivery_timeout, f"ledger group {group!r}")
 
 
 class _Track:

@@ -102,6 +102,8 @@ def _read_partition(
 def _check(connection: Connection, error: confluent_kafka.KafkaError, offsets: PartitionOffsets) -> None:
     if error.name() in {"OFFSET_OUT_OF_RANGE", "_AUTO_OFFSET_RESET"}:
         raise _gone(offsets, f"offset {offsets.first} is gone")
+    if error.name() == "GROUP_AUTHORIZATION_FAILED":
+        return  # the group is never used
     if remedy_of(error.name()) is not Remedy.RETRY:
         raise connection.cause(error, f"topic {offsets.topic!r}, Kafka partition {offsets.partition}")
 

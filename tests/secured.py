@@ -1,0 +1,205 @@
+"""A real Kafka with SASL, TLS and ACLs, its users and certificates, for the tests of security.
+
+Whoever connects to its PLAINTEXT listener is a super user; on the others, `USERS` are, with their ACLs.
+"""
+
+import base64
+import contextlib
+import datetime as dt
+import json
+import time
+from ipaddress import IPv4Address
+from pathlib import Path
+
+from confluent_kafka.admin import (
+    AclBinding,
+    AclOperation,
+    AclPermissionType,
+    AdminClient,
+    ResourcePatternType,
+    ResourceType,
+)
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    pkcs12,
+)
+
+from dataforge_kafka_dagster.local import LocalKafka
+
+PREFIX = "secured"
+"""Begins transactional ids and ledger groups here; the ACLs name it."""
+KEY_PASSWORD = "the key's password"
+
+_TOPIC, _GROUP, _TRANSACTIONAL_ID = ResourceType.TOPIC, ResourceType.GROUP, ResourceType.TRANSACTIONAL_ID
+_READ, _WRITE, _DESCRIBE = AclOperation.READ, AclOperation.WRITE, AclOperation.DESCRIBE
+
+_PUBLISHER = ((_TOPIC, _WRITE), (_TOPIC, _READ), (_TRANSACTIONAL_ID, _WRITE), (_GROUP, _READ))
+USERS = {
+    "publisher": _PUBLISHER,
+    "without-transactions": ((_TOPIC, _WRITE), (_TOPIC, _READ)),
+    "without-group": [grant for grant in _PUBLISHER if grant != (_GROUP, _READ)],
+    "without-topic-read": [grant for grant in _PUBLISHER if grant != (_TOPIC, _READ)],
+    "without-write": ((_TOPIC, _DESCRIBE), (_TRANSACTIONAL_ID, _WRITE), (_GROUP, _READ)),
+    "without-topic": ((_TRANSACTIONAL_ID, _WRITE), (_GROUP, _READ)),
+}
+"""The ACLs of each user. READ and WRITE imply DESCRIBE."""
+
+_LOGIN = "org.apache.kafka.common.security"
+
+
+def password_of(user):
+    return f"the password of {user}"
+
+
+def unsecured_token(user):
+    """A token that the broker believes: `sasl_oauthbearer_callback="secured:unsecured_token"`."""
+    now = time.time()
+    claims = {"sub": user or "publisher", "iat": now - 10, "exp": now + 3600}
+    parts = (json.dumps(part).encode() for part in ({"alg": "none"}, claims))
+    return ".".join(base64.urlsafe_b64encode(part).decode().rstrip("=") for part in parts) + ".", now + 3600
+
+
+def broken_token(_):
+    raise RuntimeError("the token server is closed on Sundays")
+
+
+def garbage_token(_):
+    return "no token at all", time.time() + 3600
+
+
+class Certificates:
+    """A CA, the broker's certificate and a client's, as PEM files in a folder; and a CA that signed none of them."""
+
+    def __init__(self, folder: Path, client: str) -> None:
+        self.folder = folder
+        self._ca, self._ca_key = self._signed("the CA", ca=True)
+        self.ca = self._write("ca.pem", self._ca)
+        self.other_ca = self._write("other-ca.pem", self._signed("another CA", ca=True)[0])
+        names = [x509.IPAddress(IPv4Address("127.0.0.1")), x509.DNSName("localhost")]
+        certificate, key = self._signed("the broker", names)
+        self.broker = self._write("broker.pem", key, certificate)
+        certificate, key = self._signed(client)
+        self.client = self._write("client.pem", certificate)
+        self.key = self._write("key.pem", key)
+        password = KEY_PASSWORD.encode()
+        encrypted = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(password))
+        self.encrypted_key = folder / "encrypted-key.pem"
+        self.encrypted_key.write_bytes(encrypted)
+        self.keystore = folder / "client.p12"
+        self.keystore.write_bytes(
+            pkcs12.serialize_key_and_certificates(b"me", key, certificate, None, BestAvailableEncryption(password))
+        )
+
+    def _signed(self, name, alternatives=(), *, ca=False):
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+        now = dt.datetime.now(dt.timezone.utc)
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(subject if ca else self._ca.subject)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - dt.timedelta(minutes=5))
+            .not_valid_after(now + dt.timedelta(days=1))
+            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+        )
+        if alternatives:
+            builder = builder.add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
+        return builder.sign(key if ca else self._ca_key, hashes.SHA256()), key
+
+    def _write(self, name, *things):
+        path = self.folder / name
+        path.write_bytes(b"".join(_pem(thing) for thing in things))
+        return path
+
+
+def _pem(thing):
+    if isinstance(thing, x509.Certificate):
+        return thing.public_bytes(Encoding.PEM)
+    return thing.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+class SecuredKafka:
+    """The broker, and the options with which a user gets in."""
+
+    def __init__(self, kafka, certificates):
+        self.kafka = kafka
+        self.certificates = certificates
+        self.tls = {"security_protocol": "SSL", "ssl_ca_location": str(certificates.ca)}
+
+    def sasl(self, user="publisher", mechanism="SCRAM-SHA-512", listener="SASL"):
+        """Options of one who has a password; listener SASL or SASL_TLS."""
+        tls = {"security_protocol": "SASL_SSL", "ssl_ca_location": str(self.certificates.ca)}
+        return {
+            "bootstrap_servers": self.kafka.servers_of(listener),
+            "sasl_mechanism": mechanism,
+            "sasl_username": user,
+            "sasl_password": password_of(user),
+            **(tls if listener == "SASL_TLS" else {"security_protocol": "SASL_PLAINTEXT"}),
+        }
+
+    def oauth(self, callback="unsecured_token", user=None):
+        """Options of one who has a token."""
+        return {
+            "bootstrap_servers": self.kafka.servers_of("SASL"),
+            "security_protocol": "SASL_PLAINTEXT",
+            "sasl_mechanism": "OAUTHBEARER",
+            "sasl_oauthbearer_callback": f"secured:{callback}",
+            "sasl_oauthbearer_config": user,
+        }
+
+    def mutual_tls(self, **how):
+        """Options of one who has a certificate."""
+        return {"bootstrap_servers": self.kafka.servers_of("MUTUAL_TLS"), **self.tls, **how}
+
+
+@contextlib.contextmanager
+def secured_kafka(folder):
+    """A `SecuredKafka`, until the end of the with block."""
+    certificates = Certificates(folder, "publisher")
+    mechanisms = {
+        "plain": f"{_LOGIN}.plain.PlainLoginModule required "
+        + " ".join(f'user_{user}="{password_of(user)}"' for user in USERS)
+        + ";",
+        "scram-sha-256": f"{_LOGIN}.scram.ScramLoginModule required;",
+        "scram-sha-512": f"{_LOGIN}.scram.ScramLoginModule required;",
+        "oauthbearer": f"{_LOGIN}.oauthbearer.OAuthBearerLoginModule required unsecuredLoginStringClaim_sub=broker;",
+    }
+    sasl = ("sasl", "sasl_tls")
+    config = {
+        "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+        "super.users": "User:ANONYMOUS",
+        "sasl.enabled.mechanisms": ",".join(name.upper() for name in mechanisms),
+        "ssl.keystore.type": "PEM",
+        "ssl.keystore.location": str(certificates.broker),
+        "ssl.truststore.type": "PEM",
+        "ssl.truststore.location": str(certificates.ca),
+        "listener.name.mutual_tls.ssl.client.auth": "required",
+        "listener.name.mutual_tls.ssl.principal.mapping.rules": "RULE:^CN=([^,]+).*$/$1/",
+        **{f"listener.name.{at}.{name}.sasl.jaas.config": login for at in sasl for name, login in mechanisms.items()},
+    }
+    scram = [
+        argument
+        for user in USERS
+        for number in (256, 512)
+        for argument in ("--add-scram", f"SCRAM-SHA-{number}=[name={user},password={password_of(user)}]")
+    ]
+    protocols = {"SASL": "SASL_PLAINTEXT", "SASL_TLS": "SASL_SSL", "TLS": "SSL", "MUTUAL_TLS": "SSL"}
+    with LocalKafka(listeners=protocols, config=config, format_args=scram, heap="256m") as kafka:
+        admin = AdminClient({"bootstrap.servers": kafka.bootstrap_servers})
+        bindings = [_binding(user, *grant) for user, grants in USERS.items() for grant in grants]
+        for future in admin.create_acls(bindings).values():
+            future.result(30)
+        yield SecuredKafka(kafka, certificates)
+
+
+def _binding(user, resource, operation):
+    name, pattern = ("*", ResourcePatternType.LITERAL) if resource == _TOPIC else (PREFIX, ResourcePatternType.PREFIXED)
+    return AclBinding(resource, name, pattern, f"User:{user}", "*", operation, AclPermissionType.ALLOW)

@@ -1,0 +1,242 @@
+"""Every way into a secured Kafka, and what is said where there is none."""
+
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+import dagster as dg
+import pytest
+from secured import KEY_PASSWORD, PREFIX, USERS, secured_kafka
+
+from dataforge_kafka_dagster import (
+    DataForgeKafkaProducer,
+    KafkaError,
+    KafkaIOManager,
+    KafkaProducerConfig,
+    KafkaProducerResource,
+    NoBrokersAvailable,
+)
+from dataforge_kafka_dagster.kafka.errors import Remedy
+
+pytestmark = pytest.mark.kafka
+
+CONNECT_SECONDS = 1.5
+LATEST_SECONDS = 12.0
+"""Far over CONNECT_SECONDS, for slow machines; far under delivery_timeout, which nothing here may wait for."""
+
+
+@pytest.fixture(scope="module")
+def secured(tmp_path_factory):
+    with secured_kafka(tmp_path_factory.mktemp("certificates")) as secured:
+        yield secured
+
+
+@pytest.fixture(scope="module")
+def topic(secured):
+    secured.kafka.create_topic("secured", partitions=2)
+    return "secured"
+
+
+def _materialize(instance, topic, options, **more):
+    """Publish three records from one asset, read them back in another; the run's result and what was read."""
+    retry = {"step_retries": 1, "step_retry_delay": 0.01}
+    kafka = KafkaProducerResource(transactional_id_prefix=PREFIX, **retry, **more, **options)
+    got = []
+
+    @dg.asset(name=f"made_{uuid.uuid4().hex}", metadata={"kafka/topic": topic})
+    def made():
+        return [{"number": number} for number in range(3)]
+
+    @dg.asset(ins={"rows": dg.AssetIn(made.key)})
+    def read(rows: list):
+        got.extend(rows)
+
+    resources = {"io_manager": KafkaIOManager(kafka=kafka)}
+    return dg.materialize([made, read], resources=resources, instance=instance, raise_on_error=False), got
+
+
+def _failure(result):
+    """What the failure says, and whether the step was tried again before."""
+    (event,) = [e for e in result.all_events if e.event_type_value == "STEP_FAILURE"]
+    retried = [e for e in result.all_events if e.event_type_value == "STEP_UP_FOR_RETRY"]
+    said = event.event_specific_data.user_failure_data.metadata
+    return {name: value.value for name, value in said.items()}, bool(retried)
+
+
+def _with_certificate(secured):
+    made = secured.certificates
+    return secured.mutual_tls(ssl_certificate_location=str(made.client), ssl_key_location=str(made.key))
+
+
+def _with_encrypted_key(secured):
+    made = secured.certificates
+    return secured.mutual_tls(
+        ssl_certificate_location=str(made.client),
+        ssl_key_location=str(made.encrypted_key),
+        ssl_key_password=KEY_PASSWORD,
+    )
+
+
+def _with_text(secured):
+    made = secured.certificates
+    return {
+        **secured.mutual_tls(),
+        "ssl_ca_location": None,
+        "ssl_ca_pem": made.ca.read_text(),
+        "ssl_certificate_pem": made.client.read_text(),
+        "ssl_key_pem": made.encrypted_key.read_text(),
+        "ssl_key_password": KEY_PASSWORD,
+    }
+
+
+def _with_keystore(secured):
+    made = secured.certificates
+    return secured.mutual_tls(ssl_keystore_location=str(made.keystore), ssl_keystore_password=KEY_PASSWORD)
+
+
+WAYS_IN = {
+    "PLAIN": lambda secured: secured.sasl(mechanism="PLAIN"),
+    "SCRAM-SHA-256": lambda secured: secured.sasl(mechanism="SCRAM-SHA-256"),
+    "SCRAM-SHA-512": lambda secured: secured.sasl(mechanism="SCRAM-SHA-512"),
+    "PLAIN over TLS": lambda secured: secured.sasl(mechanism="PLAIN", listener="SASL_TLS"),
+    "SCRAM over TLS": lambda secured: secured.sasl(listener="SASL_TLS"),
+    "token function": lambda secured: secured.oauth(),
+    "TLS": lambda secured: {"bootstrap_servers": secured.kafka.servers_of("TLS"), **secured.tls},
+    "mutual TLS by path": _with_certificate,
+    "mutual TLS by path, key encrypted": _with_encrypted_key,
+    "mutual TLS by text, key encrypted": _with_text,
+    "mutual TLS by key store": _with_keystore,
+}
+
+
+@pytest.mark.parametrize("way", WAYS_IN.values(), ids=WAYS_IN)
+def test_publishing_and_reading_back_on_a_secured_listener(way, secured, topic, instance):
+    options = way(secured)
+    with DataForgeKafkaProducer(KafkaProducerConfig(**options)) as producer:
+        assert producer.send_sync(topic, {"single": True}).offset >= 0
+    result, got = _materialize(instance, topic, options)
+    assert result.success
+    assert sorted(row["number"] for row in got) == [0, 1, 2]
+
+
+# ACLs
+
+
+def test_at_least_once_needs_no_acl_but_the_topics(secured, topic, instance):
+    options = secured.sasl("without-transactions")
+    result, got = _materialize(instance, topic, options, delivery_guarantee="at_least_once")
+    assert result.success
+    assert len(got) == 3
+
+
+REFUSED = {
+    "without-transactions": (
+        "TRANSACTIONAL_ID_AUTHORIZATION_FAILED",
+        ["ACL", "TransactionalId", "delivery_guarantee='at_least_once'"],
+    ),
+    "without-group": ("GROUP_AUTHORIZATION_FAILED", ["ACL", "Group", "delivery_guarantee='at_least_once'"]),
+    "without-topic-read": ("TOPIC_AUTHORIZATION_FAILED", ["ACL", "READ", "ledger"]),
+    "without-write": ("TOPIC_AUTHORIZATION_FAILED", ["ACL", "WRITE"]),
+    "without-topic": ("TOPIC_AUTHORIZATION_FAILED", ["ACL", "WRITE"]),
+}
+
+
+@pytest.mark.parametrize("user", REFUSED)
+def test_a_missing_acl_fails_the_step_and_is_named(user, secured, topic, instance):
+    code, said = REFUSED[user]
+    began = time.monotonic()
+    result, got = _materialize(instance, topic, secured.sasl(user))
+    assert time.monotonic() - began < LATEST_SECONDS
+    failure, retried = _failure(result)
+    assert not retried
+    assert failure["kafka/error_code"] == code
+    assert [part for part in said if part not in failure["kafka/what_to_do"]] == []
+    assert got == []
+
+
+def test_every_user_with_a_missing_acl_is_tested():
+    assert {*REFUSED, "publisher"} == set(USERS)
+
+
+@pytest.mark.parametrize("user", ["without-write", "without-topic"])
+def test_a_single_record_to_a_topic_without_acl_is_refused(user, secured, topic):
+    config = KafkaProducerConfig(**secured.sasl(user))
+    began = time.monotonic()
+    with DataForgeKafkaProducer(config) as producer:
+        with pytest.raises(KafkaError, match="Grant this user") as caught:
+            producer.send_sync(topic, {"a": 1})
+        with pytest.raises(KafkaError, match="Grant this user"):
+            producer.send_async(topic, {"a": 2}, callback=lambda *_: None).result(LATEST_SECONDS)
+    assert time.monotonic() - began < LATEST_SECONDS
+    assert caught.value.code.endswith("_AUTHORIZATION_FAILED")
+    assert caught.value.remedy is Remedy.FAIL
+
+
+# No way in
+
+
+def _at(listener):
+    return lambda secured: secured.tls | {"bootstrap_servers": secured.kafka.servers_of(listener)}
+
+
+WAYS_OUT = {
+    "wrong password": (lambda s: s.sasl() | {"sasl_password": "wrong"}, "_AUTHENTICATION", "sasl_password"),
+    "wrong PLAIN password": (
+        lambda s: s.sasl(mechanism="PLAIN") | {"sasl_password": "wrong"},
+        "_AUTHENTICATION",
+        "sasl_password",
+    ),
+    "unknown user": (lambda s: s.sasl() | {"sasl_username": "nobody"}, "_AUTHENTICATION", "sasl_username"),
+    "SASL where there is none": (
+        lambda s: s.sasl() | {"bootstrap_servers": s.kafka.bootstrap_servers},
+        "_AUTHENTICATION",
+        "sasl_mechanism",
+    ),
+    "wrong CA": (
+        lambda s: _at("TLS")(s) | {"ssl_ca_location": str(s.certificates.other_ca)},
+        "_SSL",
+        "ssl_ca_location",
+    ),
+    "no client certificate": (_at("MUTUAL_TLS"), "_TRANSPORT", "client certificate"),
+    "TLS to a plaintext listener": (_at("SASL"), "_TRANSPORT", "security_protocol"),
+    "plaintext to a TLS listener": (
+        lambda s: {"bootstrap_servers": s.kafka.servers_of("TLS")},
+        "_ALL_BROKERS_DOWN",
+        "security_protocol",
+    ),
+    "wrong key password": (
+        lambda s: _with_text(s) | {"ssl_key_password": "wrong"},
+        "_INVALID_ARG",
+        "Correct the option",
+    ),
+    "token function fails": (lambda s: s.oauth("broken_token"), "_AUTHENTICATION", "Correct the function"),
+    "token is none": (lambda s: s.oauth("garbage_token"), "_AUTHENTICATION", "token"),
+}
+# A broker that is about to end looks the same.
+RETRIED = {"_TRANSPORT", "_ALL_BROKERS_DOWN"}
+
+
+@pytest.mark.parametrize(("way", "code", "fix"), WAYS_OUT.values(), ids=WAYS_OUT)
+def test_where_there_is_no_way_in_the_cause_is_named_in_time(way, code, fix, secured, topic, instance):
+    options = way(secured)
+
+    def connect():
+        with pytest.raises(KafkaError) as caught:
+            DataForgeKafkaProducer(KafkaProducerConfig(connect_timeout=CONNECT_SECONDS, **options))
+        return caught.value, time.monotonic() - began
+
+    began = time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        connecting = pool.submit(connect)
+        result, _ = _materialize(instance, topic, options, connect_timeout=CONNECT_SECONDS)
+        took = time.monotonic() - began
+        error, connect_took = connecting.result()
+    failure, retried = _failure(result)
+    assert (error.code, failure["kafka/error_code"]) == (code, code)
+    assert retried == (code in RETRIED)
+    assert (error.remedy is Remedy.RETRY) == (code in RETRIED)
+    assert fix in error.fix
+    assert fix in failure["kafka/what_to_do"]
+    assert max(took, connect_took) < LATEST_SECONDS
+    if code != "_INVALID_ARG" and "function" not in fix:
+        assert isinstance(error, NoBrokersAvailable)
