@@ -8,7 +8,7 @@ RESOLUTION = highest
 
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
-PACKAGES = -e '.[local]' --group dev $(REST)
+PACKAGES = -e '.[local,schema-registry]' --group dev $(REST)
 REST = --group docs -e ./example_project
 TESTS = tests example_project/tests
 

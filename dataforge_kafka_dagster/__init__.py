@@ -17,6 +17,7 @@ from dataforge_kafka_dagster.kafka.records import KafkaRecord
 from dataforge_kafka_dagster.resource import KafkaProducerResource
 
 if TYPE_CHECKING:
+    from dataforge_kafka_dagster.checks import build_publication_checks
     from dataforge_kafka_dagster.components import KafkaResourceComponent, KafkaTopicComponent
 
 __all__ = [
@@ -33,10 +34,15 @@ __all__ = [
     "NoBrokersAvailable",
     "Publication",
     "RecordMetadata",
+    "build_publication_checks",
     "create_kafka_producer",
 ]
 
-_LAZY: Final = {"KafkaResourceComponent": "components", "KafkaTopicComponent": "components"}
+_LAZY: Final = {
+    "KafkaResourceComponent": "components",
+    "KafkaTopicComponent": "components",
+    "build_publication_checks": "checks",
+}
 """Names that are imported when first asked for, by module: dg finds components in this package's `dir`."""
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import dagster as dg
 from pydantic import ConfigDict, Field, ValidationError
 
+from dataforge_kafka_dagster.history import last_published, name_of, published
 from dataforge_kafka_dagster.identity import Identity, output_identity
 from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, check_topic
 from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError
@@ -14,7 +15,7 @@ from dataforge_kafka_dagster.kafka.publication import Publication
 from dataforge_kafka_dagster.kafka.reader import ReadRecord, read_publication
 from dataforge_kafka_dagster.kafka.records import KafkaRecord, chunks, key_fields
 from dataforge_kafka_dagster.kafka.serialization import ValueFormat, deserialize
-from dataforge_kafka_dagster.resource import PUBLICATION_METADATA, KafkaProducerResource, describe, publication_metadata
+from dataforge_kafka_dagster.resource import KafkaProducerResource, describe, publication_metadata
 
 
 class KafkaIOManager(dg.ConfigurableIOManager):
@@ -177,23 +178,17 @@ def _publications(context: dg.InputContext) -> Iterator[Publication]:
     lenient = bool((context.definition_metadata or {}).get("allow_missing_partitions"))
     seen = set()
     for partition in asked:
-        filters = dg.AssetRecordsFilter(
-            asset_key=asset_key, asset_partitions=None if partition is None else [partition]
-        )
-        found = context.instance.fetch_materializations(filters, limit=1).records
-        name = f"asset {asset_key.to_user_string()!r}" + ("" if partition is None else f", partition {partition!r}")
-        if not found:
+        last = last_published(context.instance, asset_key, partition)
+        if last is None:
             if lenient:
                 continue
-            raise KafkaError(name, "it was never materialized", "Materialize it first")
-        materialization = found[0].asset_materialization
-        metadata = materialization.metadata if materialization else {}
-        publication, covered = _from_metadata(metadata, name)
+            raise KafkaError(name_of(asset_key, partition), "it was never materialized", "Materialize it first")
+        publication, covered = last
         if publication is None or publication.publication_id in seen:
             continue
         if not set(covered) <= {key for key in asked if key is not None}:
             raise KafkaError(
-                name,
+                name_of(asset_key, partition),
                 f"it was published together with {len(covered) - 1} other Dagster partitions in one publication",
                 "Read them all, or return a mapping from partition key to records from the upstream asset",
             )
@@ -213,25 +208,10 @@ def _publication_of_op(context: dg.InputContext) -> Publication:
         data: Any = event.event_specific_data
         mapping_key = data.metadata.get("kafka/mapping_key")
         if data.output_name == upstream.name and (mapping_key and mapping_key.value) == upstream.mapping_key:
-            publication, _ = _from_metadata(data.metadata, name)
+            publication, _ = published(data.metadata, name)
             if publication is not None:
                 return publication
     raise KafkaError(name, f"run {upstream.run_id} has published nothing for it", "Run it again")
-
-
-def _from_metadata(metadata: Mapping[str, Any], name: str) -> tuple[Publication | None, Sequence[str]]:
-    """The publication that an event tells of, None if it tells that nothing was published; and its partitions."""
-    said = metadata.get(PUBLICATION_METADATA)
-    if said is not None:
-        return Publication.from_dict(said.value), said.value.get("partitions", ())
-    count = metadata.get("kafka/records")
-    if count is not None and count.value == 0:
-        return None, ()
-    raise KafkaError(
-        name,
-        f"its last materialization has no {PUBLICATION_METADATA!r}: it was not published by a KafkaIOManager",
-        "Materialize it with this IO manager, or give the input the IO manager that stored it",
-    )
 
 
 def _in_form(form: Any, records: Iterable[tuple[ReadRecord, ValueFormat | None]]) -> Any:

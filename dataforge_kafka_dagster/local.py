@@ -693,12 +693,12 @@ class LocalKafka:
         return self._root / f"broker-{node}"
 
 
-_STARTED: "weakref.WeakSet[LocalKafka]" = weakref.WeakSet()
+_STARTED: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    for kafka in _STARTED:
-        kafka._forked()  # noqa: SLF001
+    for started in _STARTED:
+        started._forked()  # noqa: SLF001
 
 
 # A forked child that kept its copy of the pipe would keep the brokers after the end of their owner.
@@ -745,7 +745,24 @@ def _default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dataforge-kafka-dagster"
 
 
-def _jars(cache_dir: Path, name: str, coordinates: str, progress: Callable[[str], None]) -> str:
+# Runs as a process of its own, which can be killed. Fetches what Maven's coordinates name with all that it needs; or
+# the tar archive that coordinates with packaging and classifier name.
+_FETCH = """
+import os, pathlib, sys, tarfile
+parts = sys.argv[1].split(":")
+if len(parts) == 5:
+    from jgo.maven import MavenContext
+    project = MavenContext(repo_cache=pathlib.Path(os.environ["M2_REPO"]), timeout=60).project(*parts[:2])
+    archive = project.at_version(parts[2]).artifact(parts[4], parts[3]).resolve()
+    with tarfile.open(archive) as opened:
+        opened.extractall(archive.parent)
+else:
+    import jgo
+    jgo.build(sys.argv[1], cache_dir=sys.argv[2])
+"""
+
+
+def _jars(cache_dir: Path, name: str, coordinates: str, progress: Callable[[str], None], megabytes: int = 46) -> str:
     """Class path of a set of jars; its folder gets its final name only when it is complete."""
     final = cache_dir / name
     if not final.exists():
@@ -755,22 +772,21 @@ def _jars(cache_dir: Path, name: str, coordinates: str, progress: Callable[[str]
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not final.exists():
                     with tempfile.TemporaryDirectory(prefix="download-", dir=cache_dir) as folder:
-                        _download(Path(folder), name, coordinates, progress)
+                        _download(Path(folder), name, coordinates, progress, megabytes)
                         (Path(folder) / "jars").rename(final)
         except OSError as error:
-            raise LocalKafkaError(f"Could not store Kafka's jars in {cache_dir}: {error}. Set cache_dir.") from error
+            raise LocalKafkaError(f"Could not store {name} in {cache_dir}: {error}. Set cache_dir.") from error
     return os.pathsep.join(str(jar) for jar in sorted(final.glob("*.jar")))
 
 
-def _download(folder: Path, name: str, coordinates: str, progress: Callable[[str], None]) -> None:
+def _download(folder: Path, name: str, coordinates: str, progress: Callable[[str], None], megabytes: int) -> None:
     if importlib.util.find_spec("jgo") is None:
-        raise LocalKafkaError(f"LocalKafka needs the package jgo to fetch Kafka's jars. {_INSTALL}")
-    code = "import jgo, sys; jgo.build(sys.argv[1], cache_dir=sys.argv[2])"
+        raise LocalKafkaError(f"The package jgo is needed to fetch {name}. {_INSTALL}")
     env = {**os.environ, "M2_REPO": str(folder / "m2")}
     started = time.monotonic()
     with (folder / "output").open("w+", encoding="utf-8") as output:
         process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-c", code, coordinates, str(folder / "jgo")],
+            [sys.executable, "-c", _FETCH, coordinates, str(folder / "jgo")],
             cwd=folder,
             env=env,
             stdin=subprocess.DEVNULL,
@@ -779,11 +795,11 @@ def _download(folder: Path, name: str, coordinates: str, progress: Callable[[str
         )
         try:
             while process.poll() is None:
-                files = [path for path in (folder / "m2").rglob("*") if path.suffix in {".pom", ".jar"}]
+                files = [path for path in (folder / "m2").rglob("*") if path.suffix in {".pom", ".jar", ".gz"}]
                 size, seconds = sum(path.stat().st_size for path in files) / 1e6, time.monotonic() - started
                 progress(
-                    f"Fetching {name} from Maven Central, once: {len(files)} files, {size:.0f} of about 46 MB, "
-                    f"{seconds:.0f} s"
+                    f"Fetching {name} from Maven Central, once: {len(files)} files, {size:.0f} of about "
+                    f"{megabytes} MB, {seconds:.0f} s"
                 )
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(1)

@@ -1,6 +1,7 @@
 """Pytest fixtures that give tests a real Kafka: `pytest_plugins = ["dataforge_kafka_dagster.pytest_plugin"]`.
 
-They use the Kafka that the environment variable `KAFKA_BOOTSTRAP_SERVERS` names, else one `LocalKafka` for the session.
+They use the Kafka that the environment variable `KAFKA_BOOTSTRAP_SERVERS` names, else one `LocalKafka` for the session;
+and the Schema Registry that `SCHEMA_REGISTRY_URL` names, else one `LocalSchemaRegistry`.
 """
 
 import os
@@ -13,6 +14,7 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from dataforge_kafka_dagster.local import LocalKafka
+from dataforge_kafka_dagster.local_registry import LocalSchemaRegistry
 
 _WAIT = 30.0
 
@@ -49,6 +51,22 @@ def kafka_bootstrap_servers(request: pytest.FixtureRequest) -> str:
         return servers
     kafka: LocalKafka = request.getfixturevalue("local_kafka")
     return kafka.bootstrap_servers
+
+
+@pytest.fixture(scope="session")
+def schema_registry_url(request: pytest.FixtureRequest) -> str:
+    """Address of the Schema Registry under test."""
+    if url := os.environ.get("SCHEMA_REGISTRY_URL"):
+        return url
+    registry: LocalSchemaRegistry = request.getfixturevalue("local_schema_registry")
+    return registry.url
+
+
+@pytest.fixture(scope="session")
+def local_schema_registry() -> Iterator[LocalSchemaRegistry]:
+    """One `LocalSchemaRegistry` for the session, whose rule is BACKWARD."""
+    with LocalSchemaRegistry() as registry:
+        yield registry
 
 
 @pytest.fixture

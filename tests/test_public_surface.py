@@ -23,6 +23,7 @@ NAMES = [
     "NoBrokersAvailable",
     "Publication",
     "RecordMetadata",
+    "build_publication_checks",
     "create_kafka_producer",
 ]
 MODULES = sorted(
@@ -121,14 +122,17 @@ def test_the_core_knows_neither_dagster_nor_the_modules_around_it():
 
 ORDER = [
     {"kafka.errors"},
+    {"kafka.registry", "kafka.schema_types"},
     {"kafka.config"},
     {"kafka.connection", "kafka.serialization"},
-    {"kafka.records", "kafka.topics"},
+    {"kafka.records", "kafka.schemas", "kafka.topics"},
     {"kafka.producer", "kafka.publication"},
     {"kafka.reader"},
+    {"kafka.verification"},
     {"identity", "failures"},
     {"resource"},
-    {"io_manager"},
+    {"history"},
+    {"io_manager", "checks"},
     {"components"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
@@ -144,7 +148,7 @@ def test_imports_run_one_way(name):
 
 
 def test_every_module_has_its_place():
-    alone = {"local", "pytest_plugin"}
+    alone = {"local", "local_registry", "pytest_plugin"}
     modules = {m.removeprefix("dataforge_kafka_dagster.") for m in MODULES} - {"dataforge_kafka_dagster", "kafka"}
     assert modules - alone == set(RANK)
 

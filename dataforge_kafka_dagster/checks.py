@@ -1,0 +1,148 @@
+"""Asset checks: what an asset published last is still in Kafka, whole."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Final
+
+import dagster as dg
+
+from dataforge_kafka_dagster.history import last_published, name_of
+from dataforge_kafka_dagster.kafka.errors import KafkaError
+from dataforge_kafka_dagster.kafka.publication import Publication
+from dataforge_kafka_dagster.kafka.verification import Missing, find_missing
+from dataforge_kafka_dagster.resource import KafkaProducerResource
+
+_SHOWN: Final = 100
+_COLUMNS: Final = dg.TableSchema(
+    columns=[
+        dg.TableColumn("publication", "string", "Asset, and Dagster partition if it has any"),
+        dg.TableColumn("topic", "string", "Kafka topic"),
+        dg.TableColumn("partition", "int", "Kafka partition; all if empty"),
+        dg.TableColumn("missing records", "int", "How many, as far as known"),
+        dg.TableColumn("cause", "string", "What happened to them"),
+    ]
+)
+
+
+def build_publication_checks(
+    assets: Iterable[dg.AssetsDefinition | dg.AssetSpec | dg.AssetKey | str],
+    *,
+    thorough: bool = False,
+    severity: dg.AssetCheckSeverity = dg.AssetCheckSeverity.ERROR,
+    blocking: bool = False,
+    resource_key: str = "kafka",
+    timeout: float = 30.0,
+) -> Sequence[dg.AssetChecksDefinition]:
+    """A check for each asset, ``publication_is_in_kafka``: its last publication is still in the topic, whole.
+
+    It fails when retention has eaten records, somebody deleted them, or the topic was deleted or made anew. It costs a
+    request for the topic, and one for each Kafka partition. In a run for some Dagster partitions it looks at theirs,
+    else at all that are materialized.
+
+    Args:
+        assets: What to check, by definition, spec or key.
+        thorough: Also read the records back, and compare their number and bytes; this finds what compaction removed.
+        severity: Of a check that fails.
+        blocking: Whether assets downstream wait for the check, and are not materialized if it fails with ERROR.
+        resource_key: Name of the `KafkaProducerResource`.
+        timeout: Longest wait for each answer of the brokers, seconds.
+
+    Returns:
+        The checks, for `dagster.Definitions(asset_checks=...)`.
+
+    Example:
+        >>> checks = build_publication_checks([flights], severity=dg.AssetCheckSeverity.WARN)
+    """
+    return [
+        _build_check(spec, thorough, severity, blocking, resource_key, timeout)
+        for asset in assets
+        for spec in _specs(asset)
+    ]
+
+
+def _specs(asset: dg.AssetsDefinition | dg.AssetSpec | dg.AssetKey | str) -> Iterable[dg.AssetSpec]:
+    if isinstance(asset, dg.AssetsDefinition):
+        return asset.specs
+    return [asset if isinstance(asset, dg.AssetSpec) else dg.AssetSpec(asset)]
+
+
+def _build_check(
+    spec: dg.AssetSpec,
+    thorough: bool,
+    severity: dg.AssetCheckSeverity,
+    blocking: bool,
+    resource_key: str,
+    timeout: float,
+) -> dg.AssetChecksDefinition:
+    options: dict[str, Any] = {} if spec.partitions_def is None else {"partitions_def": spec.partitions_def}
+
+    @dg.asset_check(
+        asset=spec.key,
+        name="publication_is_in_kafka",
+        description="The last publication is still in the topic, whole: neither retention nor anybody has deleted it.",
+        blocking=blocking,
+        required_resource_keys={resource_key},
+        **options,
+    )
+    def publication_is_in_kafka(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
+        kafka: KafkaProducerResource = getattr(context.resources, resource_key)
+        op_context = context.op_execution_context
+        with kafka.errors_in_dagster(op_context):
+            config = kafka.producer_config()
+            publications = dict(_publications(op_context, spec))
+            found = {
+                name: find_missing(config, publication, thorough=thorough, timeout=timeout)
+                for name, publication in publications.items()
+                if publication is not None
+            }
+            return _result(publications, found, severity)
+
+    return publication_is_in_kafka
+
+
+def _publications(context: dg.OpExecutionContext, spec: dg.AssetSpec) -> Iterator[tuple[str, Publication | None]]:
+    """What the asset's materializations published, by name; each publication once."""
+    partitions: Sequence[str | None] = [None]
+    if spec.partitions_def is not None or context.instance.get_materialized_partitions(spec.key):
+        given = context.partition_keys if context.has_partition_key or context.has_partition_key_range else None
+        partitions = sorted(context.instance.get_materialized_partitions(spec.key)) if given is None else list(given)
+    seen = set()
+    for partition in partitions or [None]:
+        last = last_published(context.instance, spec.key, partition)
+        if last is None:
+            raise KafkaError(name_of(spec.key, partition), "it was never materialized", "Materialize it first")
+        identity = last.publication and last.publication.publication_id
+        if identity is None or identity not in seen:
+            seen.add(identity)
+            yield name_of(spec.key, partition), last.publication
+
+
+def _result(
+    publications: dict[str, Publication | None], found: dict[str, list[Missing]], severity: dg.AssetCheckSeverity
+) -> dg.AssetCheckResult:
+    missing = [(name, gone) for name, some in found.items() for gone in some]
+    records = sum(publication.records for publication in publications.values() if publication is not None)
+    metadata: dict[str, Any] = {
+        "kafka/publications": len(publications),
+        "kafka/records": records,
+        "kafka/missing_records": sum(gone.records for _, gone in missing),
+    }
+    if not missing:
+        return dg.AssetCheckResult(passed=True, metadata=metadata, description=f"All {records:,} records are in Kafka")
+    rows = [
+        dg.TableRecord(
+            {
+                "publication": name,
+                "topic": gone.topic,
+                "partition": "" if gone.partition is None else gone.partition,
+                "missing records": gone.records,
+                "cause": gone.cause,
+            }
+        )
+        for name, gone in missing[:_SHOWN]
+    ]
+    metadata["kafka/missing"] = dg.MetadataValue.table(rows, _COLUMNS)
+    name, gone = missing[0]
+    place = f"topic {gone.topic!r}" + ("" if gone.partition is None else f", Kafka partition {gone.partition}")
+    count = metadata["kafka/missing_records"]
+    description = f"{count:,} of {records:,} records are gone. {name}, {place}: {gone.cause}"
+    return dg.AssetCheckResult(passed=False, severity=severity, metadata=metadata, description=description)

@@ -1,0 +1,175 @@
+"""A Schema Registry: how to reach it, and its answers, with its errors as ours. Needs the extra `schema-registry`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError, KafkaTimeoutError, Remedy
+
+INSTALL: Final = "Install it with: pip install 'dataforge-kafka-dagster[schema-registry]'"
+
+_FILES: Final = ("ssl_ca_location", "ssl_certificate_location", "ssl_key_location")
+_MOCK: Final = "mock://"
+
+
+class SchemaRegistryConfig(BaseModel):
+    """How to reach a Schema Registry: Confluent's, or one with its API, such as Apicurio, Karapace or Redpanda.
+
+    Raises:
+        pydantic.ValidationError: An option is unknown or not allowed, or a file does not exist.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    url: str = Field(description="Its address, 'https://host:port' with the path of its API; several with commas.")
+    username: str | None = Field(default=None, description="User, or API key, for basic authentication.")
+    password: str | None = Field(default=None, repr=False, description="Password, or API secret.")
+    token: str | None = Field(default=None, repr=False, description="Bearer token, instead of user and password.")
+    ssl_ca_location: str | None = Field(default=None, description="File or folder of CA certificates (PEM).")
+    ssl_certificate_location: str | None = Field(default=None, description="File of the client's certificate (PEM).")
+    ssl_key_location: str | None = Field(default=None, description="File of the client's private key (PEM).")
+    timeout: float = Field(default=10.0, gt=0, le=300, description="Longest wait for one answer, seconds.")
+    client_config: dict[str, str] = Field(
+        default_factory=dict,
+        repr=False,
+        description="Raw settings of confluent-kafka's SchemaRegistryClient, applied last: for OAuth and proxies.",
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> SchemaRegistryConfig:
+        for url in self.url.split(","):
+            scheme, _, rest = url.strip().partition("://")
+            if scheme not in {"http", "https", "mock"} or (not rest and scheme != "mock"):
+                raise ValueError("url is not possible: give 'http://host:port' or 'https://host:port'")
+            if "@" in rest.partition("/")[0]:
+                raise ValueError("url is not possible with user and password in it: set username and password")
+        if (self.username is None) != (self.password is None):
+            raise ValueError("username and password go together: give both, or none")
+        if self.token is not None and self.username is not None:
+            raise ValueError("token and username exclude each other: give one of them")
+        if self.ssl_key_location and not self.ssl_certificate_location:
+            raise ValueError("ssl_key_location needs ssl_certificate_location")
+        for name in _FILES:
+            location = getattr(self, name)
+            if location is not None and not Path(location).exists():
+                raise ValueError(f"{name}={location!r} is not possible: there is no such file")
+        return self
+
+    def redact(self, text: str) -> str:
+        """The text without any secret of this config."""
+        for secret in {self.password, self.token, *self.client_config.values()} - {None, ""}:
+            if len(str(secret)) > 3:  # noqa: PLR2004  (numbers and switches are no secrets)
+                text = text.replace(str(secret), "***")
+        return text
+
+
+def client_options(config: SchemaRegistryConfig) -> dict[str, Any]:
+    """The settings of confluent-kafka's `SchemaRegistryClient`; raw settings last."""
+    options: dict[str, Any] = {
+        "url": config.url,
+        "timeout": config.timeout,
+        "max.retries": 2,
+        "retries.wait.ms": 200,
+        "retries.max.wait.ms": 1000,
+    }
+    for name in _FILES:
+        options[name.replace("_", ".")] = getattr(config, name)
+    if config.username is not None:
+        options["basic.auth.user.info"] = f"{config.username}:{config.password}"
+    if config.token is not None:
+        # Confluent Cloud wants its cluster named, others ignore the header.
+        options |= {
+            "bearer.auth.credentials.source": "STATIC_TOKEN",
+            "bearer.auth.token": config.token,
+            "bearer.auth.logical.cluster": "",
+        }
+    return {name: value for name, value in options.items() if value is not None} | config.client_config
+
+
+class SchemaRegistry:
+    """A connection to a Schema Registry, with its errors as ours. Nothing is connected before the first question.
+
+    Args:
+        config: How to reach it.
+
+    Raises:
+        KafkaConfigError: The extra `schema-registry` is not installed, or an option is refused.
+    """
+
+    def __init__(self, config: SchemaRegistryConfig) -> None:
+        self.config = config
+        try:
+            from confluent_kafka.schema_registry import SchemaRegistryClient  # noqa: PLC0415  (optional)
+        except ImportError as error:
+            raise KafkaConfigError("Schema Registry", f"a package is missing: {error.name}", INSTALL) from error
+        try:
+            self.client = SchemaRegistryClient.new_client(client_options(config))
+        except (ValueError, TypeError, OSError) as error:
+            cause = config.redact(str(error))
+            raise KafkaConfigError(self.name, cause, "Correct the option that it names") from None
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        return f"Schema Registry at {self.config.url}"
+
+    @contextlib.contextmanager
+    def errors(self, culprit: str) -> Iterator[None]:
+        """The registry's errors inside become ours.
+
+        Args:
+            culprit: What was asked about, such as a subject.
+
+        Raises:
+            KafkaError: The registry refused or did not answer; its `remedy` says whether trying again can help.
+        """
+        from confluent_kafka.schema_registry.error import SchemaRegistryError  # noqa: PLC0415  (optional)
+
+        try:
+            yield
+        except SchemaRegistryError as error:
+            raise self._refused(error, culprit) from None
+        except KafkaError:
+            raise
+        except Exception as error:
+            if not type(error).__module__.startswith("httpx"):
+                raise
+            raise self._unreachable(error) from None
+
+    def _refused(self, error: Any, culprit: str) -> KafkaError:
+        status = error.http_status_code
+        culprit = f"{culprit}, {self.name}"
+        # Some registries put the name of their exception in front.
+        words = self.config.redact(str(error.error_message)).partition("Exception: ")
+        cause = f"{words[2] or words[0]} [HTTP {status}]"
+        if status == 409:  # noqa: PLR2004
+            fix = (
+                "Make the schema compatible with the subject's versions (a new field needs a default), or change the"
+                " subject's compatibility rule"
+            )
+            return KafkaError(culprit, f"the schema is not compatible: {cause}", fix)
+        if status in {401, 403}:
+            return KafkaError(
+                culprit, f"access was refused: {cause}", "Check its username and password or token, and their rights"
+            )
+        if status == 404:  # noqa: PLR2004
+            fix = "Register the schema, or set auto_register; check the subject_strategy and the registry's url"
+            return KafkaError(culprit, f"it is not there: {cause}", fix)
+        if status == 429 or status >= 500:  # noqa: PLR2004
+            fix = "Try again; if it goes on, check the registry's health"
+            return KafkaError(culprit, f"the registry failed: {cause}", fix, remedy=Remedy.RETRY)
+        return KafkaError(culprit, f"the schema was refused: {cause}", "Correct the schema")
+
+    def _unreachable(self, error: Exception) -> KafkaError:
+        text = self.config.redact(str(error) or type(error).__name__)
+        if "CERTIFICATE" in text.upper() or "SSL" in text.upper():
+            return KafkaError(self.name, text, "Check the registry's url and ssl_ca_location")
+        timed_out = "Timeout" in type(error).__name__
+        cause = f"no answer within {self.config.timeout:g} s" if timed_out else f"it cannot be reached: {text}"
+        fix = "Check that the registry runs, its url, and that a firewall lets you through"
+        return (KafkaTimeoutError if timed_out else KafkaError)(self.name, cause, fix, remedy=Remedy.RETRY)

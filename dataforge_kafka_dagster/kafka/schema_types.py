@@ -1,0 +1,429 @@
+"""Schemas derived from what Python has: classes and data frames to Avro, and Avro to JSON Schema and Protobuf.
+
+Avro's types and logical types are those of https://avro.apache.org/docs/1.11.1/specification/.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import datetime as dt
+import decimal
+import enum
+import re
+import types
+import typing
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, cast
+
+import narwhals as nw
+from pydantic import BaseModel, TypeAdapter
+from pydantic.fields import FieldInfo
+
+from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
+
+AvroType = str | dict[str, Any] | list[Any]
+"""An Avro schema as JSON values."""
+
+_SCALARS: Final[dict[type, AvroType]] = {
+    bool: "boolean",
+    int: "long",
+    float: "double",
+    str: "string",
+    bytes: "bytes",
+    dt.datetime: {"type": "long", "logicalType": "timestamp-micros"},
+    dt.date: {"type": "int", "logicalType": "date"},
+    dt.time: {"type": "long", "logicalType": "time-micros"},
+    uuid.UUID: {"type": "string", "logicalType": "uuid"},
+}
+_COLUMNS: Final[dict[str, AvroType]] = {
+    **dict.fromkeys(("Int8", "Int16", "Int32", "UInt8", "UInt16"), "int"),
+    **dict.fromkeys(("Int64", "UInt32", "UInt64"), "long"),
+    "Float32": "float",
+    "Float64": "double",
+    "Boolean": "boolean",
+    **dict.fromkeys(("String", "Categorical", "Enum"), "string"),
+    "Binary": "bytes",
+    "Date": _SCALARS[dt.date],
+    "Time": _SCALARS[dt.time],
+}
+_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_NULLS: Final = (None, type(None))
+
+
+def record_name(text: str) -> str:
+    """Text as an Avro name: letters, digits and underscores; dots part its namespace."""
+    parts = [re.sub(r"\W", "_", part, flags=re.ASCII) for part in text.split(".")]
+    return ".".join(part if part and not part[0].isdigit() else f"_{part}" for part in parts)
+
+
+def avro_of_class(cls: type) -> dict[str, Any]:
+    """The Avro record of a dataclass or pydantic model.
+
+    Optional fields are unions with null; defaults that JSON has are defaults of the schema; enums and literals are
+    what their values are.
+
+    Raises:
+        InvalidRecordError: A field's type has no Avro type.
+    """
+    return cast("dict[str, Any]", _of_class(cls, set()))
+
+
+def _of_class(cls: type, seen: set[str]) -> AvroType:
+    if cls.__qualname__ in seen:
+        return cls.__name__
+    seen.add(cls.__qualname__)
+    hints = typing.get_type_hints(cls, include_extras=True)
+    fields = []
+    for name, default, metadata in _fields(cls):
+        field: dict[str, Any] = {"name": name, "type": _of_hint(hints[name], f"{cls.__name__}.{name}", metadata, seen)}
+        nullable = isinstance(field["type"], list) and field["type"][0] == "null"
+        if default is None and nullable:
+            field["default"] = None
+        elif type(default) in {bool, int, float, str} and not isinstance(field["type"], list):
+            field["default"] = default
+        fields.append(field)
+    return {"type": "record", "name": cls.__name__, "fields": fields}
+
+
+def _fields(cls: type) -> list[tuple[str, Any, Sequence[Any]]]:
+    """(name, default or ..., what pydantic knows of it) of each field."""
+    if issubclass(cls, BaseModel):
+        return [
+            (name, ... if info.is_required() or info.default_factory else info.default, info.metadata)
+            for name, info in cls.model_fields.items()
+        ]
+    return [
+        (field.name, ... if field.default is dataclasses.MISSING else field.default, ())
+        for field in dataclasses.fields(cast("Any", cls))
+    ]
+
+
+def _of_hint(hint: Any, place: str, metadata: Sequence[Any], seen: set[str]) -> AvroType:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        extra = [part for item in arguments[1:] for part in (item.metadata if isinstance(item, FieldInfo) else [item])]
+        return _of_hint(arguments[0], place, [*metadata, *extra], seen)
+    if origin in {typing.Union, types.UnionType}:
+        members = [_of_hint(arg, place, metadata, seen) for arg in arguments if arg not in _NULLS]
+        return ["null", *members] if len(members) < len(arguments) else members
+    if origin is typing.Literal:
+        return _of_values(arguments, place)
+    if origin in {list, set, frozenset, collections.abc.Sequence} or (origin is tuple and arguments[1:] == (...,)):
+        return {"type": "array", "items": _of_hint(arguments[0], place, (), seen)}
+    if origin in {dict, collections.abc.Mapping} and arguments[0] is str:
+        return {"type": "map", "values": _of_hint(arguments[1], place, (), seen)}
+    if isinstance(hint, type):
+        if issubclass(hint, enum.Enum):
+            return _of_values([member.value for member in hint], place)
+        if issubclass(hint, decimal.Decimal):
+            digits = {name: getattr(part, name) for part in metadata for name in _DIGITS if hasattr(part, name)}
+            if set(digits) == set(_DIGITS):
+                return decimal_type(digits["max_digits"], digits["decimal_places"])
+            raise _no_type(
+                place, "a Decimal without digits", "Annotate it with Field(max_digits=..., decimal_places=...)"
+            )
+        if dataclasses.is_dataclass(hint) or issubclass(hint, BaseModel):
+            return _of_class(hint, seen)
+        for scalar, avro in _SCALARS.items():
+            if hint is scalar or (scalar is not int and issubclass(hint, scalar)):
+                return avro
+    raise _no_type(place, str(hint), "Give the schema as text, or annotate the field with a type that Avro has")
+
+
+_DIGITS: Final = ("max_digits", "decimal_places")
+
+
+def _of_values(values: Sequence[Any], place: str) -> AvroType:
+    # Not Avro's enum: a new member would be an incompatible change for readers.
+    kinds = {type(value) for value in values}
+    if len(kinds) == 1 and kinds <= {str, int, bool}:
+        return _SCALARS[kinds.pop()]
+    raise _no_type(place, "an enum of several types", "Give its members values that are all str or all int")
+
+
+def decimal_type(precision: int, scale: int) -> AvroType:
+    """Avro's decimal of so many digits, so many of them behind the point."""
+    return {"type": "bytes", "logicalType": "decimal", "precision": precision, "scale": scale}
+
+
+def _no_type(place: str, what: str, fix: str) -> InvalidRecordError:
+    field = place.rpartition(".")[2]
+    return InvalidRecordError(f"schema, field {place!r}", f"no Avro type can be derived from {what}", fix, field=field)
+
+
+def avro_of_frame(frame: nw.DataFrame[Any], name: str) -> dict[str, Any]:
+    """The Avro record of a frame's columns: each may be null, which is its default, so that columns may come and go.
+
+    Timestamps with a time zone are instants, those without are local ones; both in microseconds.
+
+    Args:
+        frame: The frame, of any length.
+        name: Name of the record.
+
+    Raises:
+        InvalidRecordError: A column's name or type has no Avro form.
+    """
+    fields = []
+    for column in frame.columns:
+        if not _NAME.fullmatch(column):
+            raise InvalidRecordError(
+                f"data frame, column {column!r}",
+                "Avro does not allow this name",
+                "Rename it: letters, digits and underscores, not a digit first",
+                field=column,
+            )
+        series = frame[column]
+        fields.append({"name": column, "type": ["null", _of_dtype(series, series.dtype, column)], "default": None})
+    return {"type": "record", "name": record_name(name), "fields": fields}
+
+
+def key_of_frame(frame: nw.DataFrame[Any], fields: Sequence[str], name: str) -> AvroType:
+    """The Avro type of a frame's key columns: of the only one, or a record of several.
+
+    Raises:
+        InvalidRecordError: A column's name or type has no Avro form.
+    """
+    record = avro_of_frame(frame.select(*fields), name)
+    types_ = [field["type"][1] for field in record["fields"]]
+    if len(types_) == 1:
+        return cast("AvroType", types_[0])
+    record["fields"] = [{"name": name, "type": avro} for name, avro in zip(fields, types_, strict=True)]
+    return record
+
+
+def _of_dtype(series: nw.Series[Any], dtype: Any, place: str) -> AvroType:
+    kind = type(dtype).__name__
+    known = _COLUMNS.get(kind)
+    if known is not None:
+        return known
+    if kind == "Object":
+        # pandas has no other type for dates, nor for booleans beside missing ones.
+        found = {type(value) for value in series.drop_nulls().to_list()}
+        if len(found) == 1 and (scalar := _SCALARS.get(found.pop())) is not None:
+            return scalar
+    if kind == "Datetime":
+        return {"type": "long", "logicalType": f"{'' if dtype.time_zone else 'local-'}timestamp-micros"}
+    if kind == "Decimal" and dtype == series.dtype:
+        native: Any = series.to_native()
+        native = getattr(native, "dtype", None) or native.type
+        native = getattr(native, "pyarrow_dtype", native)
+        return decimal_type(native.precision or 38, native.scale or 0)
+    if kind in {"List", "Array"}:
+        return {"type": "array", "items": ["null", _of_dtype(series, dtype.inner, f"{place}_item")]}
+    if kind == "Struct":
+        fields = [
+            {"name": field.name, "type": ["null", _of_dtype(series, field.dtype, f"{place}_{field.name}")]}
+            for field in dtype.fields
+        ]
+        return {"type": "record", "name": record_name(place), "fields": [f | {"default": None} for f in fields]}
+    raise InvalidRecordError(
+        f"data frame, column {place!r}",
+        f"no Avro type can be derived from {dtype}",
+        "Cast it, or give the schema as text",
+        field=place,
+    )
+
+
+def rows_of_frame(frame: nw.DataFrame[Any], *, nan_is_null: bool = True) -> list[dict[str, Any]]:
+    """A frame's rows as mappings of Python values; what pandas calls missing is None.
+
+    Args:
+        frame: The frame.
+        nan_is_null: Whether NaN is None in the other libraries' frames too, where it is a number beside null.
+    """
+    columns = []
+    for name in frame.columns:
+        series = frame[name]
+        values = series.to_list()
+        if frame.implementation.is_pandas_like():
+            if series.null_count():
+                missing = series.is_null().to_list()
+                values = [None if gone else value for value, gone in zip(values, missing, strict=True)]
+            if type(series.dtype).__name__ == "Datetime":
+                values = [value and value.to_pydatetime(warn=False) for value in values]
+        elif nan_is_null and series.dtype.is_float():
+            values = [None if value != value else value for value in values]  # noqa: PLR0124  (NaN is not itself)
+        columns.append(values)
+    names = frame.columns
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def json_schema_of_class(cls: type) -> dict[str, Any]:
+    """The JSON Schema of a dataclass or pydantic model, as pydantic writes it."""
+    return {"title": cls.__name__} | TypeAdapter(cls).json_schema(mode="serialization")
+
+
+def json_schema_of(avro: Any) -> dict[str, Any]:
+    """The JSON Schema of what an Avro type holds, as this package writes it as JSON."""
+    if isinstance(avro, list):
+        return {"anyOf": [json_schema_of(member) for member in avro]}
+    if isinstance(avro, str):
+        return dict(_JSON[avro])
+    logical = avro.get("logicalType", "")
+    if logical in _FORMATS:
+        return {"type": "string"} | ({"format": _FORMATS[logical]} if _FORMATS[logical] else {})
+    if avro["type"] == "array":
+        return {"type": "array", "items": json_schema_of(avro["items"])}
+    if avro["type"] == "record":
+        properties = {field["name"]: json_schema_of(field["type"]) for field in avro["fields"]}
+        return {"title": avro["name"], "type": "object", "properties": properties, "additionalProperties": False}
+    return json_schema_of(avro["type"])
+
+
+_JSON: Final[dict[str, dict[str, Any]]] = {
+    "null": {"type": "null"},
+    "boolean": {"type": "boolean"},
+    "int": {"type": "integer"},
+    "long": {"type": "integer"},
+    "float": {"type": "number"},
+    "double": {"type": "number"},
+    "string": {"type": "string"},
+    "bytes": {"type": "string"},
+}
+_FORMATS: Final = {
+    "date": "date",
+    "time-micros": "time",
+    "timestamp-micros": "date-time",
+    "local-timestamp-micros": None,
+    "decimal": None,
+    "uuid": "uuid",
+}
+
+
+def protobuf_of(avro: Mapping[str, Any]) -> Any:
+    """A message class for an Avro record: fields are numbered in their order, and may all be absent.
+
+    Instants are ``google.protobuf.Timestamp``; dates, times, local timestamps, decimals and UUIDs are text.
+
+    Raises:
+        InvalidRecordError: A field is a map, or a union of several types.
+    """
+    from google.protobuf import descriptor_pb2  # noqa: PLC0415  (optional)
+
+    package, _, name = avro["name"].rpartition(".")
+    file = descriptor_pb2.FileDescriptorProto(name=f"{avro['name']}.proto", package=package, syntax="proto3")
+    _add_message(file.message_type.add(), name, avro["fields"], f".{avro['name']}", file)
+    return message_class(file, [0])
+
+
+def _add_message(message: Any, name: str, fields: Sequence[Mapping[str, Any]], path: str, file: Any) -> None:
+    message.name = name
+    for number, field in enumerate(fields, 1):
+        avro, repeated = field["type"], False
+        if isinstance(avro, list):
+            members = [member for member in avro if member != "null"]
+            if len(members) != 1:
+                raise _not_in_protobuf(f"{name}.{field['name']}", "a union of several types")
+            avro = members[0]
+        if isinstance(avro, dict) and avro["type"] == "array":
+            avro, repeated = avro["items"], True
+            avro = avro[-1] if isinstance(avro, list) else avro
+        added = message.field.add(name=field["name"], number=number, label=3 if repeated else 1)
+        kind = _PROTOBUF.get(avro if isinstance(avro, str) else avro.get("logicalType") or avro["type"])
+        if kind == "timestamp":
+            added.type, added.type_name = 11, ".google.protobuf.Timestamp"
+            if _TIMESTAMP not in file.dependency:
+                file.dependency.append(_TIMESTAMP)
+        elif kind is not None:
+            added.type = kind
+        elif isinstance(avro, dict) and avro["type"] == "record":
+            added.type, added.type_name = 11, f"{path}.{avro['name']}"
+            _add_message(message.nested_type.add(), avro["name"], avro["fields"], added.type_name, file)
+        else:
+            raise _not_in_protobuf(f"{name}.{field['name']}", str(avro))
+        if not repeated:
+            added.proto3_optional = True
+            added.oneof_index = len(message.oneof_decl)
+            message.oneof_decl.add(name=f"_{field['name']}")
+
+
+_TIMESTAMP: Final = "google/protobuf/timestamp.proto"
+# Numbers are those of google.protobuf.FieldDescriptorProto.Type.
+_PROTOBUF: Final[dict[str, Any]] = {
+    "boolean": 8,
+    "int": 5,
+    "long": 3,
+    "float": 2,
+    "double": 1,
+    "string": 9,
+    "bytes": 12,
+    "timestamp-micros": "timestamp",
+    **dict.fromkeys(("date", "time-micros", "local-timestamp-micros", "decimal", "uuid"), 9),
+}
+
+
+def _not_in_protobuf(place: str, what: str) -> InvalidRecordError:
+    return InvalidRecordError(
+        f"schema, field {place!r}",
+        f"no Protobuf field can be derived from {what}",
+        "Give a message class that protoc made, or the .proto file",
+        field=place.rpartition(".")[2],
+    )
+
+
+def message_class(file: Any, indexes: Sequence[int], files: Sequence[Any] = ()) -> Any:
+    """The class of a message in a FileDescriptorProto, in a pool of its own.
+
+    Args:
+        file: The file.
+        indexes: Where the message is: its number in the file, and in each message around it.
+        files: The files that it imports; Google's own well-known ones are found by themselves.
+    """
+    from google.protobuf import descriptor_pool, message_factory  # noqa: PLC0415  (optional)
+
+    pool = descriptor_pool.DescriptorPool()
+    known = descriptor_pool.Default()
+    given = {imported.name: imported for imported in files}
+
+    def add(one: Any) -> None:
+        for name in one.dependency:
+            if name in given:
+                add(given.pop(name))
+            else:
+                add_known(known.FindFileByName(name))
+        pool.Add(one)
+
+    def add_known(descriptor: Any) -> None:
+        from google.protobuf import descriptor_pb2  # noqa: PLC0415  (optional)
+
+        proto = descriptor_pb2.FileDescriptorProto()
+        descriptor.CopyToProto(proto)
+        add(proto)
+
+    from google.protobuf import timestamp_pb2  # noqa: F401, PLC0415  (makes it known)
+
+    add(file)
+    messages = list(pool.FindFileByName(file.name).message_types_by_name.values())
+    message = messages[indexes[0]]
+    for index in indexes[1:]:
+        message = message.nested_types[index]
+    return message_factory.GetMessageClass(message)
+
+
+def message_to_dict(message: Any) -> dict[str, Any]:
+    """A Protobuf message as a mapping: absent fields are None, timestamps aware datetimes, enums their names."""
+    values: dict[str, Any] = {}
+    for field in message.DESCRIPTOR.fields:
+        value = getattr(message, field.name)
+        if field.has_presence and not message.HasField(field.name):
+            values[field.name] = None
+        elif isinstance(value, Mapping):
+            values[field.name] = {key: _from_message(item, field, map_=True) for key, item in value.items()}
+        elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+            values[field.name] = [_from_message(item, field) for item in value]
+        else:
+            values[field.name] = _from_message(value, field)
+    return values
+
+
+def _from_message(value: Any, field: Any, *, map_: bool = False) -> Any:
+    if hasattr(value, "ToDatetime"):
+        return value.ToDatetime(dt.timezone.utc)
+    if hasattr(value, "DESCRIPTOR"):
+        return message_to_dict(value)
+    if field.enum_type is not None and not map_:
+        known = field.enum_type.values_by_number.get(value)
+        return known.name if known else value
+    return value

@@ -1,0 +1,883 @@
+"""Values and keys with a schema of a Schema Registry: Avro, Protobuf and JSON Schema, by confluent-kafka's serializers.
+
+Bytes are in Confluent's wire format: a zero, the schema's id in four bytes, then the value.
+https://docs.confluent.io/platform/current/schema-registry/fundamentals/serdes-develop/index.html#wire-format
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import dataclasses
+import enum
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal, cast
+
+import narwhals as nw
+import orjson
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError
+from dataforge_kafka_dagster.kafka.registry import INSTALL, SchemaRegistry, SchemaRegistryConfig
+from dataforge_kafka_dagster.kafka.schema_types import (
+    avro_of_class,
+    avro_of_frame,
+    json_schema_of,
+    json_schema_of_class,
+    key_of_frame,
+    message_class,
+    message_to_dict,
+    protobuf_of,
+    record_name,
+    rows_of_frame,
+)
+from dataforge_kafka_dagster.kafka.serialization import record_name as name_of
+from dataforge_kafka_dagster.kafka.serialization import refuse_non_finite, to_json
+
+SchemaFormat = Literal["avro", "json_schema", "protobuf"]
+SubjectStrategy = Literal["topic", "record", "topic_record"]
+
+_REGISTRY_TYPES: Final[dict[SchemaFormat, str]] = {"avro": "AVRO", "json_schema": "JSON", "protobuf": "PROTOBUF"}
+_SUFFIXES: Final[dict[str, SchemaFormat]] = {".avsc": "avro", ".json": "json_schema", ".proto": "protobuf"}
+_INSTANTS: Final = frozenset({"timestamp-millis", "timestamp-micros", "timestamp-nanos"})
+
+
+class KafkaSchema(BaseModel):
+    """Which schema values or keys have, and what the registry is asked for. Picklable.
+
+    The schema is given as ``text`` or ``file``, as a Protobuf ``message``, by `of` from a class, or not at all: then it
+    is derived from a frame's columns, or from the dataclass or pydantic model of the first record.
+
+    Args:
+        format: "avro", "json_schema" or "protobuf"; what the file's ending says (.avsc, .json, .proto), else "avro".
+        text: The schema as text: Avro's or JSON Schema's JSON, or a .proto file's.
+        file: A file that holds it, read when the first publication needs it.
+        message: A message class that protoc made, as 'package.module_pb2:Message'; of a .proto text with several
+            messages, the name of one.
+        name: Name of a derived record, dots part its namespace; the topic's if None.
+        auto_register: Whether a schema that the subject does not have yet is registered. The registry refuses it if it
+            is not compatible with the subject's versions, by the rule that is set there. False: it must be there.
+        use_latest_version: Take the subject's latest version from the registry instead of giving a schema. The subject
+            strategies by record need the record's ``name`` then.
+        subject_strategy: "topic" (subject ``<topic>-value`` or ``<topic>-key``), "record" (the record's full name) or
+            "topic_record" (``<topic>-<record's full name>``).
+
+    Raises:
+        pydantic.ValidationError: Options do not fit together.
+
+    Example:
+        >>> KafkaSchema(file="schemas/flight.avsc", auto_register=False)
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: SchemaFormat = "avro"
+    text: str | None = None
+    file: str | None = None
+    message: str | None = None
+    name: str | None = None
+    auto_register: bool = True
+    use_latest_version: bool = False
+    subject_strategy: SubjectStrategy = "topic"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _format_of_file(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            data = dict(data)
+            if isinstance(data.get("text"), (Mapping, list)):
+                data["text"] = json.dumps(data["text"])
+            if isinstance(data.get("file"), Path):
+                data["file"] = str(data["file"])
+            if "format" not in data and isinstance(data.get("file"), str):
+                data["format"] = _SUFFIXES.get(Path(data["file"]).suffix, "avro")
+            if "format" not in data and data.get("message"):
+                data["format"] = "protobuf"
+        return data
+
+    @model_validator(mode="after")
+    def _fits(self) -> KafkaSchema:
+        given = [name for name in ("text", "file", "message") if getattr(self, name) is not None]
+        if self.use_latest_version and given:
+            raise ValueError(f"use_latest_version takes the schema from the registry: leave out {', '.join(given)}")
+        if self.use_latest_version and self.subject_strategy != "topic" and not self.name:
+            raise ValueError("use_latest_version finds its subject by the record's name: set name")
+        if {"text", "file"} <= set(given):
+            raise ValueError("text and file name the same thing: give one of them")
+        if self.message is not None and self.format != "protobuf":
+            raise ValueError(f"message={self.message!r} is Protobuf's: set format='protobuf'")
+        if self.message is not None and len(given) == 1 and ":" not in self.message:
+            raise ValueError(f"message={self.message!r} is not an import path 'package.module_pb2:Message'")
+        return self
+
+    @classmethod
+    def of(cls, model: type, **options: Any) -> KafkaSchema:
+        """The schema of a dataclass or pydantic model, or of a message class that protoc made.
+
+        Args:
+            model: The class.
+            options: The others of this class: format, auto_register, subject_strategy.
+
+        Raises:
+            InvalidRecordError: A field's type has no type in the format.
+            KafkaConfigError: The class is none of these.
+        """
+        if _is_message(model):
+            return cls(message=_path_of(model), **options)
+        return cls(**options).with_class(model)
+
+    @classmethod
+    def parse(cls, given: Any) -> KafkaSchema:
+        """A schema from what metadata and configuration hold.
+
+        Args:
+            given: A `KafkaSchema`; a mapping of its options; or a str: a format (the schema is derived), "latest" (the
+                registry's latest version, Avro), or a file that ends in .avsc, .json or .proto.
+
+        Raises:
+            KafkaConfigError: It is none of these, or the options do not fit together.
+        """
+        fix = (
+            "Give 'avro', 'json_schema', 'protobuf', 'latest', a file (.avsc, .json, .proto), or KafkaSchema's options"
+        )
+        if isinstance(given, KafkaSchema):
+            return given
+        try:
+            if isinstance(given, Mapping):
+                return cls(**given)
+            if given == "latest":
+                return cls(use_latest_version=True)
+            if isinstance(given, str) and given in _REGISTRY_TYPES:
+                return cls.model_validate({"format": given})
+            if isinstance(given, str) and Path(given).suffix in _SUFFIXES:
+                return cls(file=given)
+        except ValidationError as error:
+            said = "; ".join(str(part["msg"]).removeprefix("Value error, ") for part in error.errors())
+            raise KafkaConfigError(f"schema {given!r}", said, fix) from None
+        raise KafkaConfigError(f"schema {given!r}", "it names no schema", fix)
+
+    def to_metadata(self) -> dict[str, Any]:
+        """The options that were given, as JSON values: for an asset's metadata, where `parse` reads them."""
+        return self.model_dump(exclude_defaults=True)
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the schema is known without an output."""
+        return self.use_latest_version or bool(self.text or self.file or self.message)
+
+    def with_class(self, model: type) -> KafkaSchema:
+        """This schema, derived from a dataclass or pydantic model.
+
+        Raises:
+            InvalidRecordError: A field's type has no type in the format.
+            KafkaConfigError: The class is neither.
+        """
+        if not (dataclasses.is_dataclass(model) or issubclass(model, BaseModel)):
+            raise KafkaConfigError(
+                f"schema from {model.__qualname__}",
+                "no schema can be derived from this type",
+                "Give the schema as text or file, or publish dataclasses, pydantic models or a data frame",
+            )
+        if self.format == "json_schema":
+            return self._with_json(json_schema_of_class(model) | ({"title": self.name} if self.name else {}))
+        return self.with_avro(avro_of_class(model) | ({"name": record_name(self.name)} if self.name else {}))
+
+    def with_avro(self, avro: Any) -> KafkaSchema:
+        """This schema, of what an Avro schema describes, in its own format.
+
+        Raises:
+            InvalidRecordError: A field's type has no type in the format.
+        """
+        if self.format == "json_schema":
+            return self._with_json(json_schema_of(avro))
+        if self.format == "protobuf":
+            file = protobuf_of(avro).DESCRIPTOR.file
+            return self._with_text(base64.b64encode(file.serialized_pb).decode())
+        return self._with_text(json.dumps(_as_mapping(avro)))
+
+    def _with_json(self, schema: Mapping[str, Any]) -> KafkaSchema:
+        return self._with_text(json.dumps(schema))
+
+    def _with_text(self, text: str) -> KafkaSchema:
+        return self.model_copy(update={"text": text, "name": None})
+
+    def read(self) -> str | None:
+        """The schema's text, from its file if it is in one; None if it is not given as text.
+
+        Raises:
+            KafkaConfigError: The file cannot be read.
+        """
+        if self.file is None:
+            return self.text
+        try:
+            return Path(self.file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise KafkaConfigError(
+                f"schema file {self.file!r}", str(error), f"Give a file that is readable from {Path.cwd()}"
+            ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class RegisteredSchema:
+    """A schema as the registry knows it.
+
+    Attributes:
+        part: "value" or "key".
+        format: "avro", "json_schema" or "protobuf".
+        subject: The subject.
+        id: The id that stands in front of each value.
+        version: The subject's version, from 1; None if the registry does not tell.
+    """
+
+    part: Literal["value", "key"]
+    format: SchemaFormat
+    subject: str
+    id: int
+    version: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Compatibility:
+    """Whether a schema may be registered.
+
+    Attributes:
+        compatible: Whether the registry would take it.
+        subject: The subject that was asked.
+        version: Its latest version, from 1; None if it has none yet, which every schema is compatible with.
+        reason: The registry's words if it refuses.
+    """
+
+    compatible: bool
+    subject: str
+    version: int | None
+    reason: str = ""
+
+
+def _is_message(cls: type) -> bool:
+    return hasattr(cls, "DESCRIPTOR") and hasattr(cls, "SerializeToString")
+
+
+def _path_of(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _conf(schema: KafkaSchema) -> dict[str, Any]:
+    import confluent_kafka.schema_registry as package  # noqa: PLC0415  (optional)
+
+    return {
+        "auto.register.schemas": schema.auto_register and not schema.use_latest_version,
+        "subject.name.strategy": getattr(package, f"{schema.subject_strategy}_subject_name_strategy"),
+    }
+
+
+class SchemaEncoder:
+    """Encodes the values, or the keys, of one topic with a schema of the registry.
+
+    The schema is looked up or registered once, when the first rows or a frame's columns are known, so before anything
+    is sent. `registered` says as what.
+
+    Args:
+        registry: The registry.
+        schema: Which schema.
+        topic: The topic, which names the subject.
+        part: "value" or "key".
+    """
+
+    def __init__(
+        self, registry: SchemaRegistry, schema: KafkaSchema, topic: str, part: Literal["value", "key"] = "value"
+    ) -> None:
+        self.registered: RegisteredSchema | None = None
+        self._registry = registry
+        self._schema = schema
+        self._topic = topic
+        self._part = part
+        self._serialize: Callable[[Any], bytes] | None = None
+        self._context: Any = None
+        self._avro: Any = None
+        self._instants: list[str] = []
+
+    @property
+    def form(self) -> SchemaFormat:
+        """The format of what it encodes."""
+        return self._schema.format
+
+    def prepare(self, like: Any = None, key: Sequence[str] = ()) -> None:
+        """Look up or register the schema, once.
+
+        Args:
+            like: A narwhals data frame or a row, from which the schema is derived if none is given.
+            key: The frame's key columns, for an encoder of keys.
+
+        Raises:
+            InvalidRecordError: A column or field has no type in the format.
+            KafkaConfigError: No schema is given, and none can be derived; or what is given is no schema.
+            KafkaError: The registry refused the schema or does not answer.
+        """
+        if self._serialize is not None:
+            return
+        self._schema = self._settled(like, key)
+        build = {
+            "avro": self._avro_serializer,
+            "json_schema": self._json_serializer,
+            "protobuf": self._protobuf_serializer,
+        }
+        with _installed(self.form):
+            self._serialize = build[self.form]()
+
+    def compatibility(self, like: Any = None, key: Sequence[str] = ()) -> Compatibility:
+        """Whether the registry would take the schema; nothing is registered. Takes and raises what `prepare` does."""
+        from confluent_kafka.schema_registry.error import SchemaRegistryError  # noqa: PLC0415  (optional)
+
+        client, schema = self._registry.client, self._settled(like, key)
+        with _installed(self.form):
+            text, name = (None, schema.name) if schema.use_latest_version else self._text_of(schema)
+        subject = self._subject(name)
+        with self._registry.errors(f"subject {subject!r}"):
+            try:
+                latest = client.get_latest_version(subject)
+            except SchemaRegistryError as error:
+                if error.http_status_code != 404:  # noqa: PLR2004
+                    raise
+                gone = f"the subject has no version: {error.error_message}" if schema.use_latest_version else ""
+                return Compatibility(not gone, subject, None, gone)
+            if text is None or client.test_compatibility(subject, _registry_schema(text, self.form)):
+                return Compatibility(True, subject, latest.version)  # noqa: FBT003
+        reason = f"the registry's rule refuses it as not compatible with version {latest.version} of {subject!r}"
+        return Compatibility(False, subject, latest.version, reason)  # noqa: FBT003
+
+    def _settled(self, like: Any, key: Sequence[str]) -> KafkaSchema:
+        """The schema, derived if none is given."""
+        schema = self._schema
+        if schema.is_given:
+            return schema
+        if isinstance(like, nw.DataFrame):
+            name = schema.name or self._topic
+            if self._part == "value":
+                return schema.with_avro(avro_of_frame(like, name))
+            avro = key_of_frame(like, key, f"{name}_key")
+            if self.form == "protobuf" and len(key) == 1:
+                raise self._not_derived("a single column is no Protobuf message")
+            return schema.with_avro(avro)
+        return self._derived_from(like)
+
+    def _derived_from(self, like: Any) -> KafkaSchema:
+        if _is_message(type(like)):
+            return self._schema.model_copy(update={"message": _path_of(type(like)), "format": "protobuf"})
+        if isinstance(like, Mapping) or like is None or not hasattr(like, "__dict__"):
+            raise self._not_derived(f"a {type(like).__qualname__} does not say which types its fields have")
+        return self._schema.with_class(type(like))
+
+    def _not_derived(self, cause: str) -> KafkaConfigError:
+        return KafkaConfigError(
+            f"{self._part} schema {self.form!r} of topic {self._topic!r}",
+            f"it cannot be derived: {cause}",
+            "Give the schema as text or file, or publish dataclasses, pydantic models or a data frame",
+        )
+
+    def _text_of(self, schema: KafkaSchema) -> tuple[str, str | None]:
+        """A given schema's text, as the registry keeps it, and its record's name."""
+        if self.form == "protobuf":
+            descriptor = self._message_of(schema).DESCRIPTOR
+            return base64.b64encode(descriptor.file.serialized_pb).decode(), descriptor.full_name
+        text = cast("str", schema.read())
+        try:
+            parsed = json.loads(text)
+            if self.form == "avro":
+                from fastavro import parse_schema  # noqa: PLC0415  (optional)
+
+                parse_schema(parsed)
+            else:
+                from jsonschema.validators import validator_for  # noqa: PLC0415  (optional)
+
+                validator_for(parsed).check_schema(parsed)
+        except ImportError:
+            raise
+        except Exception as error:
+            raise self._bad_schema(error) from error
+        if self.form == "avro" and isinstance(parsed, str):
+            parsed = _as_mapping(parsed)
+            text = json.dumps(parsed)
+        return text, _record_name(parsed, self.form)
+
+    def _known_schema(self) -> tuple[Any, dict[str, Any]]:
+        """The schema as the registry takes it, looked up or registered; and what the serializer is to know of it."""
+        schema, client = self._schema, self._registry.client
+        if schema.use_latest_version:
+            subject = self._subject(schema.name)
+            with self._registry.errors(f"subject {subject!r}"):
+                found = client.get_latest_version(subject)
+            self._check_type(found.schema, subject)
+            self.registered = RegisteredSchema(self._part, self.form, subject, int(found.schema_id or 0), found.version)
+            # Only with use.latest.version does confluent-kafka run the rules of a data contract: slowly.
+            return found.schema, {"use.latest.version": True} if found.schema.rule_set else {}
+        text, name = self._text_of(schema)
+        given = _registry_schema(text, self.form)
+        subject = self._subject(name)
+        with self._registry.errors(f"subject {subject!r}"):
+            if schema.auto_register:
+                client.register_schema(subject, given)
+            found = client.lookup_schema(subject, given)
+        self.registered = RegisteredSchema(self._part, self.form, subject, int(found.schema_id or 0), found.version)
+        return given, {}
+
+    def _check_type(self, found: Any, subject: str) -> None:
+        if found.schema_type != _REGISTRY_TYPES[self.form]:
+            raise KafkaConfigError(
+                f"subject {subject!r}",
+                f"its latest version is of type {found.schema_type}, not {_REGISTRY_TYPES[self.form]}",
+                "Set the schema's format to that",
+            )
+
+    def _subject(self, name: str | None) -> str:
+        strategy = _conf(self._schema)["subject.name.strategy"]
+        if name is None and self._schema.subject_strategy != "topic":
+            raise KafkaConfigError(
+                f"{self._part} schema of topic {self._topic!r}",
+                f"subject_strategy={self._schema.subject_strategy!r} needs a record's name, which the schema lacks",
+                "Name it (in JSON Schema: its title), or use the subject strategy 'topic'",
+            )
+        return cast("str", strategy(self._context_of(), name))
+
+    def _context_of(self) -> Any:
+        if self._context is None:
+            from confluent_kafka.serialization import MessageField, SerializationContext  # noqa: PLC0415  (heavy)
+
+            self._context = SerializationContext(self._topic, getattr(MessageField, self._part.upper()))
+        return self._context
+
+    def _bad_schema(self, error: Exception) -> KafkaConfigError:
+        return KafkaConfigError(
+            f"{self._part} schema of topic {self._topic!r}", f"it is no {self.form} schema: {error}", "Correct it"
+        )
+
+    def _build(self, make: Callable[[], Any]) -> Callable[[Any], bytes]:
+        with self._registry.errors(f"{self._part} schema of topic {self._topic!r}"):
+            try:
+                serializer = make()
+            except (KafkaError, ImportError):
+                raise
+            except Exception as error:
+                if type(error).__module__.startswith(("confluent_kafka", "httpx")):
+                    raise
+                raise self._bad_schema(error) from error
+        context = self._context_of()
+        return lambda value: cast("bytes", serializer(value, context))
+
+    def _avro_serializer(self) -> Callable[[Any], bytes]:
+        from confluent_kafka.schema_registry.avro import AvroSerializer  # noqa: PLC0415  (optional)
+
+        schema, more = self._known_schema()
+        self._avro = json.loads(schema.schema_str)
+        if isinstance(self._avro, dict) and self._avro.get("type") == "record":
+            self._instants = [field["name"] for field in self._avro["fields"] if _is_instant(field["type"])]
+        # A field that the schema lacks is an error, not left out.
+        conf = _conf(self._schema) | {"validate.strict.allow.default": True} | more
+        serialize = self._build(lambda: AvroSerializer(self._registry.client, schema, conf=conf))
+        if self._instants:
+            return lambda row: serialize(self._checked(_plain(row)))
+        return lambda row: serialize(_plain(row))
+
+    def _json_serializer(self) -> Callable[[Any], bytes]:
+        from confluent_kafka.schema_registry.json_schema import JSONSerializer  # noqa: PLC0415  (optional)
+
+        schema, more = self._known_schema()
+        conf, client = _conf(self._schema) | more, self._registry.client
+        serialize = self._build(lambda: JSONSerializer(schema, client, conf=conf, json_encode=orjson.dumps))
+        return lambda row: serialize(_json_values(row))
+
+    def _protobuf_serializer(self) -> Callable[[Any], bytes]:
+        from confluent_kafka.schema_registry.protobuf import ProtobufSerializer  # noqa: PLC0415  (optional)
+        from google.protobuf.json_format import ParseDict  # noqa: PLC0415  (optional)
+
+        conf = _conf(self._schema)
+        if self._schema.use_latest_version:
+            latest, more = self._known_schema()
+            cls = self._message_of_text(latest.schema_str)
+            # The serializer's own text of the schema may differ from the registry's: the id is what counts.
+            conf |= more or self._with_this_id(cls)
+        else:
+            cls = self._message_of(self._schema)
+        serialize = self._build(lambda: ProtobufSerializer(cls, self._registry.client, conf=conf))
+        if not self._schema.use_latest_version:
+            self._register_message(cls, serialize)
+        return lambda row: serialize(row if isinstance(row, cls) else ParseDict(_json_values(row), cls()))
+
+    def _with_this_id(self, cls: Any) -> dict[str, Any]:
+        """Settings of a serializer that asks nothing and writes the id that is known."""
+        from confluent_kafka.schema_registry import prefix_schema_id_serializer  # noqa: PLC0415  (optional)
+        from confluent_kafka.schema_registry.serde import SchemaId  # noqa: PLC0415  (optional)
+
+        number = cast("RegisteredSchema", self.registered).id
+        index = list(cls.DESCRIPTOR.file.message_types_by_name).index(cls.DESCRIPTOR.name)
+        place = SchemaId("PROTOBUF", number, None, [index])
+        return {
+            "subject.name.strategy": lambda _context, _name: None,
+            "schema.id.serializer": lambda payload, context, _: prefix_schema_id_serializer(payload, context, place),
+        }
+
+    def _message_of(self, schema: KafkaSchema) -> Any:
+        text = schema.read()
+        return self._imported_message(schema.message or "") if text is None else self._message_of_text(text)
+
+    def _message_of_text(self, text: str) -> Any:
+        file = _file_of_text(text)
+        names = [message.name for message in file.message_type]
+        wanted = self._schema.message
+        if wanted is None and len(names) != 1:
+            raise self._bad_schema(ValueError(f"it has the messages {', '.join(names)}; name one as message"))
+        if wanted is not None and wanted not in names:
+            raise self._bad_schema(ValueError(f"it has no message {wanted!r}, but {', '.join(names)}"))
+        return message_class(file, [names.index(wanted) if wanted else 0])
+
+    @staticmethod
+    def _imported_message(path: str) -> Any:
+        module, _, name = path.partition(":")
+        try:
+            cls = importlib.import_module(module)
+            for part in name.split("."):
+                cls = getattr(cls, part)
+        except (ImportError, AttributeError) as error:
+            raise KafkaConfigError(
+                f"message={path!r}", str(error), "Give an import path 'package.module_pb2:Message'"
+            ) from error
+        if not _is_message(cast("Any", cls)):
+            raise KafkaConfigError(f"message={path!r}", "it is no Protobuf message class", "Give one that protoc made")
+        return cls
+
+    def _register_message(self, cls: Any, serialize: Callable[[Any], bytes]) -> None:
+        """Let the serializer look up or register the message with all that it imports, and learn its id."""
+        subject = self._subject(cls.DESCRIPTOR.full_name)
+        with self._registry.errors(f"subject {subject!r}"):
+            client = self._registry.client
+            number = int.from_bytes(serialize(cls())[1:5], "big")
+            found = client.lookup_schema(subject, client.get_schema(number, subject))
+        self.registered = RegisteredSchema(self._part, self.form, subject, number, found.version)
+
+    def rows(self, frame: nw.DataFrame[Any]) -> list[dict[str, Any]]:
+        """A frame's rows as this encodes them; NaN is a number in Avro, and null in the formats that have none."""
+        return rows_of_frame(frame, nan_is_null=self.form != "avro")
+
+    def __call__(self, rows: Sequence[Any], start: int = 0) -> list[bytes | None]:
+        """The rows, encoded; None stays None.
+
+        Args:
+            rows: Values or keys: mappings, dataclasses, pydantic models, Protobuf messages, or what the schema's type
+                is, such as str.
+            start: Position of the first in the output, for errors.
+
+        Raises:
+            InvalidRecordError: A row does not fit the schema.
+            KafkaError: The registry refused the schema or does not answer.
+        """
+        if self._serialize is None:
+            self.prepare(next((row for row in rows if row is not None), None))
+        serialize = cast("Callable[[Any], bytes]", self._serialize)
+        encoded: list[bytes | None] = []
+        try:
+            encoded.extend(None if row is None else serialize(row) for row in rows)
+        except InvalidRecordError as error:
+            index = start + len(encoded)
+            raise self._misfit(rows[len(encoded)], index, _FieldError(error.field, error.cause)) from error
+        except KafkaError:
+            raise
+        except Exception as error:
+            index = start + len(encoded)
+            with self._registry.errors(f"{self._part} schema of topic {self._topic!r}"):
+                if type(error).__module__.startswith("httpx") or type(error).__name__ == "SchemaRegistryError":
+                    raise
+            raise self._misfit(rows[len(encoded)], index, error) from error
+        return encoded
+
+    def _checked(self, row: Any) -> Any:
+        """The row, if Avro can say when its datetimes are."""
+        for name in self._instants:
+            value = row.get(name)
+            # The serializer would take it for this machine's local time.
+            if value is not None and getattr(value, "tzinfo", self) is None:
+                raise _FieldError(name, "a datetime without a time zone is no instant")
+        return row
+
+    def _misfit(self, row: Any, index: int, error: Exception) -> InvalidRecordError:
+        field, cause = self._find(row, error)
+        place = f", field {field!r}" if field else ""
+        what = "key" if self._part == "key" else "value"
+        return InvalidRecordError(
+            f"{name_of(index)}{place}",
+            f"its {what} does not fit the schema of topic {self._topic!r}: {cause[:500]}",
+            "Correct the record, or change the schema",
+            index=index,
+            field=field,
+        )
+
+    def _find(self, row: Any, error: Exception) -> tuple[str | None, str]:
+        """The field at fault, if it can be told, and what is wrong with it."""
+        if isinstance(error, _FieldError):
+            return error.field, error.cause
+        if self.form == "json_schema" and error.__context__ is not None and hasattr(error.__context__, "absolute_path"):
+            failed: Any = error.__context__
+            return ".".join(map(str, failed.absolute_path)) or None, failed.message
+        if self.form == "avro":
+            found = _avro_misfit(_plain(row), self._avro)
+            if found is not None:
+                return found
+        match = re.search(r"""(?:on field |no value and no default for |named "|parse )([A-Za-z_]\w*)""", str(error))
+        return match.group(1) if match else None, str(error)
+
+
+class _FieldError(ValueError):
+    def __init__(self, field: str | None, cause: str) -> None:
+        super().__init__(cause)
+        self.field = field
+        self.cause = cause
+
+
+def _avro_misfit(row: Any, schema: Any) -> tuple[str | None, str] | None:
+    from fastavro.validation import ValidationError as AvroValidationError  # noqa: PLC0415  (optional)
+    from fastavro.validation import validate  # noqa: PLC0415
+
+    if isinstance(row, Mapping) and isinstance(schema, dict) and schema.get("type") == "record":
+        names = [field["name"] for field in schema["fields"]]
+        more = [name for name in row if name not in names]
+        if more:
+            return str(more[0]), f"the schema has no such field; it has {', '.join(names[:30])}"
+        for field in schema["fields"]:
+            if field["name"] not in row and "default" not in field:
+                return field["name"], "the record lacks it, and the schema has no default for it"
+    try:
+        validate(row, schema)
+    except AvroValidationError as error:
+        found = [part for part in error.errors if not isinstance(part, str)]
+        if found:
+            worst = max(found, key=lambda part: part.field.count(".") if part.field else 0)
+            path = worst.field or ""
+            for name in sorted(_record_names(schema), key=len, reverse=True):
+                path = path.replace(f"{name}.", "")
+            wanted = [part.schema for part in found if part.field == worst.field]
+            return path or None, f"it is of type {type(worst.datum).__qualname__}, not {' or '.join(map(str, wanted))}"
+    except Exception:  # noqa: BLE001  (references to other schemas, or names of its own: the first error stands)
+        return None
+    return None
+
+
+def _record_names(schema: Any, space: str = "") -> set[str]:
+    """The names of an Avro schema's records, as fastavro puts them into a field's path."""
+    if isinstance(schema, list):
+        return set().union(*(_record_names(member, space) for member in schema))
+    if not isinstance(schema, dict):
+        return set()
+    space = schema.get("namespace", space)
+    names = {name for key in ("items", "values", "type") for name in _record_names(schema.get(key), space)}
+    if schema.get("type") == "record":
+        name = schema["name"]
+        names.add(name if "." in name or not space else f"{space}.{name}")
+        names.update(name for field in schema["fields"] for name in _record_names(field["type"], space))
+    return names
+
+
+def _is_instant(avro: Any) -> bool:
+    members = avro if isinstance(avro, list) else [avro]
+    return any(isinstance(member, dict) and member.get("logicalType") in _INSTANTS for member in members)
+
+
+def _registry_schema(text: str, form: SchemaFormat) -> Any:
+    from confluent_kafka.schema_registry import Schema  # noqa: PLC0415  (optional)
+
+    return Schema(text, _REGISTRY_TYPES[form])
+
+
+@contextlib.contextmanager
+def _installed(form: SchemaFormat) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise KafkaConfigError(f"{form} schema", f"a package is missing: {error.name}", INSTALL) from error
+
+
+def _as_mapping(avro: Any) -> Any:
+    """A type as confluent-kafka's serializer takes it: not by its bare name."""
+    return {"type": avro} if isinstance(avro, str) else avro
+
+
+def _record_name(schema: Any, form: SchemaFormat) -> str | None:
+    if not isinstance(schema, dict):
+        return schema if isinstance(schema, str) else None
+    if form == "json_schema":
+        return schema.get("title")
+    name, space = schema.get("name"), schema.get("namespace")
+    return f"{space}.{name}" if space and name and "." not in name else name or schema.get("type")
+
+
+def _plain(value: Any) -> Any:
+    """A dataclass or model as a mapping, with enums as their values; anything else as it is."""
+    if type(value) in {dict, str, int}:
+        return value
+    if isinstance(value, BaseModel):
+        return {name: _inside(item) for name, item in value}
+    if dataclasses.is_dataclass(value):
+        return {field.name: _inside(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _inside(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_inside(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _inside(item) for key, item in value.items()}
+    return _plain(value)
+
+
+def _json_values(value: Any) -> Any:
+    """A value as JSON has it: what `to_json` writes, read again."""
+    encoded = to_json(value)
+    if b"null" in encoded:
+        refuse_non_finite(value, None)
+    return orjson.loads(encoded)
+
+
+def _file_of_text(text: str) -> Any:
+    """A FileDescriptorProto from its base64 form, which registries keep, or from .proto text by protoc."""
+    from google.protobuf import descriptor_pb2  # noqa: PLC0415  (optional)
+
+    try:
+        return descriptor_pb2.FileDescriptorProto.FromString(base64.b64decode(text, validate=True))
+    except (binascii.Error, ValueError):
+        pass
+    except Exception as error:
+        raise KafkaConfigError("Protobuf schema", str(error), "Give .proto text or a message class") from error
+    try:
+        from grpc_tools import protoc  # noqa: PLC0415  (optional)
+    except ImportError as error:
+        raise KafkaConfigError(
+            "Protobuf schema as text",
+            "protoc is missing, which reads it",
+            "Install grpcio-tools, or give a message class as KafkaSchema(message='package.module_pb2:Message')",
+        ) from error
+    with tempfile.TemporaryDirectory() as folder:
+        source, output = Path(folder) / "schema.proto", Path(folder) / "schema.bin"
+        source.write_text(text, encoding="utf-8")
+        include = str(Path(protoc.__file__).parent / "_proto")
+        done = subprocess.run(  # noqa: S603
+            [
+                sys.executable,
+                "-m",
+                "grpc_tools.protoc",
+                f"-I{folder}",
+                f"-I{include}",
+                f"--descriptor_set_out={output}",
+                str(source),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        if done.returncode:
+            raise KafkaConfigError("Protobuf schema", done.stderr.strip().replace(f"{folder}/", ""), "Correct it")
+        return descriptor_pb2.FileDescriptorSet.FromString(output.read_bytes()).file[0]
+
+
+class SchemaDecoder:
+    """Decodes values and keys by the schema they were written with, which the registry has by the id in their bytes.
+
+    Args:
+        registry: The registry.
+    """
+
+    def __init__(self, registry: SchemaRegistry) -> None:
+        self._registry = registry
+        self._decoders: dict[SchemaFormat, Callable[[bytes], Any]] = {}
+        self._messages: dict[Any, Any] = {}
+
+    def __call__(self, data: bytes | None, form: SchemaFormat) -> Any:
+        """A value: of a record a dict, else what its type is; None stays None.
+
+        Args:
+            data: The bytes.
+            form: The format they were written in.
+
+        Raises:
+            KafkaError: The registry does not know the schema or does not answer, or the bytes are of no such format.
+        """
+        if data is None:
+            return None
+        with self._registry.errors(f"the {form} schema of a record"):
+            if form not in self._decoders:
+                with _installed(form):
+                    self._decoders[form] = self._decoder(form)
+            return self._decoders[form](data)
+
+    def _decoder(self, form: SchemaFormat) -> Callable[[bytes], Any]:
+        client = self._registry.client
+        if form == "avro":
+            from confluent_kafka.schema_registry.avro import AvroDeserializer  # noqa: PLC0415  (optional)
+
+            return cast("Callable[[bytes], Any]", AvroDeserializer(client))
+        if form == "json_schema":
+            from confluent_kafka.schema_registry.json_schema import JSONDeserializer  # noqa: PLC0415  (optional)
+
+            # It was validated when it was written, and by the id in it no subject is needed.
+            conf = {"validate": False, "subject.name.strategy": lambda _context, _name: None}
+            decode = JSONDeserializer(None, schema_registry_client=client, conf=conf)
+            return cast("Callable[[bytes], Any]", decode)
+        return self._from_protobuf
+
+    def _from_protobuf(self, data: bytes) -> Any:
+        from confluent_kafka.schema_registry import dual_schema_id_deserializer  # noqa: PLC0415  (optional)
+        from confluent_kafka.schema_registry.serde import SchemaId  # noqa: PLC0415
+
+        found = SchemaId("PROTOBUF")
+        dual_schema_id_deserializer(data, None, found)
+        place = (found.id, tuple(found.message_indexes or [0]))
+        if place not in self._messages:
+            from confluent_kafka.schema_registry.protobuf import ProtobufDeserializer  # noqa: PLC0415  (optional)
+
+            schema = self._registry.client.get_schema(int(found.id or 0), fmt="serialized")
+            files = self._imported(schema)
+            cls = message_class(_file_of_text(schema.schema_str or ""), place[1], files)
+            self._messages[place] = ProtobufDeserializer(cls)
+        return message_to_dict(self._messages[place](data))
+
+    def _imported(self, schema: Any) -> list[Any]:
+        files = []
+        for reference in schema.references or ():
+            found = self._registry.client.get_version(reference.subject, reference.version, fmt="serialized").schema
+            file = _file_of_text(found.schema_str or "")
+            file.name = reference.name
+            files += [*self._imported(found), file]
+        return files
+
+
+def check_compatible(
+    registry: SchemaRegistryConfig,
+    schema: KafkaSchema,
+    topic: str,
+    *,
+    part: Literal["value", "key"] = "value",
+    like: Any = None,
+) -> Compatibility:
+    """Whether the registry would take a schema for a topic, by its rule for the subject; nothing is registered.
+
+    Args:
+        registry: The registry.
+        schema: The schema; with use_latest_version, whether the subject has one.
+        topic: The topic.
+        part: "value" or "key".
+        like: A data frame or a record, from which the schema is derived if none is given.
+
+    Raises:
+        KafkaConfigError: No schema is given, and none can be derived.
+        KafkaError: The registry does not answer.
+    """
+    if nw.dependencies.is_into_dataframe(like):
+        like = nw.from_native(like, eager_only=True)
+    return SchemaEncoder(SchemaRegistry(registry), schema, topic, part).compatibility(like)

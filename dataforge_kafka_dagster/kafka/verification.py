@@ -1,0 +1,123 @@
+"""What of a publication is not in its topics any more."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from confluent_kafka import TopicPartition
+
+from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig
+from dataforge_kafka_dagster.kafka.connection import Connection
+from dataforge_kafka_dagster.kafka.errors import KafkaError
+from dataforge_kafka_dagster.kafka.publication import PartitionOffsets, Publication
+from dataforge_kafka_dagster.kafka.reader import read_publication
+from dataforge_kafka_dagster.kafka.topics import look_at_topic
+
+_UNKNOWN: Final = frozenset({"UNKNOWN_TOPIC_OR_PART", "_UNKNOWN_TOPIC", "_UNKNOWN_PARTITION"})
+
+
+class Missing(NamedTuple):
+    """Records of a publication that are not where it put them.
+
+    Attributes:
+        topic: The topic.
+        partition: Kafka partition; None for all of them.
+        records: How many, as far as known.
+        cause: What happened to them.
+    """
+
+    topic: str
+    partition: int | None
+    records: int
+    cause: str
+
+
+def find_missing(
+    config: KafkaProducerConfig, publication: Publication, *, thorough: bool = False, timeout: float = 30.0
+) -> list[Missing]:
+    """What of a publication is gone: by retention, or because its topic was deleted, or made anew.
+
+    Compares the topic's id, and each Kafka partition's first and last offset, with the publication's own. Compaction
+    takes records from between them: only reading finds that.
+
+    Args:
+        config: The cluster.
+        publication: What to look for.
+        thorough: Also read all of its records, and compare their number and their bytes.
+        timeout: Longest wait for each answer, seconds.
+
+    Returns:
+        Nothing if it is there, whole.
+
+    Raises:
+        KafkaError: The brokers could not be asked.
+    """
+    connection = Connection(config)
+    missing = [
+        found
+        for topic in dict.fromkeys(offsets.topic for offsets in publication.offsets)
+        for found in _missing_of_topic(connection, topic, publication, timeout)
+    ]
+    connection.close()
+    if thorough and not missing:
+        missing = list(_missing_when_read(config, publication, timeout))
+    return missing
+
+
+def _missing_of_topic(
+    connection: Connection, topic: str, publication: Publication, timeout: float
+) -> Iterator[Missing]:
+    places = [offsets for offsets in publication.offsets if offsets.topic == topic]
+    records = sum(offsets.records for offsets in places)
+    try:
+        found = look_at_topic(connection, topic, timeout)
+    except KafkaError as error:
+        if error.code not in _UNKNOWN:
+            raise
+        yield Missing(topic, None, records, "the topic was deleted")
+        return
+    known = publication.topic_ids.get(topic)
+    if known is not None and found.id is not None and known != found.id:
+        yield Missing(topic, None, records, "the topic was deleted and made anew")
+        return
+    with contextlib.closing(
+        connection.consumer({"group.id": "dataforge-kafka-dagster", "enable.auto.commit": False})
+    ) as c:
+        for offsets in places:
+            ask = functools.partial(
+                c.get_watermark_offsets, TopicPartition(topic, offsets.partition), timeout, cached=False
+            )
+            low, high = connection.in_thread(ask, timeout, f"topic {topic!r}, Kafka partition {offsets.partition}")
+            before = _records_before(offsets, low)
+            if before:
+                cause = f"it begins at offset {low} now: retention or somebody deleted what was before"
+                yield Missing(topic, offsets.partition, before, cause)
+            elif high <= offsets.last:
+                cause = f"it ends at offset {high} now: it was made anew, or lost records that were not replicated"
+                yield Missing(topic, offsets.partition, offsets.records - _records_before(offsets, high), cause)
+
+
+def _records_before(offsets: PartitionOffsets, end: int) -> int:
+    return sum(max(0, min(last + 1, end) - first) for first, last in offsets.runs)
+
+
+def _missing_when_read(config: KafkaProducerConfig, publication: Publication, timeout: float) -> Iterator[Missing]:
+    records = size = 0
+    try:
+        for record in read_publication(config, publication, timeout):
+            records += 1
+            size += len(record.value or b"") + len(record.key or b"")
+    except KafkaError as error:
+        if error.code is not None:
+            raise
+        yield Missing(publication.topic, None, publication.records - records, error.cause)
+        return
+    if (records, size) != (publication.records, publication.bytes):
+        cause = (
+            f"there are {records} records of {size} bytes, but {publication.records} of {publication.bytes} bytes were"
+            " published"
+        )
+        yield Missing(publication.topic, None, abs(publication.records - records), cause)

@@ -1,0 +1,176 @@
+"""A real Schema Registry on this machine, Apicurio Registry: no Docker, no system Java.
+
+`LocalSchemaRegistry` runs it on the loopback interface, beside a `LocalKafka`. It needs the extras `local` and
+`schema-registry`. Linux and macOS.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from dataforge_kafka_dagster.kafka.errors import KafkaError
+from dataforge_kafka_dagster.kafka.registry import SchemaRegistry, SchemaRegistryConfig
+from dataforge_kafka_dagster.local import (
+    _LAST_PORT,
+    _STARTED,
+    LocalKafka,
+    LocalKafkaError,
+    _default_cache_dir,
+    _free_ports,
+    _is_free,
+    _jars,
+    _Supervisor,
+    _tail,
+    _to_stderr,
+)
+
+__all__ = ("APICURIO_VERSION", "LocalSchemaRegistry")
+
+# The newest that Maven Central has as an archive.
+APICURIO_VERSION = "2.5.11.Final"
+_JARS = (
+    f"apicurio-registry-{APICURIO_VERSION}",
+    f"io.apicurio:apicurio-registry-app:{APICURIO_VERSION}:tar.gz:all",
+)
+_MEGABYTES = 280  # the archive and what is in it
+_MAIN = "io.quarkus.runner.GeneratedMain"
+
+
+class LocalSchemaRegistry:
+    """A Schema Registry on 127.0.0.1, for development and tests: Apicurio, with the API of Confluent's.
+
+    ```python
+    with LocalKafka() as kafka, LocalSchemaRegistry() as registry:
+        KafkaProducerResource(bootstrap_servers=kafka.bootstrap_servers, schema_registry_url=registry.url)
+    ```
+
+    It keeps its schemas in memory. Its process ends with this one, however it ends; a forked child leaves it to its
+    parent.
+
+    Args:
+        port: Its port. Default: a free one.
+        compatibility: The rule for every subject that has none of its own, such as "BACKWARD" or "FULL_TRANSITIVE";
+            None sets none, so that any change is allowed.
+        startup_timeout: Seconds to wait for it.
+        heap: Java heap, in Java's notation.
+        cache_dir: As `LocalKafka`'s: where the registry's jars are kept (140 MB, fetched once).
+        progress: As `LocalKafka`'s: called with a line of text about every second while they are fetched.
+
+    Raises:
+        ValueError: An option is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        port: int | None = None,
+        compatibility: str | None = "BACKWARD",
+        startup_timeout: float = 120.0,
+        heap: str = "256m",
+        cache_dir: str | os.PathLike[str] | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        if port is not None and not 0 < port <= _LAST_PORT:
+            raise ValueError(f"port={port}: a port from 1 to {_LAST_PORT} is needed.")
+        if startup_timeout <= 0:
+            raise ValueError(f"startup_timeout={startup_timeout}: a number of seconds above 0 is needed.")
+        self._fixed_port = port
+        self._port: int | None = None
+        self._compatibility = compatibility
+        self._startup_timeout = startup_timeout
+        self._heap = heap
+        self._cache_dir = Path(cache_dir or _default_cache_dir()).absolute()
+        self._progress = progress or _to_stderr
+        self._root = Path()
+        self._supervisor: _Supervisor | None = None
+
+    def __enter__(self) -> "LocalSchemaRegistry":  # noqa: PYI034 - typing has no Self in Python 3.10
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        """Its address, for `schema_registry_url`.
+
+        Raises:
+            LocalKafkaError: It was never started.
+        """
+        if self._port is None:
+            raise LocalKafkaError("This LocalSchemaRegistry has no address before start().")
+        return f"http://127.0.0.1:{self._port}/apis/ccompat/v7"
+
+    def start(self) -> None:
+        """Start it and return when clients can use it; nothing is left behind if it fails.
+
+        Raises:
+            LocalKafkaError: Already started; an extra is missing; the jars could not be fetched; the port is in use; it
+                ended or was not ready within `startup_timeout` (the message shows the end of its log).
+        """
+        if self._supervisor is not None:
+            raise LocalKafkaError("This LocalSchemaRegistry is already started.")
+        java = LocalKafka(cache_dir=self._cache_dir).java
+        classpath = _jars(self._cache_dir, *_JARS, self._progress, _MEGABYTES)
+        if self._fixed_port is not None and not _is_free(self._fixed_port):
+            raise LocalKafkaError(f"Port {self._fixed_port} on 127.0.0.1 is in use. Choose another one, or none.")
+        self._port = self._fixed_port or next(_free_ports())
+        self._root = Path(tempfile.mkdtemp(prefix="local-registry-"))
+        try:
+            with (self._root / "lock").open("w") as lock:
+                self._supervisor = _Supervisor(self._root, lock.fileno())
+            _STARTED.add(self)
+            argv = [java, "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData", f"-Xmx{self._heap}"]
+            argv += [f"-Djava.io.tmpdir={self._root}", "-Dquarkus.http.host=127.0.0.1"]
+            argv += [f"-Dquarkus.http.port={self._port}", "-cp", classpath, _MAIN]
+            log = self._root / "registry.log"
+            self._supervisor.start("registry", argv, self._root, log, log)
+            self._wait(log)
+            if self._compatibility is not None:
+                registry = SchemaRegistry(SchemaRegistryConfig(url=self.url))
+                with registry.errors(f"compatibility={self._compatibility!r}"):
+                    registry.client.set_compatibility(None, self._compatibility)
+        except KafkaError as error:
+            self.stop()
+            raise LocalKafkaError(str(error)) from error
+        except BaseException:
+            self.stop()
+            raise
+
+    def _wait(self, log: Path) -> None:
+        supervisor, deadline = self._supervisor, time.monotonic() + self._startup_timeout
+        while supervisor is not None:
+            if (returncode := supervisor.wait("registry")) is not None:
+                problem = f"ended with exit code {returncode}"
+            elif time.monotonic() > deadline:
+                problem = f"is not ready after {self._startup_timeout:g} s"
+            else:
+                with contextlib.suppress(urllib.error.URLError, OSError):
+                    urllib.request.urlopen(f"{self.url}/subjects", timeout=5).close()  # noqa: S310  (http)
+                    return
+                time.sleep(0.05)
+                continue
+            text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+            raise LocalKafkaError(f"The Schema Registry on port {self._port} {problem}. Its log ends:\n{_tail(text)}")
+
+    def stop(self) -> None:
+        """End its process and remove its folder. It may be called again; in a forked child it does nothing."""
+        supervisor, self._supervisor = self._supervisor, None
+        if supervisor is not None:
+            supervisor.close()
+            shutil.rmtree(self._root, ignore_errors=True)
+
+    def _forked(self) -> None:
+        supervisor, self._supervisor = self._supervisor, None
+        if supervisor is not None:
+            supervisor.abandon()

@@ -1,0 +1,184 @@
+import datetime as dt
+import inspect
+import uuid
+
+import dagster as dg
+import pytest
+from confluent_kafka import TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic
+
+from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource, KafkaRecord, build_publication_checks
+
+pytestmark = pytest.mark.kafka
+
+PREFIX = f"test-{uuid.uuid4().hex[:8]}"
+
+partitioned_checks = pytest.mark.skipif(
+    "partitions_def" not in inspect.signature(dg.asset_check).parameters, reason="this Dagster has no such checks"
+)
+
+
+@pytest.fixture
+def resources(kafka_bootstrap_servers):
+    kafka = KafkaProducerResource(bootstrap_servers=kafka_bootstrap_servers, transactional_id_prefix=PREFIX)
+    return {"kafka": kafka, "io_manager": KafkaIOManager(kafka=kafka)}
+
+
+@pytest.fixture
+def admin(kafka_bootstrap_servers):
+    return AdminClient({"bootstrap.servers": kafka_bootstrap_servers})
+
+
+def _rows(topic, count=100, **options):
+    @dg.asset(metadata={"kafka/topic": topic}, **options)
+    def rows():
+        return [{"n": n} for n in range(count)] if count else None
+
+    return rows
+
+
+def _evaluate(assets, checks, resources, instance, selection=None, **options):
+    result = dg.materialize(
+        [*assets, *checks],
+        resources=resources,
+        instance=instance,
+        selection=dg.AssetSelection.checks(*checks) if selection is None else selection,
+        **options,
+    )
+    (evaluation,) = result.get_asset_check_evaluations()
+    return evaluation
+
+
+def _plain(evaluation):
+    return {name: value.value for name, value in evaluation.metadata.items() if name != "kafka/missing"}
+
+
+def _delete_before(admin, topic, offset):
+    (future,) = admin.delete_records([TopicPartition(topic, 0, offset)]).values()
+    future.result(30)
+
+
+def test_a_publication_that_is_whole_passes(resources, kafka_topic, instance):
+    asset = _rows(kafka_topic(partitions=3))
+    checks = build_publication_checks([asset])
+    evaluation = _evaluate([asset], checks, resources, instance, dg.AssetSelection.all())
+    assert evaluation.passed
+    assert evaluation.check_name == "publication_is_in_kafka"
+    assert _plain(evaluation) == {"kafka/publications": 1, "kafka/records": 100, "kafka/missing_records": 0}
+
+
+@pytest.mark.parametrize("severity", list(dg.AssetCheckSeverity))
+def test_what_retention_has_eaten_is_counted(severity, resources, kafka_topic, admin, instance):
+    topic = kafka_topic()
+    asset = _rows(topic)
+    checks = build_publication_checks([asset], severity=severity)
+    dg.materialize([asset], resources=resources, instance=instance)
+    _delete_before(admin, topic, 30)
+    evaluation = _evaluate([asset], checks, resources, instance)
+    assert not evaluation.passed
+    assert evaluation.severity == severity
+    assert _plain(evaluation)["kafka/missing_records"] == 30
+    assert evaluation.description.startswith("30 of 100 records are gone. asset 'rows', topic")
+    (row,) = evaluation.metadata["kafka/missing"].records
+    assert (row.data["topic"], row.data["partition"], row.data["missing records"]) == (topic, 0, 30)
+    assert "begins at offset 30" in row.data["cause"]
+
+
+def test_records_before_the_publication_may_go(resources, kafka_topic, admin, instance):
+    topic = kafka_topic()
+    asset = _rows(topic)
+    for _ in range(2):
+        dg.materialize([asset], resources=resources, instance=instance)
+    _delete_before(admin, topic, 101)
+    assert _evaluate([asset], build_publication_checks([asset]), resources, instance).passed
+
+
+def test_a_topic_that_was_deleted_is_noticed_and_so_is_one_made_anew(
+    resources, kafka_topic, admin, instance, kafka_bootstrap_servers, eventually
+):
+    topic = f"gone-{uuid.uuid4().hex[:8]}"
+    admin.create_topics([NewTopic(topic, 1)])[topic].result(30)
+    asset = _rows(topic)
+    checks = build_publication_checks(["rows"])
+    dg.materialize([asset], resources=resources, instance=instance)
+    admin.delete_topics([topic])[topic].result(30)
+    eventually(lambda: topic not in admin.list_topics(timeout=10).topics)
+    evaluation = _evaluate([asset], checks, resources, instance)
+    assert (evaluation.passed, _plain(evaluation)["kafka/missing_records"]) == (False, 100)
+    assert "the topic was deleted" in evaluation.description
+
+    admin.create_topics([NewTopic(topic, 1)])[topic].result(30)
+    try:
+        # As many records as before, so that the offsets look right.
+        dg.materialize([_rows(topic, 100, name="others")], resources=resources, instance=instance)
+        evaluation = _evaluate([asset], checks, resources, instance)
+        assert not evaluation.passed
+        assert "the topic was deleted and made anew" in evaluation.description
+    finally:
+        admin.delete_topics([topic])[topic].result(30)
+
+
+def test_reading_finds_a_publication_that_is_not_what_dagster_says(resources, kafka_topic, instance):
+    asset = _rows(kafka_topic())
+    result = dg.materialize([asset], resources=resources, instance=instance)
+    (event,) = result.get_asset_materialization_events()
+    said = event.materialization.metadata["kafka/publication"].value
+    metadata = {"kafka/publication": dg.MetadataValue.json(said | {"bytes": said["bytes"] + 1})}
+    instance.report_runless_asset_event(dg.AssetMaterialization("rows", metadata=metadata))
+    assert _evaluate([asset], build_publication_checks([asset]), resources, instance).passed
+    evaluation = _evaluate([asset], build_publication_checks([asset], thorough=True), resources, instance)
+    assert not evaluation.passed
+    assert "there are 100 records" in evaluation.description
+
+
+def test_reading_passes_a_publication_that_is_whole(resources, kafka_topic, instance):
+    @dg.asset(metadata={"kafka/topic": kafka_topic(partitions=2)})
+    def rows():
+        return [KafkaRecord("a", key="k"), KafkaRecord(None, key="k")]
+
+    checks = build_publication_checks([rows], thorough=True)
+    assert _evaluate([rows], checks, resources, instance, dg.AssetSelection.all()).passed
+
+
+def test_an_output_of_nothing_passes(resources, kafka_topic, instance):
+    asset = _rows(kafka_topic(), 0)
+    assert _evaluate([asset], build_publication_checks([asset]), resources, instance, dg.AssetSelection.all()).passed
+
+
+def test_what_was_never_materialized_fails_with_what_to_do(resources, kafka_topic, instance):
+    asset = _rows(kafka_topic())
+    checks = build_publication_checks([asset])
+    result = dg.materialize(
+        [asset, *checks],
+        resources=resources,
+        instance=instance,
+        selection=dg.AssetSelection.checks(*checks),
+        raise_on_error=False,
+    )
+    (event,) = result.get_step_failure_events()
+    assert "it was never materialized. Materialize it first" in str(event.event_specific_data.user_failure_data)
+
+
+@partitioned_checks
+def test_a_run_for_a_dagster_partition_checks_that_one(resources, kafka_topic, admin, instance):
+    topic, days = kafka_topic(), dg.StaticPartitionsDefinition(["mon", "tue"])
+    asset = _rows(topic, partitions_def=days)
+    checks = build_publication_checks([asset])
+    dg.materialize([asset], resources=resources, instance=instance, partition_key="mon")
+    _delete_before(admin, topic, 50)
+    evaluation = _evaluate([asset], checks, resources, instance, dg.AssetSelection.all(), partition_key="tue")
+    assert evaluation.passed
+    assert _plain(evaluation)["kafka/publications"] == 1
+    evaluation = _evaluate([asset], build_publication_checks(["rows"]), resources, instance)
+    assert evaluation.description.startswith("50 of 200 records are gone. asset 'rows', partition 'mon', topic")
+
+
+def test_freshness_is_dagsters_own(resources, kafka_topic, instance):
+    policy = dg.FreshnessPolicy.time_window(fail_window=dt.timedelta(hours=24))
+    asset = _rows(kafka_topic(), freshness_policy=policy)
+    assert next(iter(asset.specs)).freshness_policy == policy
+    checks = dg.build_last_update_freshness_checks(assets=[asset], lower_bound_delta=dt.timedelta(hours=1))
+    result = dg.materialize([asset, *checks], resources=resources, instance=instance)
+    (evaluation,) = result.get_asset_check_evaluations()
+    assert evaluation.passed
+    assert evaluation.check_name == "freshness_check"

@@ -1,0 +1,541 @@
+import base64
+import dataclasses
+import datetime as dt
+import decimal
+import enum
+import http.server
+import json
+import pickle
+import sys
+import threading
+import types
+import uuid
+from typing import Annotated, Literal
+
+import narwhals as nw
+import pandas as pd
+import polars as pl
+import pytest
+from confluent_kafka.schema_registry import Schema
+from google.protobuf import descriptor_pb2
+from pydantic import BaseModel, Field, ValidationError
+
+from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError, Remedy
+from dataforge_kafka_dagster.kafka.registry import SchemaRegistry, SchemaRegistryConfig, client_options
+from dataforge_kafka_dagster.kafka.schema_types import message_class, rows_of_frame
+from dataforge_kafka_dagster.kafka.schemas import KafkaSchema, SchemaDecoder, SchemaEncoder
+
+UTC = dt.timezone.utc
+FORMATS = ["avro", "json_schema", "protobuf"]
+FLIGHT = {
+    "type": "record",
+    "name": "Flight",
+    "namespace": "org.example",
+    "fields": [
+        {"name": "tailnum", "type": "string"},
+        {"name": "delay", "type": ["null", "long"], "default": None},
+        {"name": "at", "type": ["null", {"type": "long", "logicalType": "timestamp-micros"}], "default": None},
+    ],
+}
+PROTO = """
+syntax = "proto3";
+package org.example;
+import "google/protobuf/timestamp.proto";
+message Flight { string tailnum = 1; optional int64 delay = 2; google.protobuf.Timestamp at = 3; }
+"""
+
+
+class Kind(enum.Enum):
+    JET = "jet"
+    PROP = "prop"
+
+
+@dataclasses.dataclass
+class Place:
+    lat: float
+    lon: float
+
+
+@dataclasses.dataclass
+class Flight:
+    tailnum: str
+    delay: int | None
+    at: dt.datetime
+    day: dt.date
+    origin: Place
+    carriers: list[str]
+    kind: Kind = Kind.JET
+    note: str = "none"
+
+
+class Fare(BaseModel):
+    id: uuid.UUID
+    price: Annotated[decimal.Decimal, Field(max_digits=8, decimal_places=2)]
+    seat: Literal["aisle", "window"] | None = None
+    raw: bytes = b""
+
+
+FLIGHTS = [
+    Flight("N1", 3, dt.datetime(2013, 1, 1, 5, 15, 0, 123456, UTC), dt.date(2013, 1, 1), Place(40.5, -73.5), ["UA"]),
+    Flight("N2", None, dt.datetime(2013, 1, 2, tzinfo=UTC), dt.date(2013, 1, 2), Place(1.0, 2.0), [], Kind.PROP, "x"),
+]
+
+
+@pytest.fixture
+def registry():
+    """confluent-kafka's registry inside this process."""
+    return SchemaRegistry(SchemaRegistryConfig(url="mock://"))
+
+
+def encoder(registry, schema, topic="flights", part="value"):
+    return SchemaEncoder(registry, KafkaSchema.parse(schema), topic, part)
+
+
+def frame_of(library, columns):
+    frame = pl.DataFrame(columns)
+    return nw.from_native({"polars": frame, "pandas": frame.to_pandas(), "pyarrow": frame.to_arrow()}[library])
+
+
+# What a schema may be given as.
+
+
+def test_a_schema_is_parsed_from_what_metadata_can_hold():
+    assert KafkaSchema.parse("avro") == KafkaSchema(format="avro")
+    assert KafkaSchema.parse("protobuf").format == "protobuf"
+    assert KafkaSchema.parse("latest").use_latest_version
+    assert KafkaSchema.parse("schemas/flight.avsc") == KafkaSchema(format="avro", file="schemas/flight.avsc")
+    assert KafkaSchema.parse("flight.json").format == "json_schema"
+    assert KafkaSchema.parse("flight.proto").format == "protobuf"
+    assert json.loads(KafkaSchema.parse({"text": FLIGHT}).text) == FLIGHT
+    schema = KafkaSchema(text=json.dumps(FLIGHT), auto_register=False, subject_strategy="record")
+    assert KafkaSchema.parse(schema) is schema
+    assert KafkaSchema.parse(json.loads(json.dumps(schema.to_metadata()))) == schema
+    assert pickle.loads(pickle.dumps(schema)) == schema
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("avrow", "names no schema"),
+        (3, "names no schema"),
+        ({"formt": "avro"}, "Extra inputs"),
+        ({"format": "thrift"}, "'avro', 'json_schema' or 'protobuf'"),
+        ({"use_latest_version": True, "text": "{}"}, "leave out text"),
+        ({"use_latest_version": True, "subject_strategy": "record"}, "set name"),
+        ({"text": "{}", "file": "a.avsc"}, "give one of them"),
+        ({"format": "avro", "message": "a:B"}, "format='protobuf'"),
+        ({"message": "flights_pb2"}, "import path"),
+    ],
+)
+def test_what_is_no_schema_is_refused_with_what_is_wrong(given, said):
+    with pytest.raises(KafkaConfigError, match="schema") as caught:
+        KafkaSchema.parse(given)
+    assert said in caught.value.cause
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_dataclasses_make_their_schema_and_come_back_as_mappings(registry, form):
+    encode = encoder(registry, KafkaSchema.of(Flight, format=form))
+    first, second = (SchemaDecoder(registry)(data, form) for data in encode(FLIGHTS))
+    text = {"avro": lambda value: value, "json_schema": str, "protobuf": str}[form]
+    at = FLIGHTS[0].at.isoformat() if form == "json_schema" else FLIGHTS[0].at
+    assert first == {
+        "tailnum": "N1",
+        "delay": 3,
+        "at": at,
+        "day": text(dt.date(2013, 1, 1)),
+        "origin": {"lat": 40.5, "lon": -73.5},
+        "carriers": ["UA"],
+        "kind": "jet",
+        "note": "none",
+    }
+    assert second["delay"] is None
+    assert second["carriers"] == []
+    # The same without being told the class.
+    assert encoder(registry, form)(FLIGHTS) == encode(FLIGHTS)
+
+
+def test_pydantic_models_make_their_schema_with_logical_types(registry):
+    schema = KafkaSchema.of(Fare, name="org.example.Fare")
+    fields = {field["name"]: field["type"] for field in json.loads(schema.text)["fields"]}
+    assert json.loads(schema.text)["name"] == "org.example.Fare"
+    assert fields["id"] == {"type": "string", "logicalType": "uuid"}
+    assert fields["price"] == {"type": "bytes", "logicalType": "decimal", "precision": 8, "scale": 2}
+    assert fields["seat"] == ["null", "string"]
+    fare = Fare(id=uuid.uuid4(), price=decimal.Decimal("12.50"), seat="aisle", raw=b"\x00")
+    (data,) = encoder(registry, schema)([fare])
+    assert SchemaDecoder(registry)(data, "avro") == fare.model_dump()
+
+
+def test_a_type_that_avro_does_not_have_is_named():
+    class Odd(BaseModel):
+        price: decimal.Decimal
+
+    class Odder(BaseModel):
+        thing: object
+
+    with pytest.raises(InvalidRecordError, match=r"Odd\.price.*max_digits"):
+        KafkaSchema.of(Odd)
+    with pytest.raises(InvalidRecordError, match=r"Odder\.thing"):
+        KafkaSchema.of(Odder)
+    with pytest.raises(KafkaConfigError, match="str"):
+        KafkaSchema.of(str)
+
+
+def test_a_class_inside_itself_is_named_not_repeated(registry):
+    schema = KafkaSchema.of(Node)
+    (data,) = encoder(registry, schema)([Node(1, Node(2, None))])
+    assert SchemaDecoder(registry)(data, "avro") == {"n": 1, "next": {"n": 2, "next": None}}
+
+
+@dataclasses.dataclass
+class Node:
+    n: int
+    next: "Node | None"
+
+
+# Frames.
+
+COLUMNS = {
+    "i": [1, None],
+    "s": ["a", None],
+    "b": [True, None],
+    "f": [1.5, None],
+    "day": [dt.date(2013, 1, 1), None],
+    "at": [dt.datetime(2013, 1, 1, 5, tzinfo=UTC), None],
+    "local": [dt.datetime(2013, 1, 1, 5), None],
+}
+
+
+@pytest.mark.parametrize("library", ["polars", "pandas", "pyarrow"])
+def test_a_frames_columns_make_avros_logical_types_and_nulls(registry, library):
+    frame = frame_of(library, COLUMNS)
+    encode = encoder(registry, "avro")
+    encode.prepare(frame)
+    first, second = (SchemaDecoder(registry)(data, "avro") for data in encode(encode.rows(frame)))
+    whole = {name: values[0] for name, values in COLUMNS.items()}
+    if library == "pandas":  # which has no dates, and no integers beside missing ones
+        whole |= {"day": first["day"]}
+        assert str(first["day"])[:10] == "2013-01-01"
+    assert first == whole
+    assert second == dict.fromkeys(COLUMNS)
+
+
+def test_decimals_lists_and_structs_of_frames_have_avro_types(registry):
+    columns = {
+        "price": pl.Series([decimal.Decimal("1.25"), None], dtype=pl.Decimal(10, 2)),
+        "tags": [["a", None], None],
+        "place": [{"lat": 1.5, "lon": 2.5}, None],
+        "clock": [dt.time(1, 2, 3), None],
+    }
+    for library in ("polars", "pyarrow"):
+        frame = frame_of(library, columns)
+        encode = encoder(registry, "avro", library)
+        encode.prepare(frame)
+        first, second = (SchemaDecoder(registry)(data, "avro") for data in encode(encode.rows(frame)))
+        assert first == {name: next(iter(values)) for name, values in columns.items()}
+        assert second == dict.fromkeys(columns)
+        schema = json.loads(registry.client.get_schema(encode.registered.id).schema_str)
+        price = {"type": "bytes", "logicalType": "decimal", "precision": 10, "scale": 2}
+        assert schema["fields"][0] == {"name": "price", "type": ["null", price], "default": None}
+
+
+@pytest.mark.parametrize("form", ["json_schema", "protobuf"])
+def test_frames_have_null_for_nan_in_formats_that_have_no_nan(registry, form):
+    frame = frame_of("polars", {"f": [1.5, float("nan"), None]})
+    encode = encoder(registry, form)
+    encode.prepare(frame)
+    assert [SchemaDecoder(registry)(data, form)["f"] for data in encode(encode.rows(frame))] == [1.5, None, None]
+
+
+def test_missing_values_of_pandas_are_none():
+    frame = pd.DataFrame(
+        {"f": [1.5, float("nan")], "t": [pd.NaT, pd.Timestamp(2013, 1, 1)], "n": pd.array([None, 2], "Int64")}
+    )
+    assert rows_of_frame(nw.from_native(frame)) == [
+        {"f": 1.5, "t": None, "n": None},
+        {"f": None, "t": dt.datetime(2013, 1, 1), "n": 2},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"a b": [1]}, "column 'a b': Avro does not allow this name"),
+        ({"nothing": [None]}, "column 'nothing': no Avro type can be derived from Unknown"),
+        ({"wait": [dt.timedelta(1)]}, "column 'wait'"),
+    ],
+)
+def test_columns_without_an_avro_form_are_named(registry, columns, said):
+    with pytest.raises(InvalidRecordError) as caught:
+        encoder(registry, "avro").prepare(nw.from_native(pl.DataFrame(columns)))
+    assert said in str(caught.value)
+
+
+def test_keys_of_a_frame_have_the_type_of_their_column(registry):
+    frame = frame_of("polars", {"tailnum": ["N1"], "day": [dt.date(2013, 1, 1)]})
+    one, two = encoder(registry, "avro", "one", "key"), encoder(registry, "avro", "two", "key")
+    one.prepare(frame, ["tailnum"])
+    two.prepare(frame, ["tailnum", "day"])
+    assert SchemaDecoder(registry)(one(["N1"])[0], "avro") == "N1"
+    key = {"tailnum": "N1", "day": dt.date(2013, 1, 1)}
+    assert SchemaDecoder(registry)(two([key])[0], "avro") == key
+    assert one.registered.subject == "one-key"
+    assert one.registered.part == "key"
+
+
+# What the registry is asked.
+
+
+@pytest.mark.parametrize(
+    ("strategy", "subject"),
+    [("topic", "flights-value"), ("record", "org.example.Flight"), ("topic_record", "flights-org.example.Flight")],
+)
+def test_the_subject_follows_the_strategy(registry, strategy, subject):
+    texts = {"avro": json.dumps(FLIGHT), "json_schema": '{"title": "org.example.Flight", "type": "object"}'}
+    for form, text in (texts | {"protobuf": PROTO}).items():
+        encode = encoder(registry, KafkaSchema(format=form, text=text, subject_strategy=strategy))
+        (data,) = encode([{"tailnum": "N1"}])
+        assert encode.registered.subject == subject
+        assert int.from_bytes(data[1:5], "big") == encode.registered.id
+        registry.client.delete_subject(subject)
+
+
+def test_a_json_schema_without_a_title_has_no_record_to_name_a_subject(registry):
+    schema = KafkaSchema(format="json_schema", text='{"type": "object"}', subject_strategy="record")
+    with pytest.raises(KafkaConfigError, match="title"):
+        encoder(registry, schema)([{}])
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_without_auto_register_the_schema_must_be_there(registry, form):
+    closed = KafkaSchema.of(Flight, format=form, auto_register=False)
+    with pytest.raises(KafkaError, match="flights-value") as caught:
+        encoder(registry, closed)(FLIGHTS)
+    assert "auto_register" in caught.value.fix
+    assert registry.client.get_subjects() == []
+    encoder(registry, KafkaSchema.of(Flight, format=form))(FLIGHTS)
+    encode = encoder(registry, closed)
+    assert encode(FLIGHTS)
+    assert encode.registered.version == 1
+
+
+@pytest.mark.parametrize(("form", "text"), [("avro", json.dumps(FLIGHT)), ("protobuf", PROTO)])
+def test_the_latest_version_is_the_registrys(registry, form, text):
+    registry.client.register_schema("flights-value", Schema(text, form.upper()))
+    encode = encoder(registry, KafkaSchema(format=form, use_latest_version=True))
+    (data,) = encode([{"tailnum": "N1", "delay": 2}])
+    assert SchemaDecoder(registry)(data, form) == {"tailnum": "N1", "delay": 2, "at": None}
+    assert (encode.registered.version, encode.registered.subject) == (1, "flights-value")
+    with pytest.raises(KafkaConfigError, match=f"is of type {form.upper()}, not JSON"):
+        encoder(registry, KafkaSchema(format="json_schema", use_latest_version=True))([{}])
+
+
+def test_what_cannot_be_derived_says_what_to_give(registry):
+    with pytest.raises(KafkaConfigError, match="dict does not say which types") as caught:
+        encoder(registry, "avro")([{"a": 1}])
+    assert "text or file" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        (KafkaSchema(text="{"), "no avro schema"),
+        (KafkaSchema(text='{"type": "recor"}'), "recor"),
+        (KafkaSchema(format="json_schema", text='{"type": 3}'), "no json_schema schema"),
+        (KafkaSchema(format="protobuf", text="message Flight {"), "schema.proto:1"),
+        (KafkaSchema(format="protobuf", text='syntax = "proto3"; message A {} message B {}'), "the messages A, B"),
+        (KafkaSchema(file="missing.avsc"), "missing.avsc"),
+        (KafkaSchema(message="no_such_module:Flight"), "no_such_module"),
+        (KafkaSchema(message="json:loads"), "no Protobuf message class"),
+    ],
+)
+def test_a_broken_schema_is_refused_before_the_registry_is_asked(registry, schema, said):
+    with pytest.raises(KafkaConfigError) as caught:
+        encoder(registry, schema)([{"a": 1}])
+    assert said in str(caught.value)
+    assert registry.client.get_subjects() == []
+
+
+def test_a_schema_is_read_from_its_file(registry, tmp_path):
+    for name, text in {"flight.avsc": json.dumps(FLIGHT), "flight.proto": PROTO}.items():
+        (tmp_path / name).write_text(text)
+        form = KafkaSchema.parse(str(tmp_path / name)).format
+        (data,) = encoder(registry, str(tmp_path / name), name)([{"tailnum": "N1"}])
+        assert SchemaDecoder(registry)(data, form)["tailnum"] == "N1"
+
+
+def test_a_message_class_of_protoc_is_used_as_it_is(registry, monkeypatch):
+    file = descriptor_pb2.FileDescriptorProto(name="m.proto", syntax="proto3")
+    file.message_type.add(name="Other")
+    message = file.message_type.add(name="Flight")
+    message.field.add(name="tailnum", number=1, type=9, label=1)
+    cls = message_class(file, [1])
+    monkeypatch.setitem(sys.modules, "flights_pb2", types.SimpleNamespace(Flight=cls))
+    cls.__module__ = "flights_pb2"
+    schema = KafkaSchema.of(cls)
+    assert schema == KafkaSchema(message="flights_pb2:Flight")
+    both = encoder(registry, schema)([cls(tailnum="N1"), {"tailnum": "N2"}])
+    assert [SchemaDecoder(registry)(data, "protobuf") for data in both] == [{"tailnum": "N1"}, {"tailnum": "N2"}]
+    # The second message of its file: the index stands behind the id.
+    assert both[0][5:7] == b"\x02\x02"
+    assert encoder(registry, "protobuf")([cls(tailnum="N1")]) == both[:1]
+
+
+# Records that do not fit.
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "said"),
+    [
+        ({"tailnum": 3}, "tailnum", "of type int, not string"),
+        ({"delay": 3}, "tailnum", "lacks it"),
+        ({"tailnum": "N1", "dely": 3}, "dely", "no such field"),
+        ({"tailnum": "N1", "delay": "late"}, "delay", "of type str, not null or long"),
+        ({"tailnum": "N1", "at": dt.datetime(2013, 1, 1)}, "at", "without a time zone"),
+    ],
+)
+def test_a_record_that_does_not_fit_names_index_and_field(registry, row, field, said):
+    with pytest.raises(InvalidRecordError) as caught:
+        encoder(registry, {"text": FLIGHT})([{"tailnum": "N1"}, row], 40)
+    assert (caught.value.index, caught.value.field) == (41, field)
+    assert said in caught.value.cause
+    assert "record 41" in str(caught.value)
+
+
+def test_a_record_that_does_not_fit_json_schema_or_protobuf_names_index_and_field(registry):
+    schema = {"type": "object", "properties": {"a": {"type": "object", "properties": {"b": {"type": "integer"}}}}}
+    cases = [
+        (KafkaSchema.parse({"format": "json_schema", "text": schema}), {"a": {"b": "x"}}, "a.b"),
+        (KafkaSchema.parse({"format": "json_schema", "text": schema}), {"a": {"b": float("nan")}}, "a.b"),
+        (KafkaSchema(format="protobuf", text=PROTO), {"tailnum": 3}, "tailnum"),
+        (KafkaSchema(format="protobuf", text=PROTO), {"tail": "N1"}, "tail"),
+    ]
+    for given, row, field in cases:
+        with pytest.raises(InvalidRecordError) as caught:
+            encoder(registry, given, f"t{cases.index((given, row, field))}")([row], 7)
+        assert (caught.value.index, caught.value.field) == (7, field), str(caught.value)
+
+
+def test_a_nested_field_that_does_not_fit_is_named_by_its_path(registry):
+    odd = dataclasses.replace(FLIGHTS[0], origin=Place("north", 1.0))
+    with pytest.raises(InvalidRecordError) as caught:
+        encoder(registry, "avro")([FLIGHTS[0], odd])
+    assert (caught.value.index, caught.value.field) == (1, "origin.lat")
+
+
+def test_none_stays_none(registry):
+    encode = encoder(registry, {"text": FLIGHT})
+    assert encode([None, {"tailnum": "N1"}])[0] is None
+    assert SchemaDecoder(registry)(None, "avro") is None
+
+
+# Reaching the registry.
+
+
+def test_options_become_the_clients():
+    config = SchemaRegistryConfig(url="https://r:8081", username="u", password="canary-pw", timeout=3)
+    options = client_options(config)
+    assert options["basic.auth.user.info"] == "u:canary-pw"
+    assert options["timeout"] == 3
+    token = SchemaRegistryConfig(
+        url="https://r", token="canary-token", client_config={"bearer.auth.logical.cluster": "lsrc-1"}
+    )
+    assert client_options(token)["bearer.auth.token"] == "canary-token"
+    assert client_options(token)["bearer.auth.logical.cluster"] == "lsrc-1"
+    for shown in (repr(config), str(token), config.redact("said canary-pw")):
+        assert "canary" not in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"url": "localhost:8081"}, "http://host:port"),
+        ({"url": "http://u:canary@host"}, "set username and password"),
+        ({"url": "http://h", "username": "u"}, "go together"),
+        ({"url": "http://h", "username": "u", "password": "canary", "token": "t"}, "exclude each other"),
+        ({"url": "http://h", "ssl_ca_location": "/no/such.pem"}, "no such file"),
+        ({"url": "http://h", "timeout": 0}, "greater than 0"),
+        ({"url": "http://h", "usernam": "u"}, "usernam"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options, said):
+    with pytest.raises(ValidationError) as caught:
+        SchemaRegistryConfig(**options)
+    assert said in str(caught.value)
+    assert "canary" not in str(caught.value)
+
+
+def test_a_registry_that_is_away_may_come_back(closed_port):
+    registry = SchemaRegistry(SchemaRegistryConfig(url=f"http://{closed_port}", timeout=2))
+    with pytest.raises(KafkaError, match="cannot be reached") as caught:
+        encoder(registry, {"text": FLIGHT})([{"tailnum": "N1"}])
+    assert caught.value.remedy is Remedy.RETRY
+
+
+@pytest.fixture
+def answering():
+    """A registry that gives one answer to everything, and what it was asked."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def _answer(self):
+            asked.append((self.command, self.path, dict(self.headers)))
+            body = json.dumps({"error_code": Handler.status, "message": Handler.message}).encode()
+            self.send_response(Handler.status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_POST = _answer  # noqa: N815
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield Handler, f"http://127.0.0.1:{server.server_address[1]}", asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "fix", "remedy"),
+    [
+        (401, "access was refused", "username", Remedy.FAIL),
+        (403, "access was refused", "rights", Remedy.FAIL),
+        (404, "is not there", "auto_register", Remedy.FAIL),
+        (409, "not compatible", "default", Remedy.FAIL),
+        (422, "schema was refused", "Correct", Remedy.FAIL),
+        (503, "registry failed", "health", Remedy.RETRY),
+    ],
+)
+def test_the_registrys_refusals_keep_its_words_and_say_what_to_do(answering, status, said, fix, remedy):
+    handler, url, asked = answering
+    handler.status, handler.message = status, "some.Exception: words of the registry, and canary-pw"
+    registry = SchemaRegistry(SchemaRegistryConfig(url=url, username="u", password="canary-pw"))
+    with pytest.raises(KafkaError) as caught:
+        encoder(registry, {"text": FLIGHT})([{"tailnum": "N1"}])
+    error = caught.value
+    assert said in error.cause
+    assert "words of the registry, and ***" in error.cause
+    assert "some.Exception" not in error.cause
+    assert fix in error.fix
+    assert error.remedy is remedy
+    assert "subject 'flights-value'" in error.culprit
+    expected = "Basic " + base64.b64encode(b"u:canary-pw").decode()
+    assert {headers.get("Authorization", headers.get("authorization")) for _, _, headers in asked} == {expected}
+
+
+def test_without_the_extra_it_is_said_what_to_install(python):
+    source = (
+        "import sys; sys.modules['confluent_kafka.schema_registry'] = None\n"
+        "import dataforge_kafka_dagster, dataforge_kafka_dagster.kafka.schemas\n"
+        "from dataforge_kafka_dagster.kafka.registry import *\n"
+        "try: SchemaRegistry(SchemaRegistryConfig(url='http://h'))\n"
+        "except Exception as error: print(error)\n"
+    )
+    assert "pip install 'dataforge-kafka-dagster[schema-registry]'" in python(source)
