@@ -13,8 +13,9 @@ from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, check_topic
 from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError
 from dataforge_kafka_dagster.kafka.publication import Publication
 from dataforge_kafka_dagster.kafka.reader import ReadRecord, read_publication
-from dataforge_kafka_dagster.kafka.records import KafkaRecord, chunks, key_fields
+from dataforge_kafka_dagster.kafka.records import KafkaRecord, key_fields
 from dataforge_kafka_dagster.kafka.serialization import ValueFormat, deserialize
+from dataforge_kafka_dagster.kafka.sources import chunks
 from dataforge_kafka_dagster.resource import KafkaProducerResource, describe, publication_metadata
 
 

@@ -126,6 +126,8 @@ ORDER = [
     {"kafka.config"},
     {"kafka.connection", "kafka.serialization"},
     {"kafka.records", "kafka.schemas", "kafka.topics"},
+    {"kafka.frames"},
+    {"kafka.sources"},
     {"kafka.producer", "kafka.publication"},
     {"kafka.reader"},
     {"kafka.verification"},

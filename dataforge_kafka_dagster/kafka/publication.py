@@ -15,6 +15,7 @@ import datetime as dt
 import functools
 import hashlib
 import itertools
+import operator
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,8 +36,9 @@ from dataforge_kafka_dagster.kafka.errors import (
     KafkaError,
     Remedy,
 )
-from dataforge_kafka_dagster.kafka.records import Chunk, KafkaRecord, chunks, encode_record, key_fields
+from dataforge_kafka_dagster.kafka.records import Chunk, KafkaRecord, encode_record, key_fields
 from dataforge_kafka_dagster.kafka.serialization import Headers, ValueFormat, format_of
+from dataforge_kafka_dagster.kafka.sources import chunks
 from dataforge_kafka_dagster.kafka.topics import Topic, check_topic_exists
 
 _LEDGER_VERSION: Final = 1
@@ -314,7 +316,7 @@ class PublicationWriter:
             self._write(chunk, topic or self.topic)
 
     def _write(self, chunk: Chunk, topic: str) -> None:
-        producer = self._live_producer()
+        self._live_producer()
         track = self._tracks.get(check_topic(topic)) or self._add_topic(topic, self._config.producer.connect_timeout)
         if chunk.form is not None:
             self._form = self._form or chunk.form
@@ -327,19 +329,12 @@ class PublicationWriter:
                 )
         if not self._first_sent:
             self._first_sent = time.monotonic()
-        produce, index = producer.produce, self._records
-        keys: Iterable[bytes | None] = chunk.keys if chunk.keys is not None else itertools.repeat(None)
         if chunk.extras is None:
-            for value, key in zip(chunk.values, keys, strict=False):
-                try:
-                    produce(topic, value, key, -1, track)
-                except BufferError:
-                    self._produce_with_room(topic, index, value=value, key=key, on_delivery=track)
-                except KafkaException as exception:
-                    raise self._refused(exception.args[0], topic, index, key) from None
-                index += 1
+            self._produce_all(chunk, topic, track.report)
         else:
-            for value, key, extra in zip(chunk.values, keys, chunk.extras, strict=False):
+            for index, (value, key, extra) in enumerate(
+                zip(chunk.values, chunk.keys or itertools.repeat(None), chunk.extras, strict=False), self._records
+            ):
                 if extra.partition >= track.partitions:
                     raise InvalidRecordError(
                         f"record {index}",
@@ -347,9 +342,8 @@ class PublicationWriter:
                         f"Use 0 to {track.partitions - 1}, or None and let the key decide",
                         index=index,
                     )
-                self._produce_with_room(topic, index, value=value, key=key, on_delivery=track, **extra._asdict())
-                index += 1
-        self._records = index
+                self._produce_with_room(topic, index, value=value, key=key, on_delivery=track.report, **extra._asdict())
+        self._records += len(chunk.values)
         self._bytes += chunk.size
         self._poll(0)
         self._check()
@@ -357,6 +351,24 @@ class PublicationWriter:
         if now - self._reported >= _PROGRESS_SECONDS:
             self._reported = now
             self._on_progress(self._records, self._bytes, now - self._began)
+
+    def _produce_all(self, chunk: Chunk, topic: str, report: Callable[[Any, Any], None]) -> None:
+        produce = self._live_producer().produce
+        values, keys = iter(chunk.values), iter(chunk.keys or itertools.repeat(None))
+        # A publication's speed hangs on this loop: the try is around it, and nothing is counted in it.
+        value = key = None
+        while True:
+            try:
+                for value, key in zip(values, keys, strict=False):
+                    produce(topic, value, key, -1, report)
+            except BufferError:
+                index = self._records + len(chunk.values) - operator.length_hint(values) - 1
+                self._produce_with_room(topic, index, value=value, key=key, on_delivery=report)
+            except KafkaException as exception:
+                index = self._records + len(chunk.values) - operator.length_hint(values) - 1
+                raise self._refused(exception.args[0], topic, index, key) from None
+            else:
+                return
 
     def _produce_with_room(self, topic: str, index: int, **record: Any) -> None:
         producer = self._live_producer()
@@ -383,7 +395,9 @@ class PublicationWriter:
             )
         return self._producer
 
-    def _refused(self, error: confluent_kafka.KafkaError, topic: str, index: int, key: bytes | None) -> KafkaError:
+    def _refused(
+        self, error: confluent_kafka.KafkaError, topic: str, index: int, key: bytes | str | None
+    ) -> KafkaError:
         """The error for a record that librdkafka does not even take."""
         if error.name() == "_FATAL":
             # The next poll tells the cause.
@@ -393,7 +407,7 @@ class PublicationWriter:
             return broken
         shown = f" (key {key[:100]!r})" if key else ""
         refused = self._explain(error, f"record {index}{shown}, topic {topic!r}")
-        refused.index, refused.key = index, key
+        refused.index, refused.key = index, key.encode() if isinstance(key, str) else key
         return refused
 
     def _explain(self, error: confluent_kafka.KafkaError, culprit: str) -> KafkaError:
@@ -473,11 +487,7 @@ class PublicationWriter:
             return self.publication
         producer = self._live_producer()
         self._flush(producer)
-        offsets = tuple(
-            PartitionOffsets(track.topic, partition, tuple((first, last) for first, last in runs))
-            for track in self._tracks.values()
-            for partition, runs in sorted(track.runs.items())
-        )
+        offsets = tuple(itertools.chain.from_iterable(track.offsets for track in self._tracks.values()))
         publication = Publication(
             self._publication_id,
             self._transactional_id,
@@ -507,7 +517,7 @@ class PublicationWriter:
             if time.monotonic() > deadline:
                 raise timed_out(f"{len(producer)} records not yet delivered", self._config.producer.delivery_timeout)
         self._check()
-        delivered = sum(track.delivered for track in self._tracks.values())
+        delivered = sum(offsets.records for track in self._tracks.values() for offsets in track.offsets)
         if delivered != self._records:
             raise KafkaError(
                 f"publication to {', '.join(self._tracks)!r}",
@@ -617,34 +627,56 @@ class PublicationWriter:
 
 
 class _Track:
-    """Delivery reports of one topic, collapsed into runs of offsets. A callback: it records and never raises."""
+    """Delivery reports of one topic, collapsed into runs of offsets.
+
+    Attributes:
+        report: The delivery callback: it records and never raises. A function, which Python calls faster than a method.
+    """
 
     def __init__(self, topic: str, found: Topic) -> None:
         self.topic = topic
         self.partitions = found.partitions
         self.topic_id = found.id
-        self.runs: dict[int, list[list[int]]] = {}
         self.failures: collections.Counter[str] = collections.Counter()
         self.first_failure: tuple[confluent_kafka.KafkaError, bytes | None] | None = None
-        self._last: dict[int, list[int]] = {}
+        self._starts: dict[int, list[int]] = {}
+        self._ends: dict[int, list[int]] = {}
+        self._next: dict[int, int] = {}
+        self.report = self._reporter()
 
-    def __call__(self, err: confluent_kafka.KafkaError | None, msg: Any) -> None:
-        if err is not None:
-            self.failures[err.name()] += 1
-            if self.first_failure is None:
-                self.first_failure = (err, msg.key())
-            return
-        partition, offset = msg.partition(), msg.offset()
-        run = self._last.get(partition)
-        if run is not None and run[1] + 1 == offset:
-            run[1] = offset
-        else:
-            run = self._last[partition] = [offset, offset]
-            self.runs.setdefault(partition, []).append(run)
+    def _reporter(self) -> Callable[[confluent_kafka.KafkaError | None, Any], None]:
+        following = self._next
+
+        def report(err: confluent_kafka.KafkaError | None, msg: Any) -> None:
+            if err is None:
+                partition = msg.partition()
+                offset = msg.offset()
+                if following.get(partition) != offset:
+                    self._begin(partition, offset)
+                following[partition] = offset + 1
+            else:
+                self.failures[err.name()] += 1
+                if self.first_failure is None:
+                    self.first_failure = (err, msg.key())
+
+        return report
+
+    def _begin(self, partition: int, offset: int) -> None:
+        if partition in self._next:
+            self._ends.setdefault(partition, []).append(self._next[partition] - 1)
+        self._starts.setdefault(partition, []).append(offset)
 
     @property
-    def delivered(self) -> int:
-        return sum(last - first + 1 for runs in self.runs.values() for first, last in runs)
+    def offsets(self) -> tuple[PartitionOffsets, ...]:
+        """What was delivered so far, by Kafka partition."""
+        return tuple(
+            PartitionOffsets(
+                self.topic,
+                partition,
+                tuple(zip(starts, [*self._ends.get(partition, ()), self._next[partition] - 1], strict=True)),
+            )
+            for partition, starts in sorted(self._starts.items())
+        )
 
 
 def publish(

@@ -1,39 +1,33 @@
-"""An output (mapping, iterable, generator, data frame) to chunks of encoded records, never held whole."""
+"""Rows (mappings, models, text, bytes, `KafkaRecord`) to chunks of encoded records."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
-
-import narwhals as nw
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError
 from dataforge_kafka_dagster.kafka.serialization import (
+    DEFAULT_ENCODERS,
+    Encoders,
     Headers,
     ValueFormat,
     format_of,
+    is_finite,
+    json_lines,
     record_name,
     refuse_non_finite,
     serialize_headers,
     serialize_key,
     serialize_value,
-    to_json,
+    text_size,
 )
 
 ACCEPTED: Final = (
     "a mapping, dataclass, pydantic model, str, bytes or KafkaRecord; a list, iterator or generator of those;"
     " or a pandas, polars or pyarrow data frame"
 )
-
-_CHUNK_BYTES: Final = 1_000_000
-# Rows may grow from one to the next by any factor: few at a time bound what a chunk holds.
-_CHUNK_ROWS: Final = 128
-_FRAME_ROWS: Final = 1_000
-_CHUNK_SECONDS: Final = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +62,15 @@ class Chunk(NamedTuple):
     """Some records in order, encoded.
 
     Attributes:
-        values: One per record; None is a tombstone.
+        values: One per record, a str as UTF-8; None is a tombstone.
         keys: As many, or None if no record has a key.
         extras: As many, or None if no record has more than value and key.
         size: Bytes of all values and keys.
         form: Format of the values; None if all are tombstones.
     """
 
-    values: Sequence[bytes | None]
-    keys: Sequence[bytes | None] | None
+    values: Sequence[bytes | str | None]
+    keys: Sequence[bytes | str | None] | None
     extras: Sequence[Extra] | None
     size: int
     form: ValueFormat | None
@@ -103,66 +97,30 @@ def refuse_output(output: object) -> InvalidRecordError:
     )
 
 
-def chunks(output: Any, key: str | Sequence[str] | None = None, start: int = 0) -> Iterator[Chunk]:
-    """The records of an output, encoded, about a megabyte at a time.
+class RowEncoder:
+    """Encodes lists of rows; all rows of an output have one format.
 
     Args:
-        output: A mapping, dataclass, pydantic model, str, bytes or `KafkaRecord`; a list, iterator or generator of
-            those; or a data frame, one record per row.
-        key: Field or column that is the record's key; several make a JSON object of them.
-        start: What errors add to a record's position.
-
-    Raises:
-        InvalidRecordError: The output, a record or a field cannot be published. The output's type and a frame's columns
-            are checked by the call itself, records when their chunk is made.
+        fields: Fields that make the key of rows that have none.
+        encoders: How values and keys become bytes.
     """
-    fields = key_fields(key)
-    if isinstance(output, KafkaRecord) or format_of(type(output)) is not None:
-        output = [output]
-    if nw.dependencies.is_into_dataframe(output):
-        return _frame_chunks(output, fields, start)
-    if isinstance(output, Sequence) and not isinstance(output, (list, tuple)):
-        output = iter(output)
-    if isinstance(output, Iterator):
-        return _paced(lambda _, size: _take(output, size), _RowEncoder(fields), start)
-    if isinstance(output, (list, tuple)):
-        return _paced(lambda start, size: output[start : start + size], _RowEncoder(fields), start)
-    raise refuse_output(output)
 
-
-def _paced(
-    take: Callable[[int, int], Any], encode: Callable[[Any, int], Chunk], first: int, most: int = _CHUNK_ROWS
-) -> Iterator[Chunk]:
-    """Take rows and encode them, as many at a time as make a megabyte, going by those before."""
-    start, size = 0, 64
-    while rows := take(start, size):
-        chunk = encode(rows, first + start)
-        yield chunk
-        start += len(rows)
-        fitting = _CHUNK_BYTES * len(rows) // max(chunk.size, 1)
-        size = max(1, min(most, fitting, size * 8))
-
-
-def _take(rows: Iterator[Any], size: int) -> list[Any]:
-    """The next rows: as many as asked for, or as come within half a second."""
-    taken = []
-    deadline = time.monotonic() + _CHUNK_SECONDS
-    for row in rows:
-        taken.append(row)
-        if len(taken) >= size or time.monotonic() > deadline:
-            break
-    return taken
-
-
-class _RowEncoder:
-    """Encodes lists of rows; all rows of an output have one format."""
-
-    def __init__(self, fields: tuple[str, ...]) -> None:
+    def __init__(self, fields: tuple[str, ...], encoders: Encoders = DEFAULT_ENCODERS) -> None:
         self._fields = fields
+        self._encoders = encoders
         self._first: type | None = None
         self._form: ValueFormat | None = None
 
     def __call__(self, rows: Sequence[Any], start: int) -> Chunk:
+        """The rows, encoded.
+
+        Args:
+            rows: At least one.
+            start: Position of the first.
+
+        Raises:
+            InvalidRecordError: A row cannot be published.
+        """
         self._first = self._first or type(rows[0])
         types = set(map(type, rows))
         if self._first is KafkaRecord or KafkaRecord in types:
@@ -170,25 +128,27 @@ class _RowEncoder:
                 raise self._odd_one_out(rows, start, lambda row: type(row) is not KafkaRecord)
             return self._records(rows, start)
         self._check_types(rows, start, types)
+        values = self._values(rows, start)
+        keys = self._keys(rows, start) if self._fields else None
+        return Chunk(values, keys, None, text_size(values) + text_size(keys), self._encoders.form or self._form)
+
+    def _values(self, rows: Sequence[Any], start: int) -> Sequence[bytes | str | None]:
+        if self._encoders.value:
+            return self._encoders.value(rows, start)
         try:
-            values = self._values(rows)
+            if self._form == "bytes":
+                return [bytes(row) for row in rows]
+            if self._form == "string":
+                return [row.encode() for row in rows]
+            values = json_lines(rows)
         except (TypeError, ValueError, RecursionError):
             for i, row in enumerate(rows):
                 serialize_value(row, start + i)
             raise
-        if self._form == "json":
-            for i, value in enumerate(values):
-                if b"null" in value:
-                    refuse_non_finite(rows[i], start + i)
-        keys = self._keys(rows, start) if self._fields else None
-        return Chunk(values, keys, None, _size(values, keys), self._form)
-
-    def _values(self, rows: Sequence[Any]) -> list[bytes]:
-        if self._form == "json":
-            return [to_json(row) for row in rows]
-        if self._form == "string":
-            return [row.encode() for row in rows]
-        return [bytes(row) for row in rows]
+        for i, value in enumerate(values):
+            if not is_finite(rows[i], value):
+                refuse_non_finite(rows[i], start + i)
+        return values
 
     def _check_types(self, rows: Sequence[Any], start: int, types: set[type]) -> None:
         self._form = self._form or format_of(type(rows[0]))
@@ -228,7 +188,15 @@ class _RowEncoder:
             index=start + i,
         )
 
-    def _keys(self, rows: Sequence[Any], start: int) -> list[bytes | None]:
+    def _keys(self, rows: Sequence[Any], start: int) -> Sequence[bytes | str | None]:
+        if self._encoders.key:
+            return self._encoders.key([key_of(row, self._fields, i) for i, row in enumerate(rows, start)], start)
+        if len(self._fields) == 1:
+            field = self._fields[0]
+            found = [row.get(field) if type(row) is dict else None for row in rows]
+            # confluent-kafka writes a str as UTF-8 by itself; one that is not text gets its error below.
+            if all(type(key) is str for key in found) and "".join(found).isascii():  # type: ignore[arg-type]
+                return found
         name = ".".join(self._fields)
         return [serialize_key(key_of(row, self._fields, index), index, name) for index, row in enumerate(rows, start)]
 
@@ -250,7 +218,7 @@ class _RowEncoder:
             keys.append(key)
             extras.append(extra)
         plain = all(extra == _PLAIN for extra in extras)
-        return Chunk(values, keys, None if plain else extras, _size(values, keys), self._form)
+        return Chunk(values, keys, None if plain else extras, text_size(values) + text_size(keys), self._form)
 
 
 def key_of(row: Any, fields: Sequence[str], index: int | None = None) -> Any:
@@ -326,59 +294,3 @@ def _timestamp(timestamp: object, name: str, index: int | None) -> int:
             index=index,
         )
     return timestamp
-
-
-def _size(values: Sequence[bytes | None], keys: Sequence[bytes | None] | None) -> int:
-    return sum(map(len, filter(None, values))) + (sum(map(len, filter(None, keys))) if keys else 0)
-
-
-def _frame_chunks(native: Any, fields: tuple[str, ...], first: int) -> Iterator[Chunk]:
-    try:
-        frame = nw.from_native(native, eager_only=True)
-        columns = frame.columns
-    except Exception as error:
-        raise InvalidRecordError(
-            f"data frame of type {type(native).__module__}.{type(native).__qualname__}",
-            f"it cannot be read: {error}",
-            "Give it unique column names that are all str",
-        ) from error
-    for name in (*fields, *columns):
-        if name not in columns or not isinstance(name, str):
-            raise InvalidRecordError(
-                f"data frame, column {name!r}",
-                "the key column is missing" if name in fields else "its name is not a str",
-                f"Its columns are {', '.join(map(repr, columns[:30]))}",
-                field=str(name),
-            )
-    encode = _FrameEncoder(fields)
-    return _paced(lambda start, size: frame[start : start + size].rows(named=True), encode, first, _FRAME_ROWS)
-
-
-class _FrameEncoder:
-    """Encodes rows of a frame: missing values (None, NaN, NaT, NA) are null."""
-
-    def __init__(self, fields: tuple[str, ...]) -> None:
-        self._fields = fields
-
-    def __call__(self, rows: Sequence[dict[str, Any]], start: int) -> Chunk:
-        try:
-            values = [to_json(row) for row in rows]
-        except (TypeError, ValueError):
-            for i, row in enumerate(rows):
-                serialize_value(row, start + i)
-            raise
-        keys = None
-        if len(self._fields) == 1:
-            field = self._fields[0]
-            keys = [self._key(row[field], start + i, field) for i, row in enumerate(rows)]
-        elif self._fields:
-            keys = [to_json({field: row[field] for field in self._fields}) for row in rows]
-        return Chunk(values, keys, None, _size(values, keys), "json")
-
-    @staticmethod
-    def _key(value: Any, index: int, field: str) -> bytes | None:
-        if type(value) is str:
-            return value.encode()
-        if type(value).__name__ in {"NaTType", "NAType"} or (isinstance(value, float) and math.isnan(value)):
-            return None
-        return serialize_key(value, index, field)

@@ -11,7 +11,7 @@ import datetime as dt
 import decimal
 import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal, cast
 
 import orjson
@@ -24,6 +24,28 @@ ValueFormat = Literal["json", "string", "bytes"]
 Headers = Mapping[str, "str | bytes | None"] | Sequence[tuple[str, "str | bytes | None"]]
 
 _OPTIONS: Final = orjson.OPT_SERIALIZE_NUMPY
+
+
+RowsEncoder = Callable[[Sequence[Any], int], "list[bytes | None]"]
+"""Takes values or keys, and the position of the first; returns the bytes of each, or raises `InvalidRecordError`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoders:
+    """How the values and keys of a publication become bytes, where their types are not to decide.
+
+    Attributes:
+        value: Encodes rows; None goes by their type: JSON, text or bytes.
+        key: Encodes keys; None writes them as text.
+        form: The format of the values that `value` makes.
+    """
+
+    value: RowsEncoder | None = None
+    key: RowsEncoder | None = None
+    form: ValueFormat | None = None
+
+
+DEFAULT_ENCODERS: Final = Encoders()
 
 
 class _UnsupportedTypeError(TypeError):
@@ -48,7 +70,7 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if isinstance(value, decimal.Decimal):
-        return str(value)
+        return format(value, "f")
     if value is None or type(value).__name__ in {"NaTType", "NAType"}:
         return None
     if isinstance(value, (dt.datetime, dt.date, dt.time)):
@@ -67,6 +89,31 @@ def to_json(value: Any) -> bytes:
         TypeError: Something in it has no JSON form.
     """
     return orjson.dumps(value, _jsonable, _OPTIONS)
+
+
+def json_lines(values: Sequence[Any]) -> list[bytes]:
+    """Each value as `to_json` writes it.
+
+    Raises:
+        TypeError: Something in one of them has no JSON form.
+    """
+    dumps, default, options = orjson.dumps, _jsonable, _OPTIONS
+    return [dumps(value, default, options) for value in values]
+
+
+def text_size(texts: Sequence[bytes | str | None] | None) -> int:
+    """Bytes of all texts together, a str as UTF-8.
+
+    Raises:
+        UnicodeEncodeError: A str is not text.
+    """
+    if not texts:
+        return 0
+    try:
+        joined = "".join(filter(None, texts))  # type: ignore[arg-type]
+    except TypeError:
+        return sum(len(text.encode()) if isinstance(text, str) else len(text) for text in texts if text)
+    return len(joined) if joined.isascii() else len(joined.encode())
 
 
 def serialize_value(value: Any, index: int | None = None) -> bytes | None:
@@ -91,9 +138,33 @@ def serialize_value(value: Any, index: int | None = None) -> bytes | None:
         encoded = value.encode() if form == "string" else to_json(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise _no_json_form(value, index, error) from error
-    if form == "json" and b"null" in encoded:
+    if form == "json" and not is_finite(value, encoded):
         refuse_non_finite(value, index)
     return cast("bytes", encoded)
+
+
+def is_finite(value: Any, encoded: bytes) -> bool:
+    """Whether a value surely has no NaN and no infinity, which orjson writes as null: quick, may say no wrongly."""
+    if b"null" not in encoded:
+        return True
+    try:
+        return type(value) is dict and encoded.count(b"null") == list(value.values()).count(None)
+    except ValueError:
+        # An array has no answer to "is it None".
+        return False
+
+
+def refuse_infinite(value: Any, index: int | None) -> None:
+    """Refuse infinity in a frame's row, where NaN is a missing value."""
+    field = _find(value, lambda v: isinstance(v, float) and math.isinf(v))
+    if field is not None:
+        raise InvalidRecordError(
+            f"{record_name(index)}, field {field!r}",
+            "JSON has no infinity",
+            "Replace it by None or a number",
+            index=index,
+            field=field,
+        )
 
 
 def refuse_non_finite(value: Any, index: int | None) -> None:

@@ -1,0 +1,271 @@
+"""Rows of data frames to chunks of encoded records: whole columns at once where polars can, else row by row.
+
+Both ways give the same bytes. Missing values (None, NaN, NaT, NA) are null. polars is used if it is installed; pandas
+and pyarrow frames reach it by slices.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import narwhals as nw
+
+from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
+from dataforge_kafka_dagster.kafka.records import Chunk
+from dataforge_kafka_dagster.kafka.serialization import (
+    Encoders,
+    json_lines,
+    refuse_infinite,
+    serialize_key,
+    serialize_value,
+    text_size,
+    to_json,
+)
+
+if TYPE_CHECKING:
+    import polars as pl
+
+# Kinds of numpy's data types whose pandas columns polars takes as they are; "O" (object) is looked into.
+_NUMPY_KINDS: Final = "biufM"
+
+
+def open_frame(native: Any, fields: Sequence[str]) -> nw.DataFrame[Any]:
+    """A data frame whose rows can be published.
+
+    Raises:
+        InvalidRecordError: It cannot be read, a column's name is not a str, or a key column is missing.
+    """
+    try:
+        frame: nw.DataFrame[Any] = nw.from_native(native, eager_only=True)
+        columns = frame.columns
+    except Exception as error:
+        raise InvalidRecordError(
+            f"data frame of type {type(native).__module__}.{type(native).__qualname__}",
+            f"it cannot be read: {error}",
+            "Give it unique column names that are all str",
+        ) from error
+    for name in (*fields, *columns):
+        if name not in columns or not isinstance(name, str):
+            raise InvalidRecordError(
+                f"data frame, column {name!r}",
+                "the key column is missing" if name in fields else "its name is not a str",
+                f"Its columns are {', '.join(map(repr, columns[:30]))}",
+                field=str(name),
+            )
+    return frame
+
+
+class FrameEncoder:
+    """Encodes slices of one frame.
+
+    Args:
+        fields: Columns that make a record's key.
+        encoders: How values and keys become bytes.
+    """
+
+    def __init__(self, fields: tuple[str, ...], encoders: Encoders) -> None:
+        self._fields = fields
+        self._encoders = encoders
+
+    def __call__(self, rows: nw.DataFrame[Any], start: int) -> Chunk:
+        """The rows, encoded.
+
+        Args:
+            rows: A slice of the frame.
+            start: Position of its first row.
+
+        Raises:
+            InvalidRecordError: A value or key cannot be published.
+        """
+        frame = None if self._encoders.value or self._encoders.key else _in_polars(rows.to_native())
+        if frame is None:
+            return self._by_row(rows.rows(named=True), start)
+        frame = _without_times(frame)
+        plain = _plain_types(frame)
+        if plain is None:
+            return self._by_row(frame.rows(named=True), start)
+        return self._by_column(plain, start)
+
+    def _by_column(self, frame: pl.DataFrame, start: int) -> Chunk:
+        for series in frame:
+            if _has_infinity(series):
+                for i, row in enumerate(frame.rows(named=True), start):
+                    refuse_infinite(row, i)
+        values = _json_of(frame)
+        size = int(values.str.len_bytes().sum())
+        if not self._fields:
+            return Chunk(values.to_list(), None, None, size, "json")
+        if len(self._fields) > 1:
+            keys = _json_of(frame.select(self._fields)).to_list()
+        else:
+            keys = self._keys(frame.get_column(self._fields[0]), start)
+        return Chunk(values.to_list(), keys, None, size + text_size(keys), "json")
+
+    def _keys(self, series: pl.Series, start: int) -> list[Any]:
+        import polars as pl  # noqa: PLC0415  (optional, and slow to import)
+
+        if series.dtype.is_integer() or isinstance(series.dtype, (pl.String, pl.Categorical, pl.Enum)):
+            return series.cast(pl.String).to_list()  # type: ignore[no-any-return]
+        return [self._key(value, start + i, series.name) for i, value in enumerate(series.to_list())]
+
+    def _by_row(self, rows: Sequence[dict[str, Any]], start: int) -> Chunk:
+        encoders, fields = self._encoders, self._fields
+        values: Sequence[bytes | str | None] = (
+            encoders.value(rows, start) if encoders.value else self._values(rows, start)
+        )
+        keys: list[Any] | None = None
+        if fields and encoders.key:
+            found = [row[fields[0]] if len(fields) == 1 else {field: row[field] for field in fields} for row in rows]
+            keys = encoders.key(found, start)
+        elif len(fields) == 1:
+            keys = [self._key(row[fields[0]], start + i, fields[0]) for i, row in enumerate(rows)]
+        elif fields:
+            keys = [to_json({field: row[field] for field in fields}) for row in rows]
+        return Chunk(values, keys, None, text_size(values) + text_size(keys), encoders.form or "json")
+
+    @staticmethod
+    def _values(rows: Sequence[dict[str, Any]], start: int) -> list[bytes]:
+        try:
+            values = json_lines(rows)
+        except (TypeError, ValueError):
+            for i, row in enumerate(rows):
+                serialize_value(row, start + i)
+            raise
+        for i, value in enumerate(values):
+            if b"null" in value:
+                refuse_infinite(rows[i], start + i)
+        return values
+
+    @staticmethod
+    def _key(value: Any, index: int, field: str) -> bytes | None:
+        if type(value) is str:
+            return value.encode()
+        if type(value).__name__ in {"NaTType", "NAType"} or (isinstance(value, float) and math.isnan(value)):
+            return None
+        return serialize_key(value, index, field)
+
+
+def _in_polars(native: Any) -> pl.DataFrame | None:
+    """The frame in polars; None where its values could come out otherwise than from Python's own objects."""
+    library = type(native).__module__.partition(".")[0]
+    if library == "polars":
+        return native  # type: ignore[no-any-return]
+    if not _has_polars():
+        return None
+    import polars as pl  # noqa: PLC0415  (optional, and slow to import)
+
+    try:
+        if library == "pandas" and all(map(_is_plain_pandas, native.dtypes)):
+            frame = pl.from_pandas(native)
+            # An object column may hold anything: only text and booleans are the same in polars.
+            for name, dtype in native.dtypes.items():
+                if getattr(dtype, "kind", "") == "O" and frame.schema[name] not in (pl.String, pl.Boolean, pl.Null):
+                    return None
+            return frame
+        if library == "pyarrow" and not any(_is_odd_arrow(field.type) for field in native.schema):
+            return pl.DataFrame(pl.from_arrow(native))
+    except Exception:  # noqa: BLE001  (whatever it cannot take goes row by row)
+        return None
+    return None
+
+
+@functools.cache
+def _has_polars() -> bool:
+    return importlib.util.find_spec("polars") is not None
+
+
+def _is_plain_pandas(dtype: Any) -> bool:
+    return getattr(dtype, "kind", "") in _NUMPY_KINDS or type(dtype).__name__ in {
+        "StringDtype",
+        "BooleanDtype",
+        "DatetimeTZDtype",
+        *(f"{sign}Int{bits}Dtype".replace("uI", "UI") for sign in ("", "u") for bits in (8, 16, 32, 64)),
+    } or str(dtype) == "object"  # fmt: skip
+
+
+def _is_odd_arrow(dtype: Any) -> bool:
+    """Whether pyarrow's Python object for a value of this type says something else than polars' does."""
+    import pyarrow.types as kinds  # noqa: PLC0415
+
+    return bool(
+        kinds.is_map(dtype)
+        or kinds.is_date64(dtype)
+        or kinds.is_union(dtype)
+        or (kinds.is_nested(dtype) and any(_is_odd_arrow(dtype.field(i).type) for i in range(dtype.num_fields)))
+        or (
+            kinds.is_dictionary(dtype)
+            and not (kinds.is_string(dtype.value_type) or kinds.is_large_string(dtype.value_type))
+        )
+    )
+
+
+def _without_times(frame: pl.DataFrame) -> pl.DataFrame:
+    """Datetimes and times as ISO 8601 text: with as many digits of a second as they need, of 0, 6 and 9."""
+    import polars as pl  # noqa: PLC0415  (optional, and slow to import)
+
+    texts = []
+    for series in frame:
+        dtype = series.dtype
+        if isinstance(dtype, (pl.Datetime, pl.Time)):
+            date = "" if isinstance(dtype, pl.Time) else "%Y-%m-%dT"
+            zone = "%:z" if isinstance(dtype, pl.Datetime) and dtype.time_zone else ""
+            fraction = series.dt.nanosecond()
+            text = series.dt.to_string(f"{date}%H:%M:%S{zone}")
+            for digits, needs in (("%.6f", fraction != 0), ("%.9f", fraction % 1000 != 0)):
+                if needs.any():
+                    text = text.zip_with(
+                        ~needs.fill_null(value=False), series.dt.to_string(f"{date}%H:%M:%S{digits}{zone}")
+                    )
+            texts.append(text)
+    return frame.with_columns(texts) if texts else frame
+
+
+def _plain_types(frame: pl.DataFrame) -> pl.DataFrame | None:
+    """The frame with types that polars writes as JSON as Python does; None if a column has none."""
+    casts = {}
+    for name, dtype in frame.schema.items():
+        plain = _plain_type(dtype)
+        if plain is None:
+            return None
+        if plain != dtype:
+            casts[name] = plain
+    return frame.cast(casts) if casts else frame  # type: ignore[arg-type]
+
+
+def _plain_type(dtype: pl.DataType) -> pl.DataType | None:
+    import polars as pl  # noqa: PLC0415  (optional, and slow to import)
+
+    if isinstance(dtype, pl.Float32):
+        return pl.Float64()
+    if isinstance(dtype, (pl.List, pl.Array)):
+        inner = _plain_type(dtype.inner)  # type: ignore[arg-type]
+        if inner is None:
+            return None
+        return pl.List(inner) if isinstance(dtype, pl.List) else pl.Array(inner, dtype.size)
+    if isinstance(dtype, pl.Struct):
+        fields = [(field.name, _plain_type(field.dtype)) for field in dtype.fields]  # type: ignore[arg-type]
+        return None if any(plain is None for _, plain in fields) else pl.Struct(dict(fields))  # type: ignore[arg-type]
+    numbers = (pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32, pl.UInt64, pl.Float64)
+    others = (pl.String, pl.Boolean, pl.Date, pl.Decimal, pl.Categorical, pl.Enum, pl.Null)
+    return dtype if isinstance(dtype, (*numbers, *others)) else None
+
+
+def _has_infinity(series: pl.Series) -> bool:
+    import polars as pl  # noqa: PLC0415  (optional, and slow to import)
+
+    dtype = series.dtype
+    if isinstance(dtype, pl.Float64):
+        return bool(series.is_infinite().any())
+    if isinstance(dtype, (pl.List, pl.Array)):
+        return dtype.inner.is_nested() | dtype.inner.is_float() and _has_infinity(series.explode())
+    return isinstance(dtype, pl.Struct) and any(map(_has_infinity, series.struct.unnest()))
+
+
+def _json_of(frame: pl.DataFrame) -> pl.Series:
+    import polars as pl  # noqa: PLC0415  (optional, and slow to import)
+
+    return frame.select(pl.struct(pl.all()).struct.json_encode()).to_series()

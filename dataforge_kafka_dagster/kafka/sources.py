@@ -1,0 +1,85 @@
+"""An output (mapping, iterable, generator, data frame) to chunks of encoded records, never held whole."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
+
+import narwhals as nw
+
+from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
+from dataforge_kafka_dagster.kafka.frames import FrameEncoder, open_frame
+from dataforge_kafka_dagster.kafka.records import ACCEPTED, Chunk, KafkaRecord, RowEncoder, key_fields
+from dataforge_kafka_dagster.kafka.serialization import DEFAULT_ENCODERS, Encoders, format_of
+
+_CHUNK_BYTES: Final = 1_000_000
+# Rows may grow from one to the next by any factor: few at a time bound what a chunk holds. More are not faster.
+_CHUNK_ROWS: Final = 128
+_FRAME_ROWS: Final = 2_000
+_CHUNK_SECONDS: Final = 0.5
+
+
+def refuse_output(output: object) -> InvalidRecordError:
+    """The error for an output of a type that cannot be published."""
+    return InvalidRecordError(
+        f"output of type {type(output).__module__}.{type(output).__qualname__}",
+        "it cannot be published",
+        f"Return {ACCEPTED}",
+    )
+
+
+def chunks(
+    output: Any, key: str | Sequence[str] | None = None, start: int = 0, encoders: Encoders = DEFAULT_ENCODERS
+) -> Iterator[Chunk]:
+    """The records of an output, encoded, about a megabyte at a time.
+
+    Args:
+        output: A mapping, dataclass, pydantic model, str, bytes or `KafkaRecord`; a list, iterator or generator of
+            those; or a data frame, one record per row.
+        key: Field or column that is the record's key; several make a JSON object of them.
+        start: What errors add to a record's position.
+        encoders: How values and keys become bytes.
+
+    Raises:
+        InvalidRecordError: The output, a record or a field cannot be published. The output's type and a frame's columns
+            are checked by the call itself, records when their chunk is made.
+    """
+    fields = key_fields(key)
+    if isinstance(output, KafkaRecord) or format_of(type(output)) is not None:
+        output = [output]
+    if nw.dependencies.is_into_dataframe(output):
+        frame = open_frame(output, fields)
+        encode = FrameEncoder(fields, encoders)
+        return _paced(lambda start, size: frame[start : start + size], encode, start, _FRAME_ROWS)
+    if isinstance(output, Sequence) and not isinstance(output, (list, tuple)):
+        output = iter(output)
+    if isinstance(output, Iterator):
+        return _paced(lambda _, size: _take(output, size), RowEncoder(fields, encoders), start)
+    if isinstance(output, (list, tuple)):
+        return _paced(lambda start, size: output[start : start + size], RowEncoder(fields, encoders), start)
+    raise refuse_output(output)
+
+
+def _paced(
+    take: Callable[[int, int], Any], encode: Callable[[Any, int], Chunk], first: int, most: int = _CHUNK_ROWS
+) -> Iterator[Chunk]:
+    """Take rows and encode them, as many at a time as make a megabyte, going by those before."""
+    start, size = 0, 64
+    while count := len(rows := take(start, size)):
+        chunk = encode(rows, first + start)
+        yield chunk
+        start += count
+        fitting = _CHUNK_BYTES * count // max(chunk.size, 1)
+        size = max(1, min(most, fitting, size * 8))
+
+
+def _take(rows: Iterator[Any], size: int) -> list[Any]:
+    """The next rows: as many as asked for, or as come within half a second."""
+    taken = []
+    deadline = time.monotonic() + _CHUNK_SECONDS
+    for row in rows:
+        taken.append(row)
+        if len(taken) >= size or time.monotonic() > deadline:
+            break
+    return taken

@@ -1,0 +1,206 @@
+"""Frames encoded by column give, byte for byte, what encoding their rows gives."""
+
+import datetime as dt
+import decimal
+import math
+
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from polars.testing.parametric import dataframes
+
+from dataforge_kafka_dagster.kafka import frames
+from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
+from dataforge_kafka_dagster.kafka.serialization import json_lines, serialize_key
+from dataforge_kafka_dagster.kafka.sources import chunks
+
+TYPES = [
+    pl.Int8, pl.Int16, pl.Int32, pl.Int64, pl.UInt8, pl.UInt16, pl.UInt32, pl.UInt64, pl.Float32, pl.Float64, pl.String,
+    pl.Boolean, pl.Date, pl.Time, pl.Datetime("us"), pl.Datetime("ms"), pl.Datetime("us", "UTC"),
+    pl.Datetime("us", "Asia/Kolkata"), pl.Decimal, pl.Categorical, pl.Null, pl.List(pl.Int64), pl.List(pl.String),
+    pl.List(pl.Float64), pl.Array(pl.Float32, 2), pl.Struct({"a": pl.Int64, "b": pl.String, "c": pl.Float64}),
+    pl.List(pl.Struct({"x": pl.Float64, "y": pl.Boolean})), pl.List(pl.List(pl.Decimal(10, 2))),
+]  # fmt: skip
+
+
+def encoded(frame, key=None):
+    """(value, key) of each record, as bytes, or the error that refuses the frame."""
+    try:
+        return [
+            tuple(text.encode() if isinstance(text, str) else text for text in pair)
+            for chunk in chunks(frame, key)
+            for pair in zip(chunk.values, chunk.keys or [None] * len(chunk.values), strict=True)
+        ]
+    except InvalidRecordError as error:
+        return str(error)
+
+
+@pytest.fixture
+def by_row(monkeypatch):
+    """Encodes a frame row by row, as without polars."""
+
+    def encode(frame, key=None):
+        with monkeypatch.context() as patch:
+            patch.setattr(frames, "_in_polars", lambda _: None)
+            return encoded(frame, key)
+
+    return encode
+
+
+class Counted:
+    """Counts the slices that went by column, so that no test compares the rows with themselves."""
+
+    def __init__(self, monkeypatch):
+        self.count = 0
+        by_column = frames.FrameEncoder._by_column
+
+        def counted(*args):
+            self.count += 1
+            return by_column(*args)
+
+        monkeypatch.setattr(frames.FrameEncoder, "_by_column", counted)
+
+
+@pytest.fixture
+def columns(monkeypatch):
+    return Counted(monkeypatch)
+
+
+@settings(max_examples=150)
+@given(
+    dataframes(
+        min_cols=1, max_cols=4, min_size=1, max_size=5, allow_null=True, allowed_dtypes=TYPES, allow_infinity=False
+    )
+)
+def test_any_polars_frame_is_the_json_of_its_rows(frame):
+    expected = json_lines(frame.rows(named=True))
+    assert [value for value, _ in encoded(frame)] == expected
+
+
+@settings(max_examples=60)
+@given(
+    dataframes(
+        min_cols=1, max_cols=1, min_size=1, max_size=5,
+        allowed_dtypes=[pl.Int64, pl.UInt8, pl.String, pl.Date, pl.Float64, pl.Boolean, pl.Categorical, pl.Datetime("us")],
+        allow_infinity=False,
+    )
+)  # fmt: skip
+def test_any_polars_key_is_the_key_of_its_row(frame):
+    name = frame.columns[0]
+    expected = [
+        None if isinstance(value, float) and math.isnan(value) else serialize_key(value)
+        for value in frame[name].to_list()
+    ]
+    assert [key for _, key in encoded(frame, name)] == expected
+
+
+MOMENTS = [
+    dt.datetime(2020, 1, 2, 3, 4, 5),
+    dt.datetime(1969, 1, 2, 3, 4, 5, 6),
+    dt.datetime(2020, 1, 2, 3, 4, 5, 60_000),
+]
+PANDAS = {
+    "int64": [1, -2, 3],
+    "float": [0.1, float("nan"), 1e16],
+    "text": ["a", "ü\n", None],
+    "bool": [True, False, True],
+    "nullable int": pd.array([1, None, 2**62], dtype="Int64"),
+    "nullable bool": pd.array([True, None, False], dtype="boolean"),
+    "datetime": pd.to_datetime(MOMENTS),
+    "nanoseconds": pd.to_datetime([1, None, 10**18 + 1_000], unit="ns"),
+    "zoned": pd.to_datetime([MOMENTS[0], None, MOMENTS[2]]).tz_localize("Asia/Kolkata"),
+    "objects": pd.Series([1, "a", None], dtype=object),
+    "decimals": pd.Series([decimal.Decimal("1.1"), decimal.Decimal("2.25"), None], dtype=object),
+    "dates": pd.Series([dt.date(2020, 1, 2), None, dt.date(1, 1, 1)], dtype=object),
+    "lists": pd.Series([[1, 2], None, [3.5]], dtype=object),
+    "category": pd.Categorical(["a", None, "b"]),
+    "numbers as category": pd.Categorical([1, None, 2]),
+    "float32": pd.Series([0.1, None, 3], dtype="float32"),
+    "uint64": pd.Series([2**64 - 1, 0, 1], dtype="uint64"),
+    "arrow": pd.Series([1, None, 3], dtype=pd.ArrowDtype(pa.int64())),
+    "durations": pd.to_timedelta([1, 2, 3], unit="s"),
+    "infinity": [0.1, float("inf"), 2.0],
+    "complex": [1j, 2j, 3j],
+}
+
+
+@pytest.mark.parametrize("name", PANDAS)
+def test_each_pandas_column_is_the_json_of_its_rows(name, by_row):
+    frame = pd.DataFrame({name: PANDAS[name], "k": ["x", "y", "z"]})
+    assert encoded(frame, "k") == by_row(frame, "k")
+
+
+@pytest.mark.parametrize(
+    "name", ["int64", "float", "text", "bool", "nullable int", "datetime", "zoned", "float32", "uint64"]
+)
+def test_common_pandas_columns_go_by_column(name, columns):
+    encoded(pd.DataFrame({name: PANDAS[name]}))
+    assert columns.count == 1
+
+
+ARROW = {
+    "int": pa.array([1, None, 2**62]),
+    "float": pa.array([0.1, float("nan"), None]),
+    "text": pa.array(["a", "ü\n", None]),
+    "large text": pa.array(["a", None, ""], pa.large_string()),
+    "bool": pa.array([True, None, False]),
+    "date": pa.array([dt.date(2020, 1, 2), None, dt.date(1, 1, 1)]),
+    "date64": pa.array([dt.date(2020, 1, 2), None, dt.date(1970, 1, 1)], pa.date64()),
+    "seconds": pa.array([MOMENTS[0], None, MOMENTS[0]], pa.timestamp("s")),
+    "micros": pa.array(MOMENTS, pa.timestamp("us")),
+    "zoned": pa.array(MOMENTS, pa.timestamp("us", "Asia/Kolkata")),
+    "time": pa.array([dt.time(1, 2, 3), None, dt.time(1, 2, 3, 400)], pa.time64("us")),
+    "decimal": pa.array([decimal.Decimal("1.10"), None, decimal.Decimal("-0.05")]),
+    "list": pa.array([[1, None], None, []]),
+    "struct": pa.array([{"a": 1, "b": "x"}, {"a": None, "b": None}, {"a": 2, "b": None}]),
+    "null struct": pa.array([{"a": 1}, None, {"a": 2}]),
+    "map": pa.array([[("a", 1)], None, []], pa.map_(pa.string(), pa.int64())),
+    "dictionary": pa.array(["a", None, "a"]).dictionary_encode(),
+    "numbers as dictionary": pa.array([1, None, 1]).dictionary_encode(),
+    "nothing": pa.nulls(3),
+    "bytes": pa.array([b"a", None, b"c"]),
+    "durations": pa.array([dt.timedelta(1), None, dt.timedelta(2)]),
+    "float16": pa.array([1.5, None, 2.0], pa.float32()).cast(pa.float16()),
+}
+
+
+@pytest.mark.parametrize("name", ARROW)
+def test_each_arrow_column_is_the_json_of_its_rows(name, by_row):
+    table = pa.table({name: ARROW[name], "k": ["x", "y", "z"]})
+    assert encoded(table, "k") == by_row(table, "k")
+
+
+@pytest.mark.parametrize(
+    "name", ["int", "float", "text", "bool", "date", "micros", "decimal", "list", "struct", "dictionary"]
+)
+def test_common_arrow_columns_go_by_column(name, columns):
+    encoded(pa.table({name: ARROW[name]}))
+    assert columns.count == 1
+
+
+@pytest.mark.parametrize(
+    "series",
+    [
+        pl.Series("f", [0.5, float("inf")]),
+        pl.Series("f", [0.5, float("-inf")], dtype=pl.Float32),
+        pl.Series("f", [[0.5], [float("inf")]]),
+        pl.Series("f", [{"x": 0.5}, {"x": float("inf")}]),
+    ],
+)
+def test_infinity_is_refused_with_row_and_column(series):
+    with pytest.raises(InvalidRecordError, match="infinity") as caught:
+        list(chunks(pl.DataFrame([series]), start=10))
+    assert caught.value.index == 11
+    assert caught.value.field.startswith("f")
+
+
+def test_nanoseconds_are_kept():
+    frame = pl.DataFrame({"t": pl.Series([1, 1_000, 0, None]).cast(pl.Datetime("ns"))})
+    assert [value for value, _ in encoded(frame)] == [
+        b'{"t":"1970-01-01T00:00:00.000000001"}',
+        b'{"t":"1970-01-01T00:00:00.000001"}',
+        b'{"t":"1970-01-01T00:00:00"}',
+        b'{"t":null}',
+    ]
