@@ -19,7 +19,7 @@ pytest_plugins = ["dataforge_kafka_dagster.pytest_plugin", "pytester"]
 hypothesis.settings.register_profile("tests", deadline=None, max_examples=20, database=None)
 hypothesis.settings.load_profile("tests")
 
-_DEADLINE = 30.0
+_DEADLINE = 60.0
 
 
 class Found(NamedTuple):
@@ -122,6 +122,17 @@ def eventually() -> Callable[..., object]:
         return result
 
     return wait
+
+
+@pytest.fixture
+def say(capsys) -> Callable[[str], None]:
+    """Prints a figure where the one who runs the tests sees it."""
+
+    def write(text: str) -> None:
+        with capsys.disabled():
+            print(f"\n{text}")  # noqa: T201
+
+    return write
 
 
 @pytest.fixture

@@ -73,11 +73,28 @@ _crash_after(PublicationWriter, "_commit_transaction", "after_commit")
 def rows(context, count=RECORDS):
     """Rows named by run, Dagster partition and number, with the mid-write crash half-way."""
     partition = context.partition_key if context.has_partition_key else ""
+    pause = float(context.run.tags.get("crash/pause", 0))
     for i in range(count):
+        if pause:
+            time.sleep(pause)
         if i == count // 2 and _plan["point"] == "mid_write":
             time.sleep(0.2)  # lets the first half reach the broker
             crash_at("mid_write")
         yield {"run": context.run.tags.get("crash/name", context.run_id), "partition": partition, "i": i}
+
+
+def gathered(context):
+    """Rows of a Dagster partition that wait half-way until as many others as the tags say are half-way too."""
+    marks, count = Path(context.run.tags["crash/marks"]), int(context.run.tags["crash/gather"])
+    for row in rows(context):
+        if row["i"] == RECORDS // 2:
+            (marks / context.partition_key).touch()
+            deadline = time.monotonic() + 300
+            while len(list(marks.iterdir())) < count:
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+                time.sleep(0.1)
+        yield row
 
 
 kafka = KafkaProducerResource.configure_at_launch()
@@ -106,6 +123,11 @@ def partitioned(context: dg.AssetExecutionContext):
     follow(context)
     count = int(context.run.tags.get("crash/records", RECORDS))
     yield dg.Output(rows(context, count), metadata={"kafka/topic": context.run.tags["crash/topic"]})
+
+
+@dg.asset(io_manager_key="kafka_io", partitions_def=many)
+def gathering(context: dg.AssetExecutionContext):
+    yield dg.Output(gathered(context), metadata={"kafka/topic": context.run.tags["crash/topic"]})
 
 
 @dg.asset
@@ -143,11 +165,12 @@ def run_config(bootstrap_servers, prefix):
 
 
 definitions = dg.Definitions(
-    assets=[crashing, crashing_without_policy, partitioned, session],
+    assets=[crashing, crashing_without_policy, partitioned, gathering, session],
     jobs=[
         dg.define_asset_job("crashing_job", [crashing], executor_def=multiprocess),
         dg.define_asset_job("without_policy_job", [crashing_without_policy], executor_def=multiprocess),
         dg.define_asset_job("partitioned_job", [partitioned], executor_def=dg.in_process_executor),
+        dg.define_asset_job("gathering_job", [gathering], executor_def=multiprocess),
         dg.define_asset_job("session_job", [session], executor_def=multiprocess),
         op_job,
     ],
@@ -167,12 +190,44 @@ def partitioned_job():
     return definitions.resolve_job_def("partitioned_job")
 
 
+def gathering_job():
+    return definitions.resolve_job_def("gathering_job")
+
+
 def session_job():
     return definitions.resolve_job_def("session_job")
 
 
 def crashing_op_job():
     return definitions.resolve_job_def("op_job")
+
+
+def run_gathering(partition, tags, config):
+    """One run in a process of its own; whether it succeeded."""
+    with (
+        dg.DagsterInstance.get() as instance,
+        dg.execute_job(
+            dg.reconstructable(gathering_job),
+            instance,
+            tags=tags | {"dagster/partition": partition},
+            run_config=config,
+            raise_on_error=False,
+        ) as result,
+    ):
+        return result.success
+
+
+def publish_slowly(sizes, topic, config):
+    """A run for each Dagster partition and its number of records; when each began and ended, by time.time()."""
+    times = []
+    with dg.DagsterInstance.get() as instance:
+        for partition, size in sizes:
+            tags = {"crash/topic": topic, "crash/records": str(size), "crash/pause": "0.002"}
+            began = time.time()
+            options = {"partition_key": partition, "tags": tags, "run_config": config, "instance": instance}
+            partitioned_job().execute_in_process(**options)
+            times.append((began, time.time()))
+    return times
 
 
 def assert_once(records, count=RECORDS):

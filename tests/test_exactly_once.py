@@ -1,11 +1,14 @@
 """Retries, crashes and zombies publish every record one time: through Dagster, on the real broker."""
 
+import collections
+import concurrent.futures
 import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -17,6 +20,10 @@ import pytest
 from conftest import read_topic
 from crashing import POINTS, RECORDS, assert_once, assert_told_truly
 from dagster._core.execution.api import ReexecutionOptions, execute_run
+
+from dataforge_kafka_dagster import KafkaProducerConfig
+from dataforge_kafka_dagster.kafka.config import PublicationConfig
+from dataforge_kafka_dagster.kafka.publication import PublicationWriter, make_transactional_id
 
 pytestmark = pytest.mark.kafka
 
@@ -271,3 +278,36 @@ def test_two_runs_of_one_dagster_partition_leave_whole_publications(instance, tm
     assert sorted("[true" in out for out in outs) == [False, True], outs
     assert "another attempt" in next(out for out in outs if "[false" in out)
     assert_once(read(kafka_bootstrap_servers, crash.topic))
+
+
+def test_fifty_publishers_with_open_transactions_at_once_fence_nobody(kafka_bootstrap_servers, kafka_topic):
+    topic = kafka_topic(partitions=3)
+    config = PublicationConfig(producer=KafkaProducerConfig(bootstrap_servers=kafka_bootstrap_servers))
+    count, rows = 50, 20
+    half_way = threading.Barrier(count, timeout=60)
+
+    def publish(number):
+        partition = f"p{number}"
+        name = make_transactional_id(topic, ("asset", "made"), (partition,))
+        with PublicationWriter(config, transactional_id=name, publication_id=partition, topic=topic) as writer:
+            writer.send_all({"partition": partition, "i": i} for i in range(rows // 2))
+            half_way.wait()
+            writer.send_all({"partition": partition, "i": i} for i in range(rows // 2, rows))
+        return writer.commit()
+
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        publications = list(pool.map(publish, range(count)))
+    found = collections.defaultdict(list)
+    for partition, offset, value in read(kafka_bootstrap_servers, topic):
+        found[value["partition"]].append((partition, offset, value["i"]))
+    assert {partition: sorted(i for _, _, i in records) for partition, records in found.items()} == {
+        f"p{number}": list(range(rows)) for number in range(count)
+    }
+    for publication in publications:
+        places = {
+            (offsets.partition, offset)
+            for offsets in publication.offsets
+            for first, last in offsets.runs
+            for offset in range(first, last + 1)
+        }
+        assert places == {(partition, offset) for partition, offset, _ in found[publication.publication_id]}

@@ -1,0 +1,102 @@
+"""The ledger of a publication that other writers cut into thousands of runs of offsets."""
+
+import collections
+
+import orjson
+import pytest
+from confluent_kafka import Producer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dataforge_kafka_dagster import KafkaProducerConfig
+from dataforge_kafka_dagster.kafka.config import PublicationConfig
+from dataforge_kafka_dagster.kafka.publication import (
+    PartitionOffsets,
+    Publication,
+    PublicationWriter,
+    _decode_ledger,
+    _encode_ledger,
+    _find_header,
+)
+from dataforge_kafka_dagster.kafka.reader import read_publication
+
+LARGEST_METADATA = 4096
+"""What a broker takes of an offset's metadata: its offset.metadata.max.bytes."""
+
+runs = st.lists(st.tuples(st.integers(1, 10**7), st.integers(0, 10**7)), min_size=1, max_size=600)
+
+
+def _offsets(topic, partition, steps):
+    found, end = [], 0
+    for gap, length in steps:
+        first = end + gap
+        end = first + length + 1
+        found.append((first, end - 1))
+    return PartitionOffsets(topic, partition, tuple(found))
+
+
+def _publication(offsets):
+    records = sum(o.records for o in offsets)
+    return Publication("run/asset", "id", "t", records, 1, "json", tuple(offsets), replayed=True, seconds=0.0)
+
+
+@given(st.dictionaries(st.tuples(st.sampled_from(["t", "other"]), st.integers(0, 4)), runs, max_size=4))
+def test_any_ledger_comes_back(places):
+    publication = _publication([_offsets(*place, steps) for place, steps in sorted(places.items())])
+    groups = _encode_ledger(publication)
+    entries = [entry for group in groups for entry in group]
+    assert max(len(entry.metadata.encode()) for entry in entries) < LARGEST_METADATA
+    header = _find_header(groups[0], "run/asset")
+    assert header["groups"] == len(groups)
+    assert _decode_ledger(header, entries, "id", "run/asset") == publication
+    assert _find_header(entries, "another run/asset") is None
+
+
+@pytest.mark.kafka
+def test_a_publication_of_thousands_of_runs_is_found_and_read_again(kafka_bootstrap_servers, kafka_topic, read):
+    topic = kafka_topic(partitions=2)
+    producer = KafkaProducerConfig(bootstrap_servers=kafka_bootstrap_servers, linger_ms=0)
+    config = PublicationConfig(producer=producer)
+    other = Producer({"bootstrap.servers": kafka_bootstrap_servers, "linger.ms": 0})
+
+    def writer(publication_id):
+        return PublicationWriter(config, transactional_id=topic, publication_id=publication_id, topic=topic)
+
+    with writer("long") as publication:
+        for i in range(1000):
+            for partition in (0, 1):
+                publication.send({"i": i}, partition=partition)
+                other.produce(topic, b'{"other":1}', partition=partition)
+            assert other.flush(10) == 0
+    made = publication.commit()
+    count = sum(len(offsets.runs) for offsets in made.offsets)
+    assert count > 1600, f"the other writer cut it into {count} runs only"
+    assert len(_encode_ledger(made)) >= 2
+
+    with writer("long") as again:
+        again.send({"i": "never"})
+    assert again.publication.replayed
+    assert again.publication.offsets == made.offsets
+
+    expected = collections.defaultdict(list)
+    for record in read(topic):
+        value = orjson.loads(record.value)
+        if "i" in value:
+            expected[record.partition].append((record.offset, value["i"]))
+    assert {partition: [i for _, i in records] for partition, records in expected.items()} == {
+        0: list(range(1000)),
+        1: list(range(1000)),
+    }
+    back = collections.defaultdict(list)
+    for record in read_publication(producer, again.publication):
+        back[record.message.partition()].append((record.message.offset(), orjson.loads(record.value)["i"]))
+    assert back == expected
+
+    # A short one of the same publisher: what the groups of the long one still hold is not taken for its own.
+    with writer("short") as short:
+        short.send({"i": 0})
+    with writer("short") as again:
+        pass
+    assert again.publication.replayed
+    assert again.publication.offsets == short.publication.offsets
+    assert again.publication.records == 1

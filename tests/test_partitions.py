@@ -1,0 +1,155 @@
+"""Dagster partitions of every kind, and several outputs of one step: each is a publication with names of its own."""
+
+import collections
+import json
+import re
+import uuid
+
+import dagster as dg
+import pytest
+
+from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource
+from dataforge_kafka_dagster.kafka.publication import make_transactional_id
+
+LONG = ["x" * 499 + end for end in "ab"]
+ODD = ["Zürich/東京 🛫", "Zürich/東京 🛬", "a b", "a-b", "a.b", "../..", " ", "a'\"\\;"]
+MULTI = dg.MultiPartitionsDefinition(
+    {
+        "day": dg.DailyPartitionsDefinition("2013-01-01", end_date="2013-01-03"),
+        "origin": dg.StaticPartitionsDefinition(["JFK", "LGA"]),
+    }
+)
+KINDS = {
+    "500 characters": (dg.StaticPartitionsDefinition(LONG), LONG),
+    "odd characters": (dg.StaticPartitionsDefinition(ODD), ODD[:2]),
+    "multi-dimensional": (MULTI, list(MULTI.get_partition_keys())[1:3]),
+    "dynamic": (dg.DynamicPartitionsDefinition(name="kinds"), ["one", "two/2"]),
+    "hours": (
+        dg.HourlyPartitionsDefinition("2013-01-01-00:00", end_date="2013-01-01-02:00"),
+        ["2013-01-01-00:00", "2013-01-01-01:00"],
+    ),
+}
+
+
+@pytest.fixture
+def manager(kafka_bootstrap_servers):
+    prefix = f"test-{uuid.uuid4().hex[:8]}"
+    kafka = KafkaProducerResource(
+        bootstrap_servers=kafka_bootstrap_servers, transactional_id_prefix=prefix, step_retry_delay=0.01
+    )
+    return KafkaIOManager(kafka=kafka)
+
+
+def _publications(result):
+    """What each materialization says, by asset and Dagster partition."""
+    return {
+        (event.asset_key.to_user_string(), event.partition): event.materialization.metadata["kafka/publication"].value
+        for event in result.get_asset_materialization_events()
+    }
+
+
+@pytest.mark.parametrize("keys", [LONG, ODD], ids=["500 characters", "odd characters"])
+def test_transactional_ids_are_legal_stable_and_different(keys):
+    ids = [make_transactional_id("dagster", ("asset", "größe", "result"), (key,)) for key in keys]
+    assert len(set(ids)) == len(keys)
+    for key, name in zip(keys, ids, strict=True):
+        assert re.fullmatch(r"[A-Za-z0-9._-]{1,249}", name)
+        assert name.startswith("dagster.asset.gr-e.result.")
+        assert name == make_transactional_id("dagster", ("asset", "größe", "result"), (key,))
+
+
+def test_the_parts_of_a_name_are_not_mixed_up():
+    names = [(("a", "b"), ()), (("a",), ("b",)), (("a.b",), ()), (("a",), ("b", "c")), (("a",), ("b.c",))]
+    assert len({make_transactional_id("p", name, partition) for name, partition in names}) == len(names)
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_dagster_partition_is_published_and_read_by_itself(kind, manager, kafka_topic, read, instance):
+    definition, keys = KINDS[kind]
+    topic, got = kafka_topic(), {}
+    if isinstance(definition, dg.DynamicPartitionsDefinition):
+        instance.add_dynamic_partitions(definition.name, keys)
+
+    @dg.asset(partitions_def=definition, metadata={"kafka/topic": topic})
+    def made(context: dg.AssetExecutionContext):
+        return [{"key": context.partition_key, "i": i} for i in range(3)]
+
+    @dg.asset(partitions_def=definition)
+    def reader(context: dg.AssetExecutionContext, made: list) -> None:
+        got[context.partition_key] = made
+
+    said = {}
+    for key in keys:
+        options = {"resources": {"io_manager": manager}, "instance": instance, "partition_key": key}
+        result = dg.materialize([made], **options)
+        said[key] = _publications(result)["made", key]
+    # The one that is read is not the one that was published last.
+    options["partition_key"] = keys[0]
+    assert dg.materialize([made, reader], selection=[reader], **options).success
+    assert got == {keys[0]: [{"key": keys[0], "i": i} for i in range(3)]}
+    assert len({publication["transactional_id"] for publication in said.values()}) == len(keys)
+    assert len({publication["publication_id"] for publication in said.values()}) == len(keys)
+    found = collections.Counter(json.loads(record.value)["key"] for record in read(topic))
+    assert found == dict.fromkeys(keys, 3)
+
+
+@pytest.mark.kafka
+def test_a_range_of_days_in_one_run_is_one_publication(manager, kafka_topic, read, instance):
+    topic = kafka_topic()
+
+    @dg.asset(
+        partitions_def=dg.DailyPartitionsDefinition("2013-01-01", end_date="2013-02-01"),
+        metadata={"kafka/topic": topic},
+        backfill_policy=dg.BackfillPolicy.single_run(),
+    )
+    def made(context: dg.AssetExecutionContext):
+        start, end = context.partition_time_window
+        return [{"day": start.day}, {"day": end.day}, *({"key": key} for key in context.partition_keys)]
+
+    days = {"dagster/asset_partition_range_start": "2013-01-05", "dagster/asset_partition_range_end": "2013-01-09"}
+    result = dg.materialize([made], resources={"io_manager": manager}, instance=instance, tags=days)
+    publications = _publications(result)
+    assert sorted(partition for _, partition in publications) == [f"2013-01-0{day}" for day in range(5, 10)]
+    assert len({publication["publication_id"] for publication in publications.values()}) == 1
+    assert [json.loads(record.value) for record in read(topic)] == [
+        {"day": 5},
+        {"day": 10},
+        *({"key": f"2013-01-0{day}"} for day in range(5, 10)),
+    ]
+
+
+@pytest.mark.kafka
+def test_several_outputs_of_one_step_are_published_once_each(manager, kafka_topic, read, instance):
+    """The step fails when two of its three outputs are committed, one of them empty; its retry repeats neither."""
+    topics = {name: kafka_topic(name=name) for name in ("first", "empty", "last")}
+    attempts = []
+
+    @dg.multi_asset(
+        outs={name: dg.AssetOut(metadata={"kafka/topic": topic}) for name, topic in topics.items()},
+        retry_policy=dg.RetryPolicy(max_retries=1),
+    )
+    def several():
+        attempts.append(1)
+        yield dg.Output([{"i": i, "attempt": len(attempts)} for i in range(5)], "first")
+        yield dg.Output([], "empty")
+        if len(attempts) == 1:
+            raise ZeroDivisionError
+        yield dg.Output(({"i": i} for i in range(7)), "last")
+
+    result = dg.materialize([several], resources={"io_manager": manager}, instance=instance)
+    assert len(attempts) == 2
+    assert [json.loads(record.value) for record in read(topics["first"])] == [{"i": i, "attempt": 1} for i in range(5)]
+    assert read(topics["empty"]) == []
+    assert [json.loads(record.value) for record in read(topics["last"])] == [{"i": i} for i in range(7)]
+    events = result.get_asset_materialization_events()
+    records = [(event.asset_key.to_user_string(), event.materialization.metadata) for event in events]
+    told = [(name, said["kafka/records"].value, said["kafka/replayed"].value) for name, said in records]
+    assert told == [
+        ("first", 5, False),
+        ("empty", 0, False),
+        ("first", 5, True),
+        ("empty", 0, True),
+        ("last", 7, False),
+    ]
+    assert len({said["kafka/publication"].value["transactional_id"] for _, said in records}) == 3
