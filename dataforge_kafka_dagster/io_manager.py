@@ -28,7 +28,8 @@ class KafkaIOManager(dg.ConfigurableIOManager):
 
     Topic and key come from, in this order: output metadata, the asset's definition metadata (``kafka/topic``,
     ``kafka/key``), this IO manager's config; the topic in the end from the asset key, its parts joined by dots.
-    The metadata ``kafka/create_topic``, a mapping of `KafkaTopicSpec`'s fields, creates the topic if it is missing.
+    The metadata ``kafka/create_topic``, a mapping of `KafkaTopicSpec`'s fields, creates the topic if it is missing, and
+    ``kafka/on_bad_record`` names a dead-letter topic.
 
     Example:
         >>> defs = dg.Definitions(assets=[flights], resources={"io_manager": KafkaIOManager(kafka=kafka)})
@@ -63,37 +64,31 @@ class KafkaIOManager(dg.ConfigurableIOManager):
             dagster.Failure: It failed for good, or the asset's own RetryPolicy is to decide.
         """
         with self.kafka.errors_in_dagster(context):
-            topic = self._topic_of(context)
-            key = self._key_of(context)
-            spec = _spec_of(context)
+            target = _Target(
+                self._topic_of(context), self._key_of(context), _spec_of(context), _on_bad_record_of(context)
+            )
         identity = output_identity(context)
         if len(identity.partition) > 1 and isinstance(obj, Mapping) and set(obj) == set(identity.partition):
             step = context.step_context
             for partition in identity.partition:
-                said = self._publish(context, obj[partition], topic, key, spec, identity.of_partition(partition))
+                said = self._publish(context, obj[partition], target, identity.of_partition(partition))
                 step.add_asset_metadata(said, asset_key=context.asset_key, partition_key=partition)
             return
-        said = self._publish(context, obj, topic, key, spec, identity)
+        said = self._publish(context, obj, target, identity)
         if context.mapping_key:
             said["kafka/mapping_key"] = context.mapping_key
         context.add_output_metadata(said)
 
-    def _publish(
-        self,
-        context: dg.OutputContext,
-        obj: Any,
-        topic: str,
-        key: Sequence[str],
-        spec: KafkaTopicSpec | None,
-        identity: Identity,
-    ) -> dict[str, Any]:
+    def _publish(self, context: dg.OutputContext, obj: Any, target: "_Target", identity: Identity) -> dict[str, Any]:
         """Publish one output and return what its materialization says."""
+        topic = target.topic
         if obj is None:
             context.log.info(f"The output is None: nothing was published to {topic!r}")
             return {"dagster/row_count": 0, "kafka/topic": topic, "kafka/records": 0}
         with self.kafka.errors_in_dagster(context, topic):
-            encoded = chunks(obj, key)  # refuses the output before anything is connected
-            with self.kafka.writer(context, identity, topic, key, spec) as writer:
+            writer = self.kafka.writer(context, identity, *target)
+            encoded = chunks(obj, target.key, on_bad=writer.on_bad)  # refuses the output before anything is connected
+            with writer:
                 writer.send_chunks(encoded)
             publication = writer.commit()
         context.log.info(describe(publication))
@@ -145,6 +140,15 @@ class KafkaIOManager(dg.ConfigurableIOManager):
             return _in_form(context.dagster_type.typing_type, records)
 
 
+class _Target(typing.NamedTuple):
+    """Where an output goes, and how."""
+
+    topic: str
+    key: Sequence[str]
+    create_topic: KafkaTopicSpec | None
+    on_bad_record: str | None
+
+
 def _metadata(context: dg.OutputContext, name: str) -> Any:
     """An entry of the output's metadata, else of its definition's, unwrapped."""
     for metadata in (context.output_metadata, context.definition_metadata):
@@ -167,6 +171,13 @@ def _spec_of(context: dg.OutputContext) -> KafkaTopicSpec | None:
             f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}",
             f"Give a mapping of {', '.join(KafkaTopicSpec.model_fields)}",
         ) from error
+
+
+def _on_bad_record_of(context: dg.OutputContext) -> str | None:
+    given = _metadata(context, "kafka/on_bad_record")
+    if given is not None:
+        check_topic(given.replace("{topic}", "t") if isinstance(given, str) else given)
+    return typing.cast("str | None", given)
 
 
 def _publications(context: dg.InputContext) -> Iterator[Publication]:

@@ -32,6 +32,7 @@ _PUBLICATION_OPTIONS: Final = (
     "transactional_id_prefix",
     "transaction_timeout",
     "create_topics",
+    "on_bad_record",
 )
 _CLOSE_SECONDS: Final = 10.0
 
@@ -100,6 +101,13 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions):  # type: ign
         description=(
             "How publications create topics that are missing, a KafkaTopicSpec; None creates none. An asset's metadata"
             " kafka/create_topic wins. Brokers never create topics by themselves."
+        ),
+    )
+    on_bad_record: str = Field(
+        default="fail",
+        description=(
+            "What to do with a record that cannot be published: 'fail' ends the publication; else the dead-letter topic"
+            " that takes it, in the same transaction ('{topic}' in its name stands for the publication's own)."
         ),
     )
     step_retries: int = Field(
@@ -240,6 +248,7 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions):  # type: ign
         key: str | Sequence[str] | None = None,
         name: str | None = None,
         create_topic: KafkaTopicSpec | None = None,
+        on_bad_record: str | None = None,
     ) -> Iterator[PublishingSession]:
         """A publication from the body of an asset or op: all of its records or none, whatever happens to the step.
 
@@ -252,6 +261,7 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions):  # type: ign
             key: Field that is the key of records that have none; several make a JSON object.
             name: Tells sessions of one step apart; the topic if None, numbered if it comes again.
             create_topic: How to create its topics if they are missing; the resource's create_topics if None.
+            on_bad_record: 'fail' or a dead-letter topic; the resource's on_bad_record if None.
 
         Raises:
             dagster.RetryRequested: It failed for a cause that may pass.
@@ -259,7 +269,7 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions):  # type: ign
         """
         identity = session_identity(context, self._session_name(context, name or topic))
         with self.errors_in_dagster(context, topic):
-            session = PublishingSession(self.writer(context, identity, topic, key, create_topic))
+            session = PublishingSession(self.writer(context, identity, topic, key, create_topic, on_bad_record))
             with session:
                 yield session
             context.log.info(describe(session.result))
@@ -278,6 +288,7 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions):  # type: ign
         topic: str,
         key: str | Sequence[str] | None = None,
         create_topic: KafkaTopicSpec | None = None,
+        on_bad_record: str | None = None,
     ) -> PublicationWriter:
         """A writer of the publication with this identity, which logs its progress to the context's log."""
         config = self.publication_config()
@@ -296,6 +307,7 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions):  # type: ign
             topic=topic,
             key=key,
             create_topic=create_topic,
+            on_bad_record=on_bad_record,
             on_progress=on_progress,
         )
 
@@ -385,6 +397,9 @@ def publication_metadata(publication: Publication, partitions: Sequence[str] = (
         "kafka/bytes": publication.bytes,
         "kafka/replayed": publication.replayed,
     }
+    if publication.dead_letter_topic is not None:
+        said["kafka/dead_letter_records"] = publication.dead_letters
+        said["kafka/dead_letter_topic"] = publication.dead_letter_topic
     if not publication.replayed:
         said["kafka/seconds"] = round(seconds, 3)
         said["kafka/records_per_second"] = round(publication.records / seconds, 1) if seconds else 0.0
@@ -409,6 +424,8 @@ def publication_metadata(publication: Publication, partitions: Sequence[str] = (
 def describe(publication: Publication) -> str:
     """One line for the step's log."""
     places = f"{publication.records:,} records in {', '.join(map(repr, publication.topics))}"
+    if publication.dead_letters:
+        places += f" and {publication.dead_letters:,} bad ones in {publication.dead_letter_topic!r}"
     if publication.replayed:
         return f"An earlier attempt had published these {places}; nothing was published again"
     return f"Published {places}, {publication.bytes / 1e6:,.1f} MB, in {publication.seconds:.2f} s"

@@ -181,7 +181,8 @@ def _left(sockets):
 def _main():
     import dataforge_kafka_dagster  # noqa: F401
 
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # A shell starts what runs in the background with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     children, text = {}, b""
     while True:
         ready, _, _ = select.select([0], [], [], 0.005 if children else 3600)

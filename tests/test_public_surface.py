@@ -126,7 +126,7 @@ ORDER = [
     {"kafka.config"},
     {"kafka.connection", "kafka.serialization"},
     {"kafka.records", "kafka.schemas", "kafka.topics"},
-    {"kafka.frames"},
+    {"kafka.dead_letters", "kafka.frames"},
     {"kafka.sources"},
     {"kafka.producer", "kafka.publication"},
     {"kafka.reader"},

@@ -506,6 +506,22 @@ class PublicationConfig(BaseModel):
         default=None,
         description="How to create missing topics; None creates none. Brokers never create them by themselves.",
     )
+    on_bad_record: str = Field(
+        default="fail",
+        description=(
+            "What to do with a record that cannot be published: 'fail' ends the publication; else the dead-letter topic"
+            " that takes it, in the same transaction ('{topic}' in its name stands for the publication's own)."
+        ),
+    )
+
+    @field_validator("on_bad_record")
+    @classmethod
+    def _dead_letter_topic(cls, value: str) -> str:
+        try:
+            check_topic(value.replace("{topic}", "t"))
+        except KafkaConfigError as error:
+            raise _not("on_bad_record", value, "give 'fail', or the name of a dead-letter topic") from error
+        return value
 
     @model_validator(mode="after")
     def _fits(self) -> PublicationConfig:

@@ -29,6 +29,7 @@ from typing_extensions import Self
 
 from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, PublicationConfig, check_topic, publication_options
 from dataforge_kafka_dagster.kafka.connection import SLICE, Connection, logger, timed_out
+from dataforge_kafka_dagster.kafka.dead_letters import dead_letter
 from dataforge_kafka_dagster.kafka.errors import (
     FENCED_CODES,
     InvalidRecordError,
@@ -37,8 +38,8 @@ from dataforge_kafka_dagster.kafka.errors import (
     Remedy,
 )
 from dataforge_kafka_dagster.kafka.records import Chunk, KafkaRecord, encode_record, key_fields
-from dataforge_kafka_dagster.kafka.serialization import Headers, ValueFormat, format_of
-from dataforge_kafka_dagster.kafka.sources import chunks
+from dataforge_kafka_dagster.kafka.serialization import Headers, ValueFormat, format_of, text_size
+from dataforge_kafka_dagster.kafka.sources import BadRecordTaker, chunks
 from dataforge_kafka_dagster.kafka.topics import Topic, check_topic_exists
 
 _LEDGER_VERSION: Final = 1
@@ -98,6 +99,9 @@ class Publication:
         replayed: True if an earlier attempt had published it, so that this one published nothing.
         seconds: Time this attempt took, from connecting to commit.
         topic_ids: Kafka's own id of each topic, which another one of the same name does not have.
+        dead_letters: Number of records that could not be published and went to the dead-letter topic instead; they are
+            not among `records`, `bytes` and `offsets`.
+        dead_letter_topic: That topic; None if bad records end a publication.
     """
 
     publication_id: str
@@ -110,6 +114,8 @@ class Publication:
     replayed: bool
     seconds: float
     topic_ids: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    dead_letters: int = 0
+    dead_letter_topic: str | None = None
 
     @property
     def topics(self) -> tuple[str, ...]:
@@ -167,6 +173,7 @@ class PublicationWriter:
         topic: Where records go that name no other.
         key: Field or column that is the key of records that have none; several make a JSON object.
         create_topic: How to create its topics if they are missing; the config's create_topics if None.
+        on_bad_record: 'fail' or a dead-letter topic; the config's on_bad_record if None.
         on_progress: Called every 5 seconds or so with records, bytes and seconds so far.
 
     Raises:
@@ -185,9 +192,12 @@ class PublicationWriter:
         topic: str,
         key: str | Sequence[str] | None = None,
         create_topic: KafkaTopicSpec | None = None,
+        on_bad_record: str | None = None,
         on_progress: Callable[[int, int, float], object] | None = None,
     ) -> None:
         self.topic = check_topic(topic)
+        self.on_bad: BadRecordTaker | None = None
+        """Takes bad records to the dead-letter topic; None if they end the publication. For `chunks`."""
         self.publication: Publication | None = None
         self._config = config
         self._transactional_id = transactional_id
@@ -202,11 +212,27 @@ class PublicationWriter:
         self._form: ValueFormat | None = None
         self._records = 0
         self._bytes = 0
+        self._dead_letters = 0
+        self._dead_topic = self._dead_topic_of(on_bad_record or config.on_bad_record)
+        self._dead_track: _Track | None = None
         self._began = time.monotonic()
         self._first_sent = 0.0
         self._reported = self._began
         self._in_transaction = False
         self._committing = False
+
+    def _dead_topic_of(self, on_bad_record: str) -> str | None:
+        if on_bad_record == "fail":
+            return None
+        topic = check_topic(on_bad_record.replace("{topic}", self.topic))
+        if topic == self.topic:
+            raise KafkaConfigError(
+                f"on_bad_record={on_bad_record!r}",
+                "it is the publication's own topic",
+                "Name another one, such as '{topic}.dead'",
+            )
+        self.on_bad = self._bury
+        return topic
 
     @property
     def replayed(self) -> bool:
@@ -226,6 +252,9 @@ class PublicationWriter:
         connection = self._connection
         timeout = config.producer.connect_timeout
         self._add_topic(self.topic, timeout)
+        if self._dead_topic is not None:
+            found = check_topic_exists(connection, self._dead_topic, self._create_topic, timeout)
+            self._dead_track = _Track(self._dead_topic, found)
         producer = self._producer = connection.producer(publication_options(config, self._transactional_id))
         if not self._exactly_once:
             return
@@ -284,7 +313,11 @@ class PublicationWriter:
         if self.replayed:
             return
         record = value if isinstance(value, KafkaRecord) else KafkaRecord(value, key, headers, partition, timestamp)
-        value_bytes, key_bytes, extra = encode_record(record, self._records, self._key)
+        try:
+            value_bytes, key_bytes, extra = encode_record(record, self._position, self._key)
+        except InvalidRecordError as error:
+            self._bury(record, self._position, error)
+            return
         size = len(value_bytes or b"") + len(key_bytes or b"")
         form = None if record.value is None else format_of(type(record.value))
         self._write(Chunk([value_bytes], [key_bytes], [extra], size, form), topic or self.topic)
@@ -302,7 +335,8 @@ class PublicationWriter:
             KafkaError: As the class says.
         """
         if not self.replayed:
-            self.send_chunks(chunks(output, self._key if key is None else key, self._records), topic=topic)
+            fields = self._key if key is None else key
+            self.send_chunks(chunks(output, fields, self._position, on_bad=self.on_bad), topic=topic)
 
     def send_chunks(self, encoded: Iterable[Chunk], *, topic: str | None = None) -> None:
         """Add records that are encoded already, as `chunks` does.
@@ -321,29 +355,16 @@ class PublicationWriter:
         if chunk.form is not None:
             self._form = self._form or chunk.form
             if self._form != chunk.form:
-                raise InvalidRecordError(
-                    f"record {self._records}",
-                    f"its value is {chunk.form}, those before are {self._form}",
-                    "Publish values of one format per publication",
-                    index=self._records,
-                )
+                self._bury_all(chunk)
+                return
         if not self._first_sent:
             self._first_sent = time.monotonic()
+        dead_letters = self._dead_letters
         if chunk.extras is None:
             self._produce_all(chunk, topic, track.report)
         else:
-            for index, (value, key, extra) in enumerate(
-                zip(chunk.values, chunk.keys or itertools.repeat(None), chunk.extras, strict=False), self._records
-            ):
-                if extra.partition >= track.partitions:
-                    raise InvalidRecordError(
-                        f"record {index}",
-                        f"topic {topic!r} has no Kafka partition {extra.partition}",
-                        f"Use 0 to {track.partitions - 1}, or None and let the key decide",
-                        index=index,
-                    )
-                self._produce_with_room(topic, index, value=value, key=key, on_delivery=track.report, **extra._asdict())
-        self._records += len(chunk.values)
+            self._produce_each(chunk, topic, track)
+        self._records += len(chunk.values) - (self._dead_letters - dead_letters)
         self._bytes += chunk.size
         self._poll(0)
         self._check()
@@ -355,6 +376,7 @@ class PublicationWriter:
     def _produce_all(self, chunk: Chunk, topic: str, report: Callable[[Any, Any], None]) -> None:
         produce = self._live_producer().produce
         values, keys = iter(chunk.values), iter(chunk.keys or itertools.repeat(None))
+        end = self._position + len(chunk.values)
         # A publication's speed hangs on this loop: the try is around it, and nothing is counted in it.
         value = key = None
         while True:
@@ -362,13 +384,67 @@ class PublicationWriter:
                 for value, key in zip(values, keys, strict=False):
                     produce(topic, value, key, -1, report)
             except BufferError:
-                index = self._records + len(chunk.values) - operator.length_hint(values) - 1
+                index = end - operator.length_hint(values) - 1
                 self._produce_with_room(topic, index, value=value, key=key, on_delivery=report)
             except KafkaException as exception:
-                index = self._records + len(chunk.values) - operator.length_hint(values) - 1
-                raise self._refused(exception.args[0], topic, index, key) from None
+                index = end - operator.length_hint(values) - 1
+                self._bury_sent(value, key, index, self._refused(exception.args[0], topic, index, key))
             else:
                 return
+
+    def _produce_each(self, chunk: Chunk, topic: str, track: _Track) -> None:
+        keys, extras = chunk.keys or itertools.repeat(None), chunk.extras or ()
+        for index, (value, key, extra) in enumerate(zip(chunk.values, keys, extras, strict=False), self._position):
+            try:
+                if extra.partition >= track.partitions:
+                    raise InvalidRecordError(
+                        f"record {index}",
+                        f"topic {topic!r} has no Kafka partition {extra.partition}",
+                        f"Use 0 to {track.partitions - 1}, or None and let the key decide",
+                        index=index,
+                    )
+                self._produce_with_room(topic, index, value=value, key=key, on_delivery=track.report, **extra._asdict())
+            except KafkaError as error:
+                self._bury_sent(value, key, index, error)
+
+    @property
+    def _position(self) -> int:
+        """Position of the next record among all that were given."""
+        return self._records + self._dead_letters
+
+    def _bury(self, bad: Any, index: int, error: KafkaError) -> None:
+        """Send a bad record to the dead-letter topic; raise its error if there is none."""
+        if self._dead_track is None:
+            raise error
+        error.index = index
+        record = dead_letter(bad, error, self.topic, self._longest_dead_letter)
+        track = self._dead_track
+        self._produce_with_room(track.topic, index, on_delivery=track.report, **record)
+        self._dead_letters += 1
+
+    def _bury_sent(self, value: bytes | str | None, key: bytes | str | None, index: int, error: KafkaError) -> None:
+        """The same for a record that was encoded; an error that is not the record's own is raised."""
+        if not isinstance(error, InvalidRecordError) and error.code != "MSG_SIZE_TOO_LARGE":
+            raise error
+        self._bury(KafkaRecord(value, key), index, error)
+        self._bytes -= text_size([value, key])
+
+    def _bury_all(self, chunk: Chunk) -> None:
+        """Treat records of another format than those before as bad."""
+        for value, key in zip(chunk.values, chunk.keys or itertools.repeat(None), strict=False):
+            index = self._position
+            error = InvalidRecordError(
+                f"record {index}",
+                f"its value is {chunk.form}, those before are {self._form}",
+                "Publish values of one format per publication",
+                index=index,
+            )
+            self._bury(KafkaRecord(value, key), index, error)
+
+    @property
+    def _longest_dead_letter(self) -> int:
+        """A third of the largest record, so that value, key and headers find room."""
+        return int(self._config.producer.librdkafka_config.get("message.max.bytes", 1_000_000)) // 3
 
     def _produce_with_room(self, topic: str, index: int, **record: Any) -> None:
         producer = self._live_producer()
@@ -433,11 +509,15 @@ class PublicationWriter:
             remedy=Remedy.FAIL,
         )
 
+    @property
+    def _all_tracks(self) -> list[_Track]:
+        return [*self._tracks.values(), *([self._dead_track] if self._dead_track else [])]
+
     def _failure(self) -> KafkaError | None:
         """Why this publication cannot succeed any more, if so."""
         if self._connection.fatal is not None:
             return self._explain(self._connection.fatal, f"publication to {', '.join(self._tracks)!r}")
-        for track in self._tracks.values():
+        for track in self._all_tracks:
             if track.first_failure is not None:
                 counts = ", ".join(f"{count} x {code}" for code, count in track.failures.items())
                 culprit = f"topic {track.topic!r}: {sum(track.failures.values())} records not delivered ({counts})"
@@ -499,6 +579,8 @@ class PublicationWriter:
             replayed=False,
             seconds=0.0,
             topic_ids=self._topic_ids(),
+            dead_letters=self._dead_letters,
+            dead_letter_topic=self._dead_topic,
         )
         if self._exactly_once:
             self._commit_transaction(producer, publication)
@@ -517,11 +599,11 @@ class PublicationWriter:
             if time.monotonic() > deadline:
                 raise timed_out(f"{len(producer)} records not yet delivered", self._config.producer.delivery_timeout)
         self._check()
-        delivered = sum(offsets.records for track in self._tracks.values() for offsets in track.offsets)
-        if delivered != self._records:
+        delivered = sum(offsets.records for track in self._all_tracks for offsets in track.offsets)
+        if delivered != self._position:
             raise KafkaError(
                 f"publication to {', '.join(self._tracks)!r}",
-                f"{self._records} records were sent, but {delivered} acknowledged",
+                f"{self._position} records were sent, but {delivered} acknowledged",
                 "Try again",
                 remedy=Remedy.REBUILD,
             )
@@ -759,6 +841,7 @@ def _encode_ledger(publication: Publication) -> list[list[TopicPartition]]:
         "records": publication.records,
         "bytes": publication.bytes,
         "format": publication.value_format,
+        "dead": [publication.dead_letters, publication.dead_letter_topic],
     }
     return [
         [
@@ -822,6 +905,8 @@ def _decode_ledger(
         tuple(PartitionOffsets(topic, partition, tuple(found)) for (topic, partition), found in sorted(runs.items())),
         replayed=True,
         seconds=0.0,
+        dead_letters=header["dead"][0],
+        dead_letter_topic=header["dead"][1],
     )
     found = sum(offsets.records for offsets in publication.offsets)
     if found != publication.records:

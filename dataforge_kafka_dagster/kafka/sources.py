@@ -19,6 +19,9 @@ _CHUNK_ROWS: Final = 128
 _FRAME_ROWS: Final = 2_000
 _CHUNK_SECONDS: Final = 0.5
 
+BadRecordTaker = Callable[[Any, int, InvalidRecordError], None]
+"""Takes a record that cannot be published, its position in the output, and why."""
+
 
 def refuse_output(output: object) -> InvalidRecordError:
     """The error for an output of a type that cannot be published."""
@@ -30,7 +33,11 @@ def refuse_output(output: object) -> InvalidRecordError:
 
 
 def chunks(
-    output: Any, key: str | Sequence[str] | None = None, start: int = 0, encoders: Encoders = DEFAULT_ENCODERS
+    output: Any,
+    key: str | Sequence[str] | None = None,
+    start: int = 0,
+    encoders: Encoders = DEFAULT_ENCODERS,
+    on_bad: BadRecordTaker | None = None,
 ) -> Iterator[Chunk]:
     """The records of an output, encoded, about a megabyte at a time.
 
@@ -40,6 +47,7 @@ def chunks(
         key: Field or column that is the record's key; several make a JSON object of them.
         start: What errors add to a record's position.
         encoders: How values and keys become bytes.
+        on_bad: Takes each record that cannot be encoded, its position and why; the others go on. None raises.
 
     Raises:
         InvalidRecordError: The output, a record or a field cannot be published. The output's type and a frame's columns
@@ -51,27 +59,52 @@ def chunks(
     if nw.dependencies.is_into_dataframe(output):
         frame = open_frame(output, fields)
         encode = FrameEncoder(fields, encoders)
-        return _paced(lambda start, size: frame[start : start + size], encode, start, _FRAME_ROWS)
+        return _paced(lambda start, size: frame[start : start + size], encode, start, on_bad, _FRAME_ROWS)
     if isinstance(output, Sequence) and not isinstance(output, (list, tuple)):
         output = iter(output)
     if isinstance(output, Iterator):
-        return _paced(lambda _, size: _take(output, size), RowEncoder(fields, encoders), start)
+        return _paced(lambda _, size: _take(output, size), RowEncoder(fields, encoders), start, on_bad)
     if isinstance(output, (list, tuple)):
-        return _paced(lambda start, size: output[start : start + size], RowEncoder(fields, encoders), start)
+        return _paced(lambda start, size: output[start : start + size], RowEncoder(fields, encoders), start, on_bad)
     raise refuse_output(output)
 
 
 def _paced(
-    take: Callable[[int, int], Any], encode: Callable[[Any, int], Chunk], first: int, most: int = _CHUNK_ROWS
+    take: Callable[[int, int], Any],
+    encode: Callable[[Any, int], Chunk],
+    first: int,
+    on_bad: BadRecordTaker | None,
+    most: int = _CHUNK_ROWS,
 ) -> Iterator[Chunk]:
     """Take rows and encode them, as many at a time as make a megabyte, going by those before."""
     start, size = 0, 64
     while count := len(rows := take(start, size)):
-        chunk = encode(rows, first + start)
+        try:
+            chunk = encode(rows, first + start)
+        except InvalidRecordError as error:
+            # Without an index it is the output as a whole that cannot be published.
+            if on_bad is None or error.index is None:
+                raise
+            yield from _one_by_one(rows, encode, first + start, on_bad)
+            start += count
+            continue
         yield chunk
         start += count
         fitting = _CHUNK_BYTES * count // max(chunk.size, 1)
         size = max(1, min(most, fitting, size * 8))
+
+
+def _one_by_one(rows: Any, encode: Callable[[Any, int], Chunk], start: int, on_bad: BadRecordTaker) -> Iterator[Chunk]:
+    for i in range(len(rows)):
+        row = rows[i : i + 1]
+        try:
+            chunk = encode(row, start + i)
+        except InvalidRecordError as error:
+            if error.index is None:
+                raise
+            on_bad(row.rows(named=True)[0] if isinstance(row, nw.DataFrame) else row[0], start + i, error)
+        else:
+            yield chunk
 
 
 def _take(rows: Iterator[Any], size: int) -> list[Any]:

@@ -14,6 +14,8 @@ from dataforge_kafka_dagster.kafka.connection import Connection, logger
 from dataforge_kafka_dagster.kafka.errors import KafkaError, fix_for
 
 _UNKNOWN: Final = "UNKNOWN_TOPIC_OR_PART"
+# Brokers hear of a new topic one after the other.
+_NEW_TOPIC_SECONDS: Final = 1.0
 _DENIED: Final = frozenset({"TOPIC_AUTHORIZATION_FAILED", "CLUSTER_AUTHORIZATION_FAILED"})
 
 
@@ -49,14 +51,15 @@ def check_topic_exists(connection: Connection, topic: str, spec: KafkaTopicSpec 
     """
     deadline = time.monotonic() + timeout
     try:
-        found = look_at_topic(connection, topic, timeout, write=True)
+        grace = 0.0 if spec else min(_NEW_TOPIC_SECONDS, timeout)
+        found = _look_for(connection, topic, deadline, grace)
     except KafkaError as error:
         if error.code != _UNKNOWN:
             raise
         if spec is None:
             raise KafkaError(error.culprit, error.cause, _how_to_create(connection, topic), code=_UNKNOWN) from None
         _create(connection, topic, spec, deadline)
-        found = _look_at_new(connection, topic, deadline)
+        found = _look_for(connection, topic, deadline, timeout)
     if spec is not None and found.partitions < spec.partitions:
         raise KafkaError(
             f"topic {topic!r}, {connection.name}",
@@ -92,7 +95,7 @@ def look_at_topic(connection: Connection, topic: str, timeout: float, *, write: 
         )[topic]
         return future
 
-    description = connection.answer(ask, timeout, culprit)
+    description = connection.answer(ask, max(0.1, deadline - time.monotonic()), culprit)
     # Brokers that do not say what is allowed give none.
     allowed = {operation.name for operation in description.authorized_operations or ()}
     if write and allowed and "WRITE" not in allowed:
@@ -134,12 +137,13 @@ def _create(connection: Connection, topic: str, spec: KafkaTopicSpec, deadline: 
         raise
 
 
-def _look_at_new(connection: Connection, topic: str, deadline: float) -> Topic:
-    """Brokers hear of a new topic one after the other."""
+def _look_for(connection: Connection, topic: str, deadline: float, grace: float) -> Topic:
+    """The topic, asked for again for so many seconds while it is unknown."""
+    given_up = min(deadline, time.monotonic() + grace)
     while True:
         try:
             return look_at_topic(connection, topic, max(0.1, deadline - time.monotonic()), write=True)
         except KafkaError as error:
-            if error.code != _UNKNOWN or time.monotonic() > deadline:
+            if error.code != _UNKNOWN or time.monotonic() >= given_up:
                 raise
         time.sleep(0.05)

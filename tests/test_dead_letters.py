@@ -1,0 +1,285 @@
+"""Bad records: they end the publication, or go to a dead-letter topic in the same transaction."""
+
+import dataclasses
+import json
+import uuid
+
+import dagster as dg
+import pandas as pd
+import polars as pl
+import pytest
+from pydantic import ValidationError
+
+from dataforge_kafka_dagster import KafkaError, KafkaIOManager, KafkaProducerConfig, KafkaProducerResource, KafkaRecord
+from dataforge_kafka_dagster.kafka.config import PublicationConfig
+from dataforge_kafka_dagster.kafka.dead_letters import dead_letter
+from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError
+from dataforge_kafka_dagster.kafka.publication import Publication, PublicationWriter
+
+
+class _Rude:
+    def __repr__(self):
+        raise RuntimeError("no")
+
+
+@dataclasses.dataclass
+class _Point:
+    x: object
+
+
+VALUES = [
+    (b"\x00\xff", b"\x00\xff"),
+    (bytearray(b"ab"), b"ab"),
+    ("flüge", "flüge".encode()),
+    ("\ud800", b"\\ud800"),
+    ({"a": {1}}, b"{'a': {1}}"),
+    (5, b"5"),
+    (_Point(1j), b"_Point(x=1j)"),
+    (_Rude(), b"<_Rude, whose repr raised RuntimeError>"),
+    (KafkaRecord({"a": {1}}), b"{'a': {1}}"),
+    (KafkaRecord(None), None),
+]
+
+
+@pytest.mark.parametrize(("bad", "value"), VALUES, ids=[str(i) for i in range(len(VALUES))])
+def test_a_dead_letter_is_the_bytes_or_the_repr(bad, value):
+    letter = dead_letter(bad, InvalidRecordError("record 7", "it is bad", "Mend it", index=7), "t", 100)
+    assert (letter["value"], letter["key"]) == (value, None)
+    assert dict(letter["headers"]) == {
+        "dead-letter.error": b"record 7: it is bad. Mend it",
+        "dead-letter.code": b"InvalidRecordError",
+        "dead-letter.index": b"7",
+        "dead-letter.topic": b"t",
+    }
+
+
+def test_a_long_dead_letter_is_cut_and_says_so():
+    error = KafkaError("record 0", "x" * 10_000, "Split it", code="MSG_SIZE_TOO_LARGE")
+    letter = dead_letter(KafkaRecord("v" * 1000, "k" * 1000), error, "t", 100)
+    assert (letter["value"], letter["key"]) == (b"v" * 100, b"k" * 100)
+    headers = dict(letter["headers"])
+    assert headers["dead-letter.length"] == b"1000"
+    assert headers["dead-letter.code"] == b"MSG_SIZE_TOO_LARGE"
+    assert len(headers["dead-letter.error"]) == 2000
+
+
+@pytest.mark.parametrize("name", ["", "a b", "{asset}", "x" * 250, "{topic"])
+def test_a_dead_letter_topic_that_kafka_refuses_is_refused_at_definition(name):
+    with pytest.raises(ValidationError, match="on_bad_record"):
+        KafkaProducerResource(on_bad_record=name)
+
+
+def test_the_publications_own_topic_is_no_dead_letter_topic():
+    for name in ("t", "{topic}"):
+        with pytest.raises(KafkaConfigError, match="own topic"):
+            PublicationWriter(
+                PublicationConfig(), transactional_id="a", publication_id="b", topic="t", on_bad_record=name
+            )
+
+
+@pytest.fixture
+def topics(kafka_topic):
+    """A topic with two Kafka partitions, and its dead-letter topic."""
+    topic = kafka_topic(partitions=2)
+    return topic, kafka_topic(name=f"{topic}.dead")
+
+
+@pytest.fixture
+def writer(kafka_bootstrap_servers, topics):
+    """Makes a writer with a dead-letter topic; the same name is another attempt at the same publication."""
+
+    def make(name=None, *, raw=None, **options):
+        producer = KafkaProducerConfig(bootstrap_servers=kafka_bootstrap_servers, librdkafka_config=raw or {})
+        name = name or uuid.uuid4().hex
+        options = {"on_bad_record": topics[1]} | options
+        return PublicationWriter(
+            PublicationConfig(producer=producer),
+            transactional_id=f"dead-{name}",
+            publication_id=name,
+            topic=topics[0],
+            **options,
+        )
+
+    return make
+
+
+def _letters(found):
+    """What a reader finds in the dead-letter topic: (index, code, value), by index."""
+    letters = []
+    for record in found:
+        headers = dict(record.headers)
+        assert headers["dead-letter.error"]
+        letters.append((int(headers["dead-letter.index"]), headers["dead-letter.code"].decode(), record.value))
+    return sorted(letters)
+
+
+BAD = InvalidRecordError.__name__
+OUTPUTS = {
+    "list": (lambda: [{"i": 0}, {"i": {1}}, {"i": 2}], None, [0, 2], [(1, BAD, b"{'i': {1}}")]),
+    "bad at both ends": (
+        lambda: [{"i": {0}}, {"i": 1}, {"i": {2}}],
+        None,
+        [1],
+        [(0, BAD, b"{'i': {0}}"), (2, BAD, b"{'i': {2}}")],
+    ),
+    "all bad": (lambda: [{"i": {0}}, {"i": {1}}], None, [], [(0, BAD, b"{'i': {0}}"), (1, BAD, b"{'i': {1}}")]),
+    "missing key": (lambda: iter([{"i": 0}, {"j": 1}, {"i": 2}]), "i", [0, 2], [(1, BAD, b"{'j': 1}")]),
+    "other kinds": (
+        lambda: [{"i": 0}, "text", 5, None, b"bytes"],
+        None,
+        [0],
+        [(1, BAD, b"text"), (2, BAD, b"5"), (3, BAD, None), (4, BAD, b"bytes")],
+    ),
+    "not a number": (lambda: [{"i": float("nan")}, {"i": 1}], None, [1], [(0, BAD, b"{'i': nan}")]),
+    "no such Kafka partition": (
+        lambda: [KafkaRecord({"i": 0}, partition=1), KafkaRecord({"i": 1}, partition=2)],
+        None,
+        [0],
+        [(1, BAD, b'{"i":1}')],
+    ),
+    "too large": (
+        lambda: [{"i": 0}, {"i": 1, "x": "y" * 20_000}, {"i": 2}],
+        None,
+        [0, 2],
+        [(1, "MSG_SIZE_TOO_LARGE", (b'{"i":1,"x":"' + b"y" * 20_000)[:4000])],
+    ),
+    "too large, with a header": (
+        lambda: [KafkaRecord({"i": 0}), KafkaRecord({"i": 1, "x": "y" * 20_000}, headers={"a": "b"})],
+        None,
+        [0],
+        [(1, "MSG_SIZE_TOO_LARGE", (b'{"i":1,"x":"' + b"y" * 20_000)[:4000])],
+    ),
+    "polars frame": (
+        lambda: pl.DataFrame({"i": [0.0, float("inf"), 2.0]}),
+        None,
+        [0, 2],
+        [(1, BAD, b"{'i': inf}")],
+    ),
+    "pandas frame": (lambda: pd.DataFrame({"i": [0, {1}, 2]}), None, [0, 2], [(1, BAD, b"{'i': {1}}")]),
+    "among thousands": (
+        lambda: ({"i": {i} if i % 1000 == 999 else i} for i in range(3000)),
+        None,
+        [i for i in range(3000) if i % 1000 != 999],
+        [(i, BAD, f"{{'i': {{{i}}}}}".encode()) for i in (999, 1999, 2999)],
+    ),
+}
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize(("make", "key", "good", "bad"), OUTPUTS.values(), ids=OUTPUTS)
+def test_bad_records_go_to_the_dead_letter_topic_and_the_others_on(
+    make, key, good, bad, writer, topics, read, eventually
+):
+    with writer(raw={"message.max.bytes": "12000"}, key=key) as publication:
+        publication.send_all(make())
+    done = publication.publication
+    assert (done.records, done.dead_letters, done.dead_letter_topic) == (len(good), len(bad), topics[1])
+    assert sum(offsets.records for offsets in done.offsets) == len(good)
+    assert {offsets.topic for offsets in done.offsets} <= {topics[0]}
+    # A commit is told before its marker is in each Kafka partition.
+    found = eventually(lambda: len(records := read(topics[0])) == len(good) and [records])[0]
+    assert done.bytes == sum(len(record.value) + len(record.key or b"") for record in found)
+    assert sorted(json.loads(record.value)["i"] for record in found) == good
+    assert eventually(lambda: _letters(read(topics[1])) == bad)
+
+
+@pytest.mark.kafka
+def test_single_records_go_there_too_and_later_positions_count_them(writer, topics, read):
+    with writer() as publication:
+        publication.send({"i": 0})
+        publication.send({"i": {1}}, key="k")
+        publication.send("text")
+        publication.send_all([{"i": 3}, {"i": {4}}])
+    assert publication.publication.records == 2
+    assert _letters(read(topics[1])) == [(1, BAD, b"{'i': {1}}"), (2, BAD, b"text"), (4, BAD, b"{'i': {4}}")]
+    assert next(record.key for record in read(topics[1]) if record.value == b"{'i': {1}}") == b"k"
+
+
+@pytest.mark.kafka
+def test_dead_letters_are_in_the_transaction(writer, topics, read):
+    with pytest.raises(ZeroDivisionError), writer() as publication:
+        publication.send_all([{"i": 0}, {"i": {1}}])
+        raise ZeroDivisionError
+    assert read(topics[0]) == read(topics[1]) == []
+
+
+@pytest.mark.kafka
+def test_a_later_attempt_reads_their_number_from_the_ledger(writer, topics, read):
+    first, second = writer("same"), writer("same")
+    with first:
+        first.send_all([{"i": 0}, {"i": {1}}, {"i": {2}}])
+    with second:
+        assert second.replayed
+        second.send_all([{"i": 0}, {"i": {1}}, {"i": {2}}])
+    again = second.publication
+    assert (again.records, again.dead_letters, again.dead_letter_topic) == (1, 2, topics[1])
+    assert again.offsets == first.publication.offsets
+    assert Publication.from_dict(json.loads(json.dumps(again.to_dict()))) == again
+    assert len(read(topics[1])) == 2
+
+
+@pytest.mark.kafka
+def test_what_is_no_bad_record_still_ends_the_publication(writer, topics, read):
+    def raising():
+        yield {"i": 0}
+        raise ZeroDivisionError
+
+    for make, error in [
+        (raising, ZeroDivisionError),
+        (lambda: {1, 2}, InvalidRecordError),
+        (lambda: pl.DataFrame({"a": [1]}), InvalidRecordError),
+    ]:
+        with pytest.raises(error), writer(key="i") as publication:
+            publication.send_all(make())
+    assert read(topics[0]) == read(topics[1]) == []
+
+
+@pytest.mark.kafka
+def test_a_missing_dead_letter_topic_is_told_before_anything_is_written(writer, topics, read):
+    with pytest.raises(KafkaError) as caught, writer(on_bad_record="{topic}.missing"):
+        pass
+    assert f"{topics[0]}.missing" in caught.value.culprit
+    assert caught.value.code == "UNKNOWN_TOPIC_OR_PART"
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("where", ["resource", "metadata", "publishing"])
+def test_the_materialization_says_how_many_and_where(where, kafka_bootstrap_servers, topics, read, instance):
+    kafka = KafkaProducerResource(
+        bootstrap_servers=kafka_bootstrap_servers, on_bad_record=topics[1] if where == "resource" else "fail"
+    )
+    rows = [{"i": 0}, {"i": {1}}, {"i": 2}]
+    told = {"kafka/on_bad_record": topics[1]} if where == "metadata" else {}
+
+    @dg.asset(metadata={"kafka/topic": topics[0], **told})
+    def made():
+        return rows
+
+    @dg.asset
+    def sent(context: dg.AssetExecutionContext, kafka: KafkaProducerResource) -> dg.MaterializeResult:
+        with kafka.publishing(context, topic=topics[0], on_bad_record=topics[1]) as publication:
+            publication.send_all(rows)
+        return publication.materialize_result()
+
+    resources = {"kafka": kafka, "io_manager": KafkaIOManager(kafka=kafka)}
+    result = dg.materialize([sent if where == "publishing" else made], resources=resources, instance=instance)
+    (event,) = result.get_asset_materialization_events()
+    said = {name: value.value for name, value in event.materialization.metadata.items()}
+    assert (said["dagster/row_count"], said["kafka/dead_letter_records"]) == (2, 1)
+    assert said["kafka/dead_letter_topic"] == topics[1]
+    assert _letters(read(topics[1])) == [(1, BAD, b"{'i': {1}}")]
+
+
+@pytest.mark.kafka
+def test_without_a_dead_letter_topic_the_step_fails_and_names_the_record(
+    kafka_bootstrap_servers, topics, read, instance
+):
+    @dg.asset(metadata={"kafka/topic": topics[0]})
+    def made():
+        return [{"i": 0}, {"i": {1}}]
+
+    manager = KafkaIOManager(kafka=KafkaProducerResource(bootstrap_servers=kafka_bootstrap_servers))
+    result = dg.materialize([made], resources={"io_manager": manager}, instance=instance, raise_on_error=False)
+    (event,) = result.get_step_failure_events()
+    assert event.step_failure_data.user_failure_data.metadata["kafka/record_index"].value == 1
+    assert read(topics[0]) == []
