@@ -750,7 +750,7 @@ def _default_cache_dir() -> Path:
 _FETCH = """
 import os, pathlib, sys, tarfile
 parts = sys.argv[1].split(":")
-if len(parts) == 5:
+if len(parts) == 5 and "+" not in sys.argv[1]:
     from jgo.maven import MavenContext
     project = MavenContext(repo_cache=pathlib.Path(os.environ["M2_REPO"]), timeout=60).project(*parts[:2])
     archive = project.at_version(parts[2]).artifact(parts[4], parts[3]).resolve()
