@@ -17,7 +17,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, WrapValidator, create_model, model_validator
 from typing_extensions import Self
 
-from dataforge_kafka_dagster.io_manager import KafkaIOManager
+from dataforge_kafka_dagster.io_manager import WRITE_MODES, KafkaIOManager
 from dataforge_kafka_dagster.kafka.config import (
     ACKS,
     BOUNDS,
@@ -49,6 +49,7 @@ _CHOICES: Final[dict[str, tuple[Any, ...]]] = {
     "delivery_guarantee": typing.get_args(DeliveryGuarantee),
     "sasl_mechanism": SASL_MECHANISMS,
     "security_protocol": SECURITY_PROTOCOLS,
+    "write_mode": WRITE_MODES,
 }
 _OF_SERVERS: Final = {"type": ["string", "array"], "items": {"type": "string"}}
 _OF_FIELDS: Final = {"type": ["string", "array", "null"], "items": {"type": "string"}, "minItems": 1}

@@ -2,7 +2,7 @@
 
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import dagster as dg
 from pydantic import ConfigDict, Field, ValidationError
@@ -10,13 +10,16 @@ from pydantic import ConfigDict, Field, ValidationError
 from dataforge_kafka_dagster.history import last_published, name_of, published
 from dataforge_kafka_dagster.identity import Identity, output_identity
 from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, check_topic
-from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError
+from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError
 from dataforge_kafka_dagster.kafka.publication import Publication
 from dataforge_kafka_dagster.kafka.reader import ReadRecord, read_publication
 from dataforge_kafka_dagster.kafka.records import KafkaRecord, key_fields
 from dataforge_kafka_dagster.kafka.serialization import ValueFormat, deserialize
 from dataforge_kafka_dagster.kafka.sources import chunks
+from dataforge_kafka_dagster.kafka.upserts import Upsert
 from dataforge_kafka_dagster.resource import KafkaProducerResource, describe, publication_metadata
+
+WRITE_MODES: Final = ("append", "upsert")
 
 
 class KafkaIOManager(dg.ConfigurableIOManager):
@@ -30,6 +33,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
     ``kafka/key``), this IO manager's config; the topic in the end from the asset key, its parts joined by dots.
     The metadata ``kafka/create_topic``, a mapping of `KafkaTopicSpec`'s fields, creates the topic if it is missing, and
     ``kafka/on_bad_record`` names a dead-letter topic.
+    ``kafka/write_mode``, "append" or "upsert", wins over this IO manager's ``write_mode``.
 
     Example:
         >>> defs = dg.Definitions(assets=[flights], resources={"io_manager": KafkaIOManager(kafka=kafka)})
@@ -48,6 +52,13 @@ class KafkaIOManager(dg.ConfigurableIOManager):
     key: str | None = Field(
         default=None,
         description="Field that is the record's key, for outputs whose metadata has no kafka/key; several with commas.",
+    )
+    write_mode: str = Field(
+        default="append",
+        description=(
+            "For outputs whose metadata has no kafka/write_mode. 'append' adds records. 'upsert', for compacted topics,"
+            " also deletes the keys that the asset's last publication had and this one lacks, by tombstones."
+        ),
     )
     read_timeout: float = Field(
         default=30.0, gt=0, description="Longest wait for the next records when reading back, seconds."
@@ -83,13 +94,23 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         """Publish one output and return what its materialization says."""
         topic = target.topic
         if obj is None:
+            with self.kafka.errors_in_dagster(context, topic):
+                if self._write_mode_of(context) == "upsert":
+                    raise InvalidRecordError(
+                        "output None",
+                        "an upsert would forget the keys that are there",
+                        "Return an empty list to delete them all; or raise, and nothing changes",
+                    )
             context.log.info(f"The output is None: nothing was published to {topic!r}")
             return {"dagster/row_count": 0, "kafka/topic": topic, "kafka/records": 0}
         with self.kafka.errors_in_dagster(context, topic):
             writer = self.kafka.writer(context, identity, *target)
             encoded = chunks(obj, target.key, on_bad=writer.on_bad)  # refuses the output before anything is connected
+            upsert = self._upsert(context, target, identity)
             with writer:
-                writer.send_chunks(encoded)
+                writer.send_chunks(encoded if upsert is None else upsert.remember(encoded))
+                if upsert is not None:
+                    writer.send_tombstones(upsert.tombstones(writer.topic_ids))
             publication = writer.commit()
         context.log.info(describe(publication))
         return publication_metadata(publication, identity.partition)
@@ -117,6 +138,55 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         if given is None:
             return tuple(name.strip() for name in self.key.split(",")) if self.key else ()
         return key_fields(given)
+
+    def _write_mode_of(self, context: dg.OutputContext) -> str:
+        given = _metadata(context, "kafka/write_mode")
+        mode = self.write_mode if given is None else given
+        if mode not in WRITE_MODES:
+            raise KafkaConfigError(f"write_mode={mode!r}", "there is no such mode", f"Use {' or '.join(WRITE_MODES)}")
+        return str(mode)
+
+    def _upsert(self, context: dg.OutputContext, target: "_Target", identity: Identity) -> Upsert | None:
+        """What deletes the keys of the asset's last publication, if it is to replace that one."""
+        if self._write_mode_of(context) == "append":
+            return None
+        if not context.has_asset_key:
+            raise KafkaConfigError(
+                f"output {context.name!r} of step {context.step_key!r}",
+                "runs of an op have no last publication to replace",
+                "Make it an asset, or set write_mode to 'append'",
+            )
+        config = self.kafka.publication_config()
+        if config.delivery_guarantee != "exactly_once":
+            raise KafkaConfigError(
+                "write_mode='upsert'",
+                f"delivery_guarantee={config.delivery_guarantee!r} cannot replace a publication at once",
+                "Set delivery_guarantee to 'exactly_once'",
+            )
+        if (target.on_bad_record or config.on_bad_record) != "fail":
+            raise KafkaConfigError(
+                "write_mode='upsert'",
+                "a record that goes to a dead-letter topic would take the old record of its key with it",
+                "Set on_bad_record to 'fail'",
+            )
+        asked = identity.partition or (None,)
+        previous: dict[str, Publication] = {}
+        for partition in asked:
+            try:
+                last = last_published(context.step_context.instance, context.asset_key, partition)
+            except KafkaError:
+                continue  # something else had stored it, and not in Kafka
+            if last is None or last.publication is None:
+                continue
+            if not set(last.partitions) <= set(asked):
+                raise KafkaError(
+                    name_of(context.asset_key, partition),
+                    f"it was published together with {len(last.partitions) - 1} other Dagster partitions, whose keys"
+                    " cannot be told from its own",
+                    "Materialize all of them in one run, or return a mapping from partition key to records",
+                )
+            previous[last.publication.publication_id] = last.publication
+        return Upsert(config.producer, list(previous.values()), target.topic, self.read_timeout)
 
     def load_input(self, context: dg.InputContext) -> Any:
         """The records of exactly the Dagster partitions (or the run, for an op) that the input asks for.

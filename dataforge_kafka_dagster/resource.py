@@ -391,7 +391,7 @@ def publication_metadata(publication: Publication, partitions: Sequence[str] = (
     """What a materialization says of a publication: where its records are, how many, how fast."""
     seconds = publication.seconds
     said: dict[str, Any] = {
-        "dagster/row_count": publication.records,
+        "dagster/row_count": publication.records - publication.tombstones,
         "kafka/topic": ", ".join(publication.topics),
         "kafka/records": publication.records,
         "kafka/bytes": publication.bytes,
@@ -400,6 +400,8 @@ def publication_metadata(publication: Publication, partitions: Sequence[str] = (
     if publication.dead_letter_topic is not None:
         said["kafka/dead_letter_records"] = publication.dead_letters
         said["kafka/dead_letter_topic"] = publication.dead_letter_topic
+    if publication.tombstones:
+        said["kafka/tombstones"] = publication.tombstones
     if not publication.replayed:
         said["kafka/seconds"] = round(seconds, 3)
         said["kafka/records_per_second"] = round(publication.records / seconds, 1) if seconds else 0.0

@@ -130,7 +130,7 @@ ORDER = [
     {"kafka.sources"},
     {"kafka.producer", "kafka.publication"},
     {"kafka.reader"},
-    {"kafka.verification"},
+    {"kafka.verification", "kafka.upserts"},
     {"identity", "failures"},
     {"resource"},
     {"history"},

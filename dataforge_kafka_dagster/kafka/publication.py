@@ -98,6 +98,7 @@ class Publication:
         offsets: Where they are, by topic and Kafka partition.
         replayed: True if an earlier attempt had published it, so that this one published nothing.
         seconds: Time this attempt took, from connecting to commit.
+        tombstones: How many of the records an upsert added, to delete keys.
         topic_ids: Kafka's own id of each topic, which another one of the same name does not have.
         dead_letters: Number of records that could not be published and went to the dead-letter topic instead; they are
             not among `records`, `bytes` and `offsets`.
@@ -116,6 +117,7 @@ class Publication:
     topic_ids: Mapping[str, str] = dataclasses.field(default_factory=dict)
     dead_letters: int = 0
     dead_letter_topic: str | None = None
+    tombstones: int = 0
 
     @property
     def topics(self) -> tuple[str, ...]:
@@ -211,6 +213,7 @@ class PublicationWriter:
         self._tracks: dict[str, _Track] = {}
         self._form: ValueFormat | None = None
         self._records = 0
+        self._tombstones = 0
         self._bytes = 0
         self._dead_letters = 0
         self._dead_topic = self._dead_topic_of(on_bad_record or config.on_bad_record)
@@ -273,7 +276,7 @@ class PublicationWriter:
         done = self._read_ledger()
         if done is not None:
             # Brokers forget a group's offsets in a topic that is deleted: the topics are those of the ledger.
-            self.publication = dataclasses.replace(done, topic_ids=self._topic_ids())
+            self.publication = dataclasses.replace(done, topic_ids=self.topic_ids)
             self._close()
             return
         producer.begin_transaction()
@@ -348,6 +351,18 @@ class PublicationWriter:
             return
         for chunk in encoded:
             self._write(chunk, topic or self.topic)
+
+    def send_tombstones(self, deleted: Iterable[Chunk]) -> None:
+        """Add tombstones, and count them as such: all have a key and no value.
+
+        Raises:
+            KafkaError: As the class says.
+        """
+        if self.replayed:
+            return
+        for chunk in deleted:
+            self._write(chunk, self.topic)
+            self._tombstones += len(chunk.values)
 
     def _write(self, chunk: Chunk, topic: str) -> None:
         self._live_producer()
@@ -578,9 +593,10 @@ class PublicationWriter:
             offsets,
             replayed=False,
             seconds=0.0,
-            topic_ids=self._topic_ids(),
             dead_letters=self._dead_letters,
             dead_letter_topic=self._dead_topic,
+            topic_ids=self.topic_ids,
+            tombstones=self._tombstones,
         )
         if self._exactly_once:
             self._commit_transaction(producer, publication)
@@ -588,7 +604,9 @@ class PublicationWriter:
         self._close()
         return self.publication
 
-    def _topic_ids(self) -> dict[str, str]:
+    @property
+    def topic_ids(self) -> dict[str, str]:
+        """Kafka's own id of each topic that this publication goes to."""
         return {track.topic: track.topic_id for track in self._tracks.values() if track.topic_id is not None}
 
     def _flush(self, producer: confluent_kafka.Producer) -> None:
@@ -842,6 +860,7 @@ def _encode_ledger(publication: Publication) -> list[list[TopicPartition]]:
         "bytes": publication.bytes,
         "format": publication.value_format,
         "dead": [publication.dead_letters, publication.dead_letter_topic],
+        "tombstones": publication.tombstones,
     }
     return [
         [
@@ -907,6 +926,7 @@ def _decode_ledger(
         seconds=0.0,
         dead_letters=header["dead"][0],
         dead_letter_topic=header["dead"][1],
+        tombstones=header["tombstones"],
     )
     found = sum(offsets.records for offsets in publication.offsets)
     if found != publication.records:

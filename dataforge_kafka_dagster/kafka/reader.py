@@ -28,7 +28,7 @@ class ReadRecord(NamedTuple):
 
 
 def read_publication(
-    config: KafkaProducerConfig, publication: Publication, timeout: float = 30.0
+    config: KafkaProducerConfig, publication: Publication, timeout: float = 30.0, *, partial: bool = False
 ) -> Iterator[ReadRecord]:
     """The records of a publication, Kafka partition by Kafka partition, each in its order.
 
@@ -36,10 +36,11 @@ def read_publication(
         config: The cluster.
         publication: What to read.
         timeout: Longest wait for the next records, seconds.
+        partial: Take what is left of it, also if that is nothing.
 
     Raises:
-        KafkaError: Records are gone (retention, compaction, a deleted topic), the broker does not let us read, or it
-            gives no more of them within the timeout.
+        KafkaError: Records are gone (retention, compaction, a deleted topic) and it is not partial, the broker does not
+            let us read, or it gives no more of them within the timeout.
     """
     if not publication.offsets:
         return
@@ -50,7 +51,8 @@ def read_publication(
             "group.id": f"{config.client_id or 'dagster'}-read-{uuid.uuid4()}",
             "enable.auto.commit": False,
             "enable.auto.offset.store": False,
-            "auto.offset.reset": "error",
+            "auto.offset.reset": "earliest" if partial else "error",
+            "enable.partition.eof": partial,
             # The offsets are known to be committed: an open transaction of somebody else need not hold us up.
             "isolation.level": "read_uncommitted",
             "fetch.wait.max.ms": 100,
@@ -59,13 +61,13 @@ def read_publication(
     )
     try:
         for offsets in publication.offsets:
-            yield from _read_partition(connection, consumer, offsets, timeout)
+            yield from _read_partition(connection, consumer, offsets, timeout, partial)
     finally:
         consumer.close()
 
 
 def _read_partition(
-    connection: Connection, consumer: confluent_kafka.Consumer, offsets: PartitionOffsets, timeout: float
+    connection: Connection, consumer: confluent_kafka.Consumer, offsets: PartitionOffsets, timeout: float, partial: bool
 ) -> Iterator[ReadRecord]:
     consumer.assign([TopicPartition(offsets.topic, offsets.partition, offsets.first)])
     whole = len(offsets.runs) == 1
@@ -78,6 +80,8 @@ def _read_partition(
         for message in messages:
             error: confluent_kafka.KafkaError | None = message.error()
             if error is not None:
+                if error.name() == "_PARTITION_EOF":
+                    return
                 _check(connection, error, offsets)
                 continue
             offset = message.offset()
@@ -95,7 +99,7 @@ def _read_partition(
                     raise connection.unreachable(timeout)
                 continue
         break
-    if found != offsets.records:
+    if found != offsets.records and not partial:
         raise _gone(offsets, f"{offsets.records - found} of {offsets.records} records are gone")
 
 

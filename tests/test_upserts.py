@@ -1,0 +1,207 @@
+import collections
+import json
+import uuid
+
+import dagster as dg
+import pytest
+from confluent_kafka import TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic
+
+from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource, KafkaRecord
+from dataforge_kafka_dagster.kafka.upserts import Upsert
+
+pytestmark = pytest.mark.kafka
+
+PREFIX = f"test-{uuid.uuid4().hex[:8]}"
+DAYS = dg.StaticPartitionsDefinition(["mon", "tue"])
+
+
+@pytest.fixture
+def publish(kafka_bootstrap_servers, instance):
+    """Publishes rows by an asset in upsert mode, and returns its metadata."""
+    kafka = KafkaProducerResource(
+        bootstrap_servers=kafka_bootstrap_servers, transactional_id_prefix=PREFIX, step_retry_delay=0.01
+    )
+    manager = KafkaIOManager(kafka=kafka)
+
+    def publish(
+        topic, output, *, partition_key=None, mode="upsert", key="k", fail=False, partitions_def=None, tags=None, **more
+    ):
+        metadata = {f"kafka/{name}": value for name, value in more.items()} | {
+            "kafka/topic": topic,
+            "kafka/key": key,
+            "kafka/write_mode": mode,
+        }
+
+        @dg.asset(
+            metadata={name: value for name, value in metadata.items() if value is not None},
+            partitions_def=partitions_def or (DAYS if partition_key else None),
+            backfill_policy=dg.BackfillPolicy.single_run() if partitions_def else None,
+        )
+        def places():
+            return dg.Output(output)
+
+        result = dg.materialize(
+            [places],
+            resources={"io_manager": manager},
+            instance=instance,
+            partition_key=partition_key,
+            raise_on_error=not fail,
+            tags=tags,
+        )
+        if fail:
+            (event,) = result.get_step_failure_events()
+            return str(event.event_specific_data.user_failure_data)
+        metadata = [event.materialization.metadata for event in result.get_asset_materialization_events()]
+        return {name: value.value for name, value in metadata[0].items() if name != "kafka/offsets"}
+
+    return publish
+
+
+def _rows(*keys, v=1):
+    return [{"k": key, "v": v} for key in keys]
+
+
+def _table(found):
+    """What a reader of a compacted topic has in the end."""
+    table = {}
+    for record in found:
+        table[record.key.decode()] = None if record.value is None else json.loads(record.value)["v"]
+    return {key: value for key, value in table.items() if value is not None}
+
+
+def test_keys_that_are_not_there_any_more_get_a_tombstone(publish, kafka_topic, read):
+    topic = kafka_topic(partitions=3)
+    assert "kafka/tombstones" not in publish(topic, _rows("a", "b", "c"))
+    said = publish(topic, _rows("b", "c", "d", v=2))
+    assert _table(read(topic)) == {"b": 2, "c": 2, "d": 2}
+    assert (said["kafka/tombstones"], said["kafka/records"], said["dagster/row_count"]) == (1, 4, 3)
+    assert [(record.key, record.value) for record in read(topic) if record.value is None] == [(b"a", None)]
+    said = publish(topic, _rows("d", v=3))
+    assert _table(read(topic)) == {"d": 3}
+    assert said["kafka/tombstones"] == 2
+
+
+def test_a_tombstone_is_where_its_key_was(publish, kafka_topic, read):
+    topic = kafka_topic(partitions=4)
+    rows = [KafkaRecord({"v": 1}, key=f"k{i}", partition=i % 4) for i in range(20)]
+    publish(topic, rows, key=None)
+    said = publish(topic, [], key=None)
+    assert said["kafka/tombstones"] == 20
+    places = collections.defaultdict(set)
+    for record in read(topic):
+        places[record.key].add((record.partition, record.value is None))
+    assert all({deleted for _, deleted in found} == {True, False} for found in places.values())
+    assert all(len({partition for partition, _ in found}) == 1 for found in places.values())
+
+
+def test_an_empty_output_deletes_all_and_none_is_refused(publish, kafka_topic, read):
+    topic = kafka_topic()
+    publish(topic, _rows("a", "b"))
+    assert "Return an empty list to delete them all" in publish(topic, None, fail=True)
+    assert _table(read(topic)) == {"a": 1, "b": 1}
+    assert publish(topic, [])["dagster/row_count"] == 0
+    assert _table(read(topic)) == {}
+    assert publish(topic, [])["kafka/records"] == 0
+
+
+def test_each_dagster_partition_replaces_its_own_keys_only(publish, kafka_topic, read):
+    topic = kafka_topic()
+    publish(topic, _rows("a", "shared"), partition_key="mon")
+    publish(topic, _rows("b", "shared", v=2), partition_key="tue")
+    publish(topic, _rows("a", v=3), partition_key="mon")
+    # A key of two Dagster partitions is deleted by the one that gives it up: docs/upserts.md says so.
+    assert _table(read(topic)) == {"a": 3, "b": 2}
+
+
+def test_what_another_writer_put_between_stays(publish, kafka_topic, read, kafka_bootstrap_servers):
+    topic = kafka_topic()
+    publish(topic, _rows("a"))
+    publish(topic, _rows("mine"), mode="append")
+    publish(topic, _rows("other", "b"), partition_key=None, mode="append")
+    said = publish(topic, _rows("b", v=2))
+    # Only the last publication is replaced.
+    assert _table(read(topic)) == {"a": 1, "mine": 1, "b": 2}
+    assert said["kafka/tombstones"] == 1
+
+
+def test_records_that_are_gone_are_not_missed(publish, kafka_topic, read, kafka_bootstrap_servers):
+    topic = kafka_topic()
+    publish(topic, _rows(*"abcdef"))
+    admin = AdminClient({"bootstrap.servers": kafka_bootstrap_servers})
+    for end in (3, 7):
+        (future,) = admin.delete_records([TopicPartition(topic, 0, end)]).values()
+        future.result(30)
+        if end == 3:
+            assert publish(topic, _rows("f", v=2))["kafka/tombstones"] == 2
+            assert {record.key for record in read(topic) if record.value is None} == {b"d", b"e"}
+    (future,) = admin.delete_records([TopicPartition(topic, 0, -1)]).values()
+    future.result(30)
+    assert "kafka/tombstones" not in publish(topic, _rows("z"))
+
+
+def test_a_topic_made_anew_holds_nothing_to_delete(publish, kafka_bootstrap_servers, read, eventually):
+    admin, topic = AdminClient({"bootstrap.servers": kafka_bootstrap_servers}), f"anew-{uuid.uuid4().hex[:8]}"
+    admin.create_topics([NewTopic(topic, 1)])[topic].result(30)
+    publish(topic, _rows("a", "b"))
+    admin.delete_topics([topic])[topic].result(30)
+    eventually(lambda: topic not in admin.list_topics(timeout=10).topics)
+    admin.create_topics([NewTopic(topic, 1)])[topic].result(30)
+    try:
+        assert "kafka/tombstones" not in publish(topic, _rows("c"))
+        assert _table(read(topic)) == {"c": 1}
+    finally:
+        admin.delete_topics([topic])[topic].result(30)
+
+
+def test_a_failure_changes_nothing(publish, kafka_topic, read):
+    topic = kafka_topic()
+    publish(topic, _rows("a", "b"))
+    assert "it has no key" in publish(
+        topic, [KafkaRecord({"v": 2}, key="a"), KafkaRecord({"v": 2})], key=None, fail=True
+    )
+    assert _table(read(topic)) == {"a": 1, "b": 1}
+
+
+def test_a_replayed_upsert_says_what_it_had_deleted(publish, kafka_topic, read, instance):
+    topic = kafka_topic()
+    publish(topic, _rows("a", "b", "c"))
+    first = publish(topic, _rows("c"))
+    said = first["kafka/publication"]
+    assert said["tombstones"] == first["kafka/tombstones"] == 2
+    from dataforge_kafka_dagster.kafka.publication import Publication, _decode_ledger, _encode_ledger, _find_header
+
+    publication = Publication.from_dict(said)
+    (entries,) = _encode_ledger(publication)
+    header = _find_header(entries, publication.publication_id)
+    decoded = _decode_ledger(header, entries, publication.transactional_id, publication.publication_id)
+    assert decoded.tombstones == 2
+
+
+@pytest.mark.parametrize(("mode", "reason"), [("upsrt", "Use append or upsert"), ("merge", "there is no such mode")])
+def test_other_modes_are_refused(mode, reason, publish, kafka_topic):
+    assert reason in publish(kafka_topic(), _rows("a"), mode=mode, fail=True)
+
+
+def test_a_dead_letter_topic_is_refused(publish, kafka_topic):
+    assert "Set on_bad_record to 'fail'" in publish(kafka_topic(), _rows("a"), fail=True, on_bad_record="dead")
+
+
+def test_what_was_published_together_is_replaced_together(publish, kafka_topic, read):
+    topic = kafka_topic()
+    tags = {"dagster/asset_partition_range_start": "mon", "dagster/asset_partition_range_end": "tue"}
+    publish(topic, _rows("a", "b"), partitions_def=DAYS, tags=tags)
+    reason = publish(topic, _rows("a"), partition_key="mon", fail=True)
+    assert "published together with 1 other Dagster partitions" in reason
+    assert publish(topic, _rows("b"), partitions_def=DAYS, tags=tags)["kafka/tombstones"] == 1
+    assert _table(read(topic)) == {"b": 1}
+
+
+def test_memory_is_a_digest_for_each_key():
+    upsert = Upsert(None, [], "topic")
+    from dataforge_kafka_dagster.kafka.records import Chunk
+
+    long = [f"{i:>10000}".encode() for i in range(100)]
+    list(upsert.remember([Chunk([b"v"] * 100, long, None, 0, "bytes")]))
+    assert {len(digest) for digest in upsert._settled} == {16}
+    assert len(upsert._settled) == 100
