@@ -573,6 +573,8 @@ def client_options(config: KafkaProducerConfig) -> dict[str, Any]:
         "client.id": config.client_id,
         "security.protocol": config.security_protocol,
         "log.connection.close": "false",
+        # It doubles with each attempt. librdkafka's 100 ms delay the first connection to a broker by its own name.
+        "reconnect.backoff.ms": "1",
     }
     if config.sasl_mechanism is not None:
         options["sasl.mechanism"] = "OAUTHBEARER" if config.sasl_mechanism == "AWS_MSK_IAM" else config.sasl_mechanism

@@ -222,6 +222,10 @@ class Connection:
         """
         return self.answer(lambda: _spawn(call), timeout, culprit)
 
+    def aside(self, call: Callable[[], object]) -> None:
+        """Start a call that has a deadline of its own, and whose answer nobody waits for."""
+        _spawn(call)
+
     def answer(self, ask: Callable[[], concurrent.futures.Future[T]], timeout: float, culprit: str) -> T:
         """The answer to a request, asked again while the error can be retried.
 

@@ -48,6 +48,7 @@ _LEDGER_BYTES: Final = 3500
 _ID_BYTES: Final = 180
 _PROGRESS_SECONDS: Final = 5.0
 _REQUEST_SECONDS: Final = 10.0
+_WARM_SECONDS: Final = 1.0
 _ABORT_SECONDS: Final = 5.0
 # For an interrupt, and where the broker is the trouble: what is left open, the next attempt or the broker aborts.
 _HASTY_ABORT_SECONDS: Final = 1.0
@@ -210,6 +211,7 @@ class PublicationWriter:
         self._exactly_once = config.delivery_guarantee == "exactly_once"
         self._connection = Connection(config.producer)
         self._producer: confluent_kafka.Producer | None = None
+        self._groups: dict[int, confluent_kafka.Consumer] = {}
         self._tracks: dict[str, _Track] = {}
         self._form: ValueFormat | None = None
         self._records = 0
@@ -253,6 +255,10 @@ class PublicationWriter:
     def _open(self) -> None:
         config = self._config
         connection = self._connection
+        if self._exactly_once:
+            # What it answers does not count yet: it finds the group's coordinator while the producer connects.
+            anchor = [TopicPartition(self.topic, 0)]
+            connection.aside(functools.partial(self._ledger_group(0).committed, anchor, _WARM_SECONDS))
         timeout = config.producer.connect_timeout
         self._add_topic(self.topic, timeout)
         if self._dead_topic is not None:
@@ -261,6 +267,11 @@ class PublicationWriter:
         producer = self._producer = connection.producer(publication_options(config, self._transactional_id))
         if not self._exactly_once:
             return
+        # The first answer comes over the bootstrap connection, which librdkafka then closes; if init_transactions asks
+        # for its coordinator at that moment, it waits half a second to ask again.
+        with contextlib.suppress(KafkaException):
+            for _ in range(2):
+                producer.list_topics(self.topic, SLICE)
         name = f"transactional id {self._transactional_id!r}, {connection.name}"
         try:
             connection.resume(producer.init_transactions, config.producer.delivery_timeout, name)
@@ -564,8 +575,11 @@ class PublicationWriter:
             raise self._too_long(f"publication to {', '.join(self._tracks)!r}")
 
     def _poll(self, seconds: float) -> None:
+        self._serve(self._live_producer().poll, seconds)
+
+    def _serve(self, wait: Callable[[float], object], seconds: float) -> None:
         try:
-            self._live_producer().poll(seconds)
+            wait(seconds)
         except Exception as error:
             self._connection.note(error)
             self._check()
@@ -612,7 +626,8 @@ class PublicationWriter:
     def _flush(self, producer: confluent_kafka.Producer) -> None:
         deadline = time.monotonic() + self._config.producer.delivery_timeout + 5
         while len(producer):
-            self._poll(SLICE)
+            # Not poll: flush does not wait for batches to fill.
+            self._serve(producer.flush, SLICE)
             self._check()
             if time.monotonic() > deadline:
                 raise timed_out(f"{len(producer)} records not yet delivered", self._config.producer.delivery_timeout)
@@ -631,11 +646,7 @@ class PublicationWriter:
         name = f"commit of {publication.records} records to {', '.join(self._tracks)!r}"
         try:
             for number, entries in enumerate(_encode_ledger(publication)):
-                group = _ledger_group(self._transactional_id, number)
-                consumer = self._connection.consumer({"group.id": group, "enable.auto.commit": False})
-                metadata = consumer.consumer_group_metadata()
-                consumer.close()
-
+                metadata = self._ledger_group(number).consumer_group_metadata()
                 send_offsets = functools.partial(producer.send_offsets_to_transaction, entries, metadata, timeout)
                 # It ignores its time-out while a broker does not answer.
                 self._connection.in_thread(send_offsets, timeout, name)
@@ -673,8 +684,10 @@ class PublicationWriter:
         self.abort(_HASTY_ABORT_SECONDS if hasty else _ABORT_SECONDS)
 
     def _close(self) -> None:
-        # Not Producer.close(): with an open transaction and a dead broker it would wait for minutes.
+        # Neither is closed: a producer with an open transaction waits for minutes for a dead broker, a consumer for its
+        # coordinator.
         self._producer = None
+        self._groups.clear()
         self._in_transaction = False
         self._connection.close()
 
@@ -705,8 +718,7 @@ class PublicationWriter:
         By a consumer: the admin client's request for group offsets crashes the process now and then
         (confluent-kafka 2.16).
         """
-        group = _ledger_group(self._transactional_id, number)
-        consumer = self._connection.consumer({"group.id": group, "enable.auto.commit": False})
+        consumer = self._ledger_group(number)
         asked = [TopicPartition(topic, partition) for topic, count in places.items() for partition in range(count)]
         waits = itertools.chain((1.0, 2.0, 4.0), itertools.repeat(_REQUEST_SECONDS))
 
@@ -722,8 +734,15 @@ class PublicationWriter:
                 raise
             return found
 
-        # Not Consumer.close(): it waits for the coordinator.
-        return self._connection.in_thread(read, self._config.producer.delivery_timeout, f"ledger group {group!r}")
+        name = f"ledger group {_group_id(self._transactional_id, number)!r}"
+        return self._connection.in_thread(read, self._config.producer.delivery_timeout, name)
+
+    def _ledger_group(self, number: int) -> confluent_kafka.Consumer:
+        """The consumer that stands for one of the ledger's groups, made when first asked for."""
+        if number not in self._groups:
+            options = {"group.id": _group_id(self._transactional_id, number), "enable.auto.commit": False}
+            self._groups[number] = self._connection.consumer(options)
+        return self._groups[number]
 
 
 class _Track:
@@ -831,7 +850,7 @@ def _unpack(packed: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple(runs)
 
 
-def _ledger_group(transactional_id: str, number: int) -> str:
+def _group_id(transactional_id: str, number: int) -> str:
     return f"{transactional_id}.{number}" if number else transactional_id
 
 
