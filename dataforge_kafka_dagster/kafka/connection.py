@@ -12,10 +12,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import confluent_kafka
-from confluent_kafka.admin import AdminClient
 
 from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig, client_options, oauth_callback
 from dataforge_kafka_dagster.kafka.errors import (
@@ -31,6 +30,9 @@ from dataforge_kafka_dagster.kafka.errors import (
     from_broker,
     remedy_of,
 )
+
+if TYPE_CHECKING:
+    from confluent_kafka.admin import AdminClient
 
 T = TypeVar("T")
 
@@ -149,6 +151,8 @@ class Connection:
     def admin(self) -> AdminClient:
         """The cluster's admin client, made when first asked for."""
         if self._admin is None:
+            from confluent_kafka.admin import AdminClient  # noqa: PLC0415  (slow to import)
+
             self._admin = self._client(AdminClient, client_options(self.config))
         return self._admin
 

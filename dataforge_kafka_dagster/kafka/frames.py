@@ -33,12 +33,14 @@ if TYPE_CHECKING:
 _NUMPY_KINDS: Final = "biufM"
 
 
-def open_frame(native: Any, fields: Sequence[str]) -> nw.DataFrame[Any]:
-    """A data frame whose rows can be published.
+def open_frame(native: Any, fields: Sequence[str]) -> nw.DataFrame[Any] | None:
+    """A data frame whose rows can be published; None if it is no data frame.
 
     Raises:
         InvalidRecordError: It cannot be read, a column's name is not a str, or a key column is missing.
     """
+    if not nw.dependencies.is_into_dataframe(native):
+        return None
     try:
         frame: nw.DataFrame[Any] = nw.from_native(native, eager_only=True)
         columns = frame.columns

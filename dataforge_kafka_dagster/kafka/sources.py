@@ -6,10 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
-import narwhals as nw
-
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
-from dataforge_kafka_dagster.kafka.frames import FrameEncoder, open_frame
 from dataforge_kafka_dagster.kafka.records import ACCEPTED, Chunk, KafkaRecord, RowEncoder, key_fields
 from dataforge_kafka_dagster.kafka.serialization import DEFAULT_ENCODERS, Encoders, format_of
 
@@ -56,17 +53,20 @@ def chunks(
     fields = key_fields(key)
     if isinstance(output, KafkaRecord) or format_of(type(output)) is not None:
         output = [output]
-    if nw.dependencies.is_into_dataframe(output):
-        frame = open_frame(output, fields)
-        encode = FrameEncoder(fields, encoders)
-        return _paced(lambda start, size: frame[start : start + size], encode, start, on_bad, _FRAME_ROWS)
     if isinstance(output, Sequence) and not isinstance(output, (list, tuple)):
         output = iter(output)
     if isinstance(output, Iterator):
         return _paced(lambda _, size: _take(output, size), RowEncoder(fields, encoders), start, on_bad)
     if isinstance(output, (list, tuple)):
         return _paced(lambda start, size: output[start : start + size], RowEncoder(fields, encoders), start, on_bad)
-    raise refuse_output(output)
+    # Imported by those who have a frame: narwhals is slow to import.
+    from dataforge_kafka_dagster.kafka.frames import FrameEncoder, open_frame  # noqa: PLC0415
+
+    frame = open_frame(output, fields)
+    if frame is None:
+        raise refuse_output(output)
+    encode = FrameEncoder(fields, encoders)
+    return _paced(lambda start, size: frame[start : start + size], encode, start, on_bad, _FRAME_ROWS)
 
 
 def _paced(
@@ -102,7 +102,7 @@ def _one_by_one(rows: Any, encode: Callable[[Any, int], Chunk], start: int, on_b
         except InvalidRecordError as error:
             if error.index is None:
                 raise
-            on_bad(row.rows(named=True)[0] if isinstance(row, nw.DataFrame) else row[0], start + i, error)
+            on_bad(row[0] if isinstance(row, (list, tuple)) else row.rows(named=True)[0], start + i, error)
         else:
             yield chunk
 
