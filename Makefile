@@ -47,7 +47,7 @@ test-faults: $(STAMP) ## Run the tests that break Kafka on purpose (minutes)
 	$(BIN)/python -m pytest -m faults tests
 
 bench: $(STAMP) ## Measure speed, memory and more beside other clients, and write the figures into docs/ (20 minutes)
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --group bench
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --group bench || $(BIN)/python -m pip install --quiet --group bench
 	@$(BIN)/python -m benchmarks
 
 lint: $(STAMP) ## Check style and types

@@ -1,6 +1,8 @@
 """Measure, show, and keep the figures in the docs."""
 
 import argparse
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +21,7 @@ def main() -> None:
     if unknown := set(options.parts) - set(names):
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     folder = options.out or (None if options.quick else report.DOCS)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an orderly end: broker and files go too
     with speed.start_kafka() as kafka:
         for name in options.parts or names:
             began = time.monotonic()
