@@ -44,6 +44,7 @@ def _said(cls, text):
     return {(".".join(map(str, e.absolute_path)), e.message) for e in validator.iter_errors(yaml.safe_load(text))}
 
 
+@pytest.mark.slow
 def test_dg_finds_the_components_although_the_import_is_lazy(python):
     found = {key.name: thing for key, thing in discover_entry_point_package_objects().items() if "Kafka" in key.name}
     assert found == {"KafkaResourceComponent": KafkaResourceComponent, "KafkaTopicComponent": KafkaTopicComponent}
@@ -306,6 +307,7 @@ def project(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_dg_scaffolds_what_dg_check_yaml_accepts_and_refuses_what_is_bad(project):
     dg_command = str(Path(sys.executable).with_name("dg"))
     for name in ("KafkaResourceComponent", "KafkaTopicComponent"):

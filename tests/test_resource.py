@@ -58,7 +58,7 @@ def _kafka_threads():
 
 def test_defining_and_building_connects_to_nothing(closed_port, instance, monkeypatch):
     monkeypatch.setattr("confluent_kafka.Producer", None)
-    monkeypatch.setattr("dataforge_kafka_dagster.kafka.connection.AdminClient", None)
+    monkeypatch.setattr("confluent_kafka.admin.AdminClient", None)
 
     @dg.op
     def idle(kafka: KafkaProducerResource):

@@ -530,6 +530,7 @@ def test_the_registrys_refusals_keep_its_words_and_say_what_to_do(answering, sta
     assert {headers.get("Authorization", headers.get("authorization")) for _, _, headers in asked} == {expected}
 
 
+@pytest.mark.slow
 def test_without_the_extra_it_is_said_what_to_install(python):
     source = (
         "import sys; sys.modules['confluent_kafka.schema_registry'] = None\n"
