@@ -10,6 +10,7 @@ import inspect
 import re
 import typing
 from collections.abc import Callable, Container, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import dagster as dg
@@ -221,8 +222,7 @@ class _ResourceScaffolder(dg.Scaffolder):
 class _TopicScaffolder(dg.Scaffolder):
     def scaffold(self, request: dg.ScaffoldRequest[Any]) -> None:
         name = re.sub(r"[^A-Za-z0-9_]", "_", request.target_path.name)
-        attributes = f"  asset:\n    key: {name}\n  topic: {name}\n  function: package.module:function"
-        _scaffold(request, attributes)
+        _scaffold(request, f"  asset:\n    key: {name}\n  topic: {name}\n  path: {name}.ndjson")
 
 
 def _scaffold(request: dg.ScaffoldRequest[Any], attributes: str) -> None:
@@ -299,6 +299,15 @@ _AssetAttributes: Any = typing.get_args(dg.ResolvedAssetSpec)[1].model_field_typ
 
 
 class _TopicAttributes(_Attributes):
+    # One of both.
+    model_config = ConfigDict(
+        json_schema_extra={
+            "if": {"required": ["path"]},
+            "then": {"properties": {"function": {"type": "null"}}},
+            "else": {"required": ["function"]},
+        }
+    )
+
     asset: _AssetAttributes = Field(
         description="Dagster's own attributes of the asset: key, partitions_def, group_name, and so on."
     )
@@ -311,13 +320,29 @@ class _TopicAttributes(_Attributes):
     create_topic: Annotated[KafkaTopicSpec | None, WithJsonSchema(_OF_TOPIC_SPEC)] = Field(
         default=None, description="How to create the topic if it is missing; the resource's create_topics if left out."
     )
-    function: Annotated[str, WithJsonSchema(_or_template({"type": "string", "pattern": _FUNCTION}))] = Field(
+    path: Annotated[str | None, WithJsonSchema({"type": ["string", "null"]})] = Field(
+        default=None,
+        description=(
+            "File of the records: NDJSON, CSV or Parquet, as its name ends; relative to the folder of defs.yaml."
+            " {partition_key} is filled in."
+        ),
+    )
+    function: Annotated[
+        str | None, WithJsonSchema(_or_template({"type": ["string", "null"], "pattern": _FUNCTION}))
+    ] = Field(
+        default=None,
         description=(
             "Import path 'package.module:function' of a function that returns the records, as an asset does; it may"
             " take the asset's context. Or a template that gives the function."
-        )
+        ),
     )
     io_manager_key: str = Field(default="kafka_io", description="Name of the KafkaIOManager.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.function is None):
+            raise ValueError("give either path or function: where the records come from")
+        return self
 
 
 @dg.scaffold_with(_TopicScaffolder)
@@ -327,7 +352,8 @@ class KafkaTopicComponent(dg.Component, dg.Resolvable):
 
     Attributes:
         asset: Key, Dagster partitions and all else that Dagster wants to know.
-        function: Returns the records; it may take the asset's context.
+        source: Returns the records, and may take the asset's context; or the path of their file, relative to the
+            component's folder, in which {partition_key} is filled in.
         topic: The topic; the IO manager's if None.
         key: Field that is the record's key, or several.
         create_topic: How to create the topic if it is missing; the resource's ``create_topics`` if None.
@@ -335,7 +361,7 @@ class KafkaTopicComponent(dg.Component, dg.Resolvable):
     """
 
     asset: dg.AssetSpec
-    function: Callable[..., Any]
+    source: Callable[..., Any] | str
     topic: str | None = None
     key: str | list[str] | None = None
     create_topic: KafkaTopicSpec | None = None
@@ -355,21 +381,34 @@ class KafkaTopicComponent(dg.Component, dg.Resolvable):
         """
         attributes = typing.cast("_TopicAttributes", model)
         topic = _resolved(context, attributes.topic)
-        function = _resolved(context, attributes.function)
+        source = _resolved(context, attributes.path)
+        if source is None:
+            function = _resolved(context, attributes.function)
+            source = function if callable(function) else import_function("function", function)
         return cls(
             asset=_Asset.resolve_from_model(context, attributes).asset,
-            function=function if callable(function) else import_function("function", function),
+            source=source,
             topic=None if topic is None else check_topic(topic),
             key=_resolved(context, attributes.key),
             create_topic=attributes.create_topic,
             io_manager_key=_resolved(context, attributes.io_manager_key),
         )
 
-    def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:  # noqa: ARG002
+    def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
         """The asset as definitions."""
-        return dg.Definitions(assets=[self._build_asset()])
+        source = self.source
+        if callable(source):
+            return dg.Definitions(assets=[self._build_asset(source)])
+        file = context.path / source
 
-    def _build_asset(self) -> dg.AssetsDefinition:
+        def path(asset_context: dg.AssetExecutionContext) -> Path:
+            if "{partition_key}" not in source:
+                return file
+            return Path(str(file).replace("{partition_key}", asset_context.partition_key))
+
+        return dg.Definitions(assets=[self._build_asset(path)])
+
+    def _build_asset(self, function: Callable[..., Any]) -> dg.AssetsDefinition:
         named: dict[str, Any] = {"kafka/topic": self.topic, "kafka/key": self.key}
         if self.create_topic is not None:
             named["kafka/create_topic"] = self.create_topic.model_dump(exclude_unset=True)
@@ -379,7 +418,7 @@ class KafkaTopicComponent(dg.Component, dg.Resolvable):
         spec = self.asset.merge_attributes(kinds={"kafka"}).replace_attributes(
             metadata=metadata | dict(self.asset.metadata)
         )
-        function, takes_context = self.function, bool(inspect.signature(self.function).parameters)
+        takes_context = bool(inspect.signature(function).parameters)
 
         @dg.multi_asset(
             name=spec.key.to_python_identifier(),

@@ -26,8 +26,9 @@ class KafkaIOManager(dg.ConfigurableIOManager):
     """Publishes each output to a Kafka topic in one transaction, and reads publications back.
 
     Its cluster is ``kafka``, a `KafkaProducerResource`. An output may be a mapping, dataclass, pydantic model, str,
-    bytes or `KafkaRecord`; a list, iterator or generator of those (streamed); or a pandas, polars or pyarrow data
-    frame, one record per row. ``None`` publishes nothing.
+    bytes or `KafkaRecord`; a list, iterator or generator of those (streamed); a pandas, polars or pyarrow data frame,
+    one record per row; or, read bit by bit, a polars LazyFrame, a DuckDB relation, an Arrow stream or Dataset, or a
+    `pathlib.Path` to NDJSON, CSV or Parquet. ``None`` publishes nothing.
 
     Topic and key come from, in this order: output metadata, the asset's definition metadata (``kafka/topic``,
     ``kafka/key``), this IO manager's config; the topic in the end from the asset key, its parts joined by dots.

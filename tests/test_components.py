@@ -158,6 +158,7 @@ def test_options_that_do_not_go_together_are_refused_with_their_reason():
 
 BAD_TOPICS = [
     ("{asset: {key: a}}", "", "'function' is a required property"),
+    ("{asset: {key: a}, path: a.csv, function: 'a:b'}", "function", "'a:b' is not of type 'null'"),
     ("{asset: {}, function: 'a:b'}", "asset", "'key' is a required property"),
     (
         "{asset: {key: a, grp: x}, function: 'a:b'}",
@@ -173,6 +174,12 @@ BAD_TOPICS = [
 @pytest.mark.parametrize(("text", "path", "message"), BAD_TOPICS, ids=[text for text, _, _ in BAD_TOPICS])
 def test_bad_values_of_a_topic_are_refused(text, path, message):
     assert _said(KafkaTopicComponent, text) == {(path, message)}
+
+
+def test_either_a_file_or_a_function_gives_the_records():
+    for text in ("{asset: {key: a}}", "{asset: {key: a}, path: a.csv, function: 'a:b'}"):
+        with pytest.raises(ValidationError, match="give either path or function"):
+            _component(KafkaTopicComponent, text)
 
 
 @pytest.mark.parametrize(
@@ -275,6 +282,26 @@ def test_ten_lines_of_yaml_publish(kafka_bootstrap_servers, kafka_topic, read, i
     found = read(topic)
     assert [(r.key, json.loads(r.value)) for r in found if r.key] == [(f"N{i}".encode(), NUMBERS[i]) for i in range(10)]
     assert [json.loads(r.value) for r in found if not r.key] == [{"day": "tue", "asset": "a/day"}]
+
+
+@pytest.mark.kafka
+def test_a_file_beside_the_yaml_is_published(kafka_bootstrap_servers, kafka_topic, read, instance, tmp_path):
+    topic = kafka_topic()
+    (tmp_path / "mon").mkdir()
+    (tmp_path / "mon" / "rows.csv").write_text("n,name\n1,a\n2,b\n")
+    (tmp_path / "rows.ndjson").write_text('{"n": 3}\n')
+    context = type("Context", (), {"path": tmp_path})()
+    assets = []
+    for name, text in {
+        "days": 'path: "{partition_key}/rows.csv"',
+        "whole": "path: rows.ndjson",
+    }.items():
+        partitions = ", partitions_def: {type: static, partition_keys: [mon]}" if name == "days" else ""
+        component = _component(KafkaTopicComponent, f"{{asset: {{key: {name}{partitions}}}, topic: {topic}, {text}}}")
+        assets += component.build_defs(context).assets
+    manager = KafkaIOManager(kafka=KafkaProducerResource(bootstrap_servers=kafka_bootstrap_servers))
+    assert dg.materialize(assets, resources={"kafka_io": manager}, instance=instance, partition_key="mon").success
+    assert sorted(record.value for record in read(topic)) == [b'{"n":1,"name":"a"}', b'{"n":2,"name":"b"}', b'{"n":3}']
 
 
 def _run(*command, cwd, **env):

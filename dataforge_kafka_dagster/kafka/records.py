@@ -26,7 +26,8 @@ from dataforge_kafka_dagster.kafka.serialization import (
 
 ACCEPTED: Final = (
     "a mapping, dataclass, pydantic model, str, bytes or KafkaRecord; a list, iterator or generator of those;"
-    " or a pandas, polars or pyarrow data frame"
+    " a pandas, polars or pyarrow data frame; a polars LazyFrame, DuckDB relation or Arrow stream;"
+    " or a pathlib.Path to NDJSON, CSV or Parquet"
 )
 
 

@@ -1,14 +1,16 @@
-"""An output (mapping, iterable, generator, data frame) to chunks of encoded records, never held whole."""
+"""An output (mapping, iterable, generator, data frame, file, query) to chunks of encoded records, never held whole."""
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
 from dataforge_kafka_dagster.kafka.records import ACCEPTED, Chunk, KafkaRecord, RowEncoder, key_fields
 from dataforge_kafka_dagster.kafka.serialization import DEFAULT_ENCODERS, Encoders, format_of
+from dataforge_kafka_dagster.kafka.streams import open_stream
 
 _CHUNK_BYTES: Final = 1_000_000
 # Rows may grow from one to the next by any factor: few at a time bound what a chunk holds. More are not faster.
@@ -40,7 +42,7 @@ def chunks(
 
     Args:
         output: A mapping, dataclass, pydantic model, str, bytes or `KafkaRecord`; a list, iterator or generator of
-            those; or a data frame, one record per row.
+            those; a data frame, one record per row; or what `open_stream` reads bit by bit.
         key: Field or column that is the record's key; several make a JSON object of them.
         start: What errors add to a record's position.
         encoders: How values and keys become bytes.
@@ -53,6 +55,9 @@ def chunks(
     fields = key_fields(key)
     if isinstance(output, KafkaRecord) or format_of(type(output)) is not None:
         output = [output]
+    stream = open_stream(output)
+    if stream is not None and not stream.of_frames:
+        output = _peeked(stream.parts)
     if isinstance(output, Sequence) and not isinstance(output, (list, tuple)):
         output = iter(output)
     if isinstance(output, Iterator):
@@ -62,11 +67,38 @@ def chunks(
     # Imported by those who have a frame: narwhals is slow to import.
     from dataforge_kafka_dagster.kafka.frames import FrameEncoder, open_frame  # noqa: PLC0415
 
+    encode = FrameEncoder(fields, encoders)
+    if stream is not None:
+        # The first part is read now: a query that fails, or a missing column, is refused before anything is connected.
+        return _frame_chunks(_peeked(open_frame(part, fields) for part in stream.parts), encode, start, on_bad)
     frame = open_frame(output, fields)
     if frame is None:
         raise refuse_output(output)
-    encode = FrameEncoder(fields, encoders)
-    return _paced(lambda start, size: frame[start : start + size], encode, start, on_bad, _FRAME_ROWS)
+    return _frame_chunks([frame], encode, start, on_bad)
+
+
+def _peeked(parts: Iterator[Any]) -> Iterator[Any]:
+    """The same parts, the first of which is read at once."""
+    first = list(itertools.islice(parts, 1))
+
+    def all_of_them() -> Iterator[Any]:
+        while first:
+            yield first.pop()
+        yield from parts
+
+    return all_of_them()
+
+
+def _frame_chunks(
+    frames: Iterable[Any], encode: Callable[[Any, int], Chunk], start: int, on_bad: BadRecordTaker | None
+) -> Iterator[Chunk]:
+    for frame in frames:
+
+        def take(start: int, size: int, frame: Any = frame) -> Any:
+            return frame[start : start + size]
+
+        yield from _paced(take, encode, start, on_bad, _FRAME_ROWS)
+        start += len(frame)
 
 
 def _paced(

@@ -1,0 +1,165 @@
+"""Outputs that are read bit by bit: files, queries and Arrow streams, none of them held whole.
+
+The libraries are imported for objects of their types only. ADBC, ibis and others speak Arrow's stream interface, and
+need nothing of their own here: https://arrow.apache.org/docs/format/CDataInterface/PyCapsuleInterface.html.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import orjson
+
+from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
+
+_ROWS: Final = 10_000
+_FILES: Final = (".ndjson", ".jsonl", ".csv", ".parquet")
+_GZIP: Final = ".gz"
+
+
+class Stream(NamedTuple):
+    """The parts of an output, in order.
+
+    Attributes:
+        parts: Data frames of some thousand rows, or single rows.
+        of_frames: Which of both.
+    """
+
+    parts: Iterator[Any]
+    of_frames: bool
+
+
+def open_stream(output: Any) -> Stream | None:
+    """An output as a stream, if it is one: reading begins with the first part.
+
+    Args:
+        output: A `pathlib.Path` to NDJSON (.ndjson, .jsonl), CSV or Parquet, the text formats also with .gz; a polars
+            LazyFrame; a DuckDB relation; a pyarrow RecordBatch, RecordBatchReader or Dataset; or what else speaks
+            Arrow's stream interface.
+
+    Returns:
+        None for any other output.
+
+    Raises:
+        InvalidRecordError: There is no such file, its name says nothing of its format, or a library is missing.
+    """
+    if isinstance(output, Path):
+        return _open_file(output)
+    library, name = type(output).__module__.partition(".")[0], type(output).__name__
+    if library == "polars" and name == "LazyFrame":
+        return Stream(_lazy_frame(output), of_frames=True)
+    if library == "pyarrow" and name == "RecordBatch":
+        return Stream(_tables([output]), of_frames=True)
+    if library == "pyarrow" and hasattr(output, "to_batches") and hasattr(output, "scanner"):
+        batches = output.to_batches(batch_size=_ROWS, batch_readahead=2, fragment_readahead=1)
+        return Stream(_tables(batches), of_frames=True)
+    if library == "duckdb":
+        # Its Arrow stream has batches of a million rows.
+        read = getattr(output, "to_arrow_reader", None) or getattr(output, "fetch_arrow_reader", None)
+        if read is not None:
+            return Stream(_tables(_call(read, "DuckDB relation")), of_frames=True)
+    if library == "pyarrow" and name == "RecordBatchReader":
+        return Stream(_tables(output), of_frames=True)
+    # Frames and series of these libraries speak it too, but are no streams.
+    if hasattr(output, "__arrow_c_stream__") and library not in {"pyarrow", "polars", "pandas"}:
+        pa = _library("pyarrow", f"output of type {type(output).__qualname__}")
+        return Stream(_tables(pa.RecordBatchReader.from_stream(output)), of_frames=True)
+    return None
+
+
+def _call(read: Callable[[int], Any], name: str) -> Any:
+    _library("pyarrow", name)
+    return read(_ROWS)
+
+
+def _library(name: str, what: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise InvalidRecordError(
+            what, f"{package} is needed to read it: {error}", f"Install it with: pip install {package}"
+        ) from error
+
+
+def _lazy_frame(frame: Any) -> Iterator[Any]:
+    if not hasattr(frame, "collect_batches"):
+        raise InvalidRecordError(
+            "polars LazyFrame", "this polars cannot give it bit by bit", "Use polars 1.34 or later, or collect() it"
+        )
+    yield from frame.collect_batches(chunk_size=_ROWS, lazy=True)
+
+
+def _tables(batches: Any) -> Iterator[Any]:
+    pa = importlib.import_module("pyarrow")
+    for batch in batches:
+        yield pa.Table.from_batches([batch])
+
+
+def _open_file(path: Path) -> Stream:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compressed = suffixes[-1:] == [_GZIP]
+    kind = suffixes[-2 if compressed else -1] if len(suffixes) > compressed else ""
+    if kind not in _FILES or (compressed and kind == ".parquet"):
+        raise InvalidRecordError(
+            f"file {str(path)!r}",
+            "its name does not say what is in it",
+            f"Give a path that ends with {', '.join(_FILES)}; the text formats also with {_GZIP}",
+        )
+    if not path.is_file():
+        raise InvalidRecordError(f"file {str(path)!r}", "there is no such file", "Correct the path")
+    if kind in {".ndjson", ".jsonl"}:
+        return Stream(_json_lines(path, gzip.open if compressed else open), of_frames=False)
+    if kind == ".csv":
+        return Stream(_csv(path), of_frames=True)
+    return Stream(_parquet(path), of_frames=True)
+
+
+def _json_lines(path: Path, open_file: Any) -> Iterator[Any]:
+    with open_file(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = orjson.loads(line)
+            except ValueError as error:
+                raise InvalidRecordError(
+                    f"file {str(path)!r}, line {number}", f"it is not JSON: {error}", "Write one JSON object a line"
+                ) from error
+            if not isinstance(row, dict):
+                raise InvalidRecordError(
+                    f"file {str(path)!r}, line {number}",
+                    f"it is a JSON {type(row).__name__}, not an object",
+                    "Write one JSON object a line",
+                )
+            yield row
+
+
+def _csv(path: Path) -> Iterator[Any]:
+    name = f"file {str(path)!r}"
+    csv = _library("pyarrow.csv", name)
+    pa = importlib.import_module("pyarrow")
+    try:
+        with pa.input_stream(path, compression="detect") as stream:
+            yield from _tables(csv.open_csv(stream))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InvalidRecordError(
+            name,
+            f"it cannot be read as CSV: {error}",
+            "Correct it; a column's type is that of its first megabyte. Else read it yourself, and return the rows",
+        ) from error
+
+
+def _parquet(path: Path) -> Iterator[Any]:
+    name = f"file {str(path)!r}"
+    parquet = _library("pyarrow.parquet", name)
+    pa = importlib.import_module("pyarrow")
+    try:
+        with parquet.ParquetFile(path) as file:
+            yield from _tables(file.iter_batches(batch_size=_ROWS))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InvalidRecordError(name, f"it cannot be read as Parquet: {error}", "Write it anew") from error
