@@ -7,6 +7,7 @@ import base64
 import contextlib
 import datetime as dt
 import json
+import os
 import time
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -60,9 +61,23 @@ def password_of(user):
 def unsecured_token(user):
     """A token that the broker believes: `sasl_oauthbearer_callback="secured:unsecured_token"`."""
     now = time.time()
-    claims = {"sub": user or "publisher", "iat": now - 10, "exp": now + 3600}
+    return _unsecured({"sub": user or "publisher", "iat": now - 10, "exp": now + 3600}), now + 3600
+
+
+def _unsecured(claims):
     parts = (json.dumps(part).encode() for part in ({"alg": "none"}, claims))
-    return ".".join(base64.urlsafe_b64encode(part).decode().rstrip("=") for part in parts) + ".", now + 3600
+    return ".".join(base64.urlsafe_b64encode(part).decode().rstrip("=") for part in parts) + "."
+
+
+def canary_token(_):
+    """A token that holds the secret in KAFKA_TOKEN_OF_TEST."""
+    now = time.time()
+    claims = {"sub": "publisher", "iat": now - 10, "exp": now + 3600, "jti": os.environ["KAFKA_TOKEN_OF_TEST"]}
+    return _unsecured(claims), now + 3600
+
+
+def quoting_token(config):
+    raise RuntimeError(f"no token for {config}")
 
 
 def broken_token(_):
