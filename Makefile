@@ -12,7 +12,7 @@ PACKAGES = -e '.[local,schema-registry]' --group dev $(REST)
 REST = --group docs -e ./example_project
 TESTS = tests example_project/tests
 
-.PHONY: help install demo ui test test-only test-faults bench lint matrix build docs screenshots clean
+.PHONY: help install demo ui test test-only test-faults test-browser bench lint matrix build docs screenshots clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,10 @@ test-only: $(STAMP)
 
 test-faults: $(STAMP) ## Run the tests that break Kafka on purpose (minutes)
 	$(BIN)/python -m pytest -m faults tests
+
+test-browser: $(STAMP) ## Run the tests of the Dagster UI (needs Chromium)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --group browser
+	$(BIN)/python -m pytest -m browser tests/browser
 
 bench: $(STAMP) ## Measure speed, memory and more beside other clients, and write the figures into docs/ (20 minutes)
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --group bench || $(BIN)/python -m pip install --quiet --group bench
@@ -87,6 +91,7 @@ docs: $(STAMP) ## Build the documentation into site/; a warning fails it
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict && echo "Open site/index.html, or run: $(BIN)/mkdocs serve"
 
 screenshots: $(STAMP) ## Take the README's screenshots anew (needs Chromium)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --group browser
 	@$(BIN)/python docs/screenshots.py
 
 clean: ## Remove all that these targets made

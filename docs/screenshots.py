@@ -1,98 +1,170 @@
-"""Takes the pictures of the Dagster UI for the docs: `make screenshots`. Needs Chromium on the PATH."""
+"""Takes the pictures of the Dagster UI for the docs: `make screenshots`. Needs Chromium."""
 
 import contextlib
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
+
+from playwright.sync_api import FloatRect, Locator, Page, sync_playwright
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
-PORT = 3111
-DAYS = ["2013-01-01", "2013-01-02", "2013-01-03"]
+DAYS = [f"2013-01-{day:02}" for day in range(1, 8)]
+_START_SECONDS = 240
+_PAGE_SECONDS = 60
+
+_PUBLISH = """
+import sys
+import dagster as dg
+from example_project.definitions import defs
+
+definitions = defs()
+with dg.DagsterInstance.get() as instance:
+    for day in sys.argv[1:]:
+        definitions.resolve_job_def("publish_day").execute_in_process(partition_key=day, instance=instance)
+"""
 
 
-def wait_for_ui(url: str, seconds: float) -> None:
-    """Wait until the UI answers."""
-    deadline = time.monotonic() + seconds
+class Ui(NamedTuple):
+    """A running `make ui`."""
+
+    url: str
+    servers: str
+    home: Path
+
+
+@contextlib.contextmanager
+def running_ui() -> Iterator[Ui]:
+    """`make ui` on a free port, with a home folder of its own; it has ended afterwards, with its Kafka."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "ui.log"
+        with log.open("w") as output:
+            ui = subprocess.Popen(
+                [sys.executable, "-u", "example_project/demo.py", "ui", "--port", str(port), "--home", folder],
+                cwd=ROOT,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={name: value for name, value in os.environ.items() if name != "KAFKA_BOOTSTRAP_SERVERS"},
+            )
+            try:
+                url = f"http://127.0.0.1:{port}"
+                _wait_for(url, ui, log)
+                found = re.search(r"^Kafka: (\S+)", log.read_text(), re.MULTILINE)
+                if found is None:
+                    raise RuntimeError(log.read_text())
+                yield Ui(url, found[1], Path(folder))
+            finally:
+                ui.send_signal(signal.SIGTERM)
+                try:
+                    ui.wait(60)
+                except subprocess.TimeoutExpired:
+                    ui.kill()
+
+
+def _wait_for(url: str, ui: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
     while True:
-        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):  # noqa: S310
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/server_info", timeout=5):  # noqa: S310
             return
-        if time.monotonic() > deadline:
-            sys.exit(f"{url} did not answer in {seconds:.0f} s")
+        if ui.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"{url} did not answer in {_START_SECONDS} s:\n{log.read_text()}")
         time.sleep(0.5)
 
 
-def launch(day: str, home: Path, servers: str) -> None:
-    """Materialize a day's assets."""
+@contextlib.contextmanager
+def chromium_page(width: int = 1500, height: int = 1020) -> Iterator[Page]:
+    """A page of a headless Chromium; the width and height are pixels."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        raise RuntimeError("Chromium is needed, for instance Debian's package 'chromium'")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        try:
+            page = browser.new_page(viewport={"width": width, "height": height})
+            page.set_default_timeout(_PAGE_SECONDS * 1000)
+            yield page
+        finally:
+            browser.close()
+
+
+def launch_partition(page: Page, url: str, asset: str, partition: str) -> None:
+    """Launch a run for one Dagster partition of an asset, by hand on its page."""
+    page.goto(f"{url}/assets/{asset}")
+    page.get_by_role("button", name="Materialize…").click()
+    dialog = page.get_by_role("dialog")
+    chosen = dialog.locator("input[type=text]").first
+    chosen.fill(partition)
+    chosen.press("Enter")
+    dialog.get_by_role("button", name=re.compile(r"^Launch (1 )?run")).click()
+    dialog.wait_for(state="hidden")
+
+
+def publish(ui: Ui, days: list[str]) -> None:
+    """Materialize the days' assets, in one process."""
     subprocess.run(
-        [str(Path(sys.executable).with_name("dg")), "launch", "--assets", "*", "--partition", day],
-        cwd=ROOT / "example_project",
-        env={
-            **os.environ,
-            "DAGSTER_HOME": str(home),
-            "KAFKA_BOOTSTRAP_SERVERS": servers,
-            "VIRTUAL_ENV": sys.prefix,
-        },
+        [sys.executable, "-c", _PUBLISH, *days],
+        env={**os.environ, "DAGSTER_HOME": str(ui.home), "KAFKA_BOOTSTRAP_SERVERS": ui.servers},
         check=True,
-        timeout=180,
+        timeout=600,
     )
 
 
-def picture(chromium: str, url: str, name: str, size: str) -> None:
-    """Take a picture of a page, once its requests are answered."""
-    with tempfile.TemporaryDirectory() as profile:
-        subprocess.run(
-            [
-                chromium,
-                "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--no-first-run",
-                "--disable-background-networking",
-                "--disable-component-update",
-                "--disable-sync",
-                "--hide-scrollbars",
-                f"--user-data-dir={profile}",
-                f"--window-size={size}",
-                "--virtual-time-budget=30000",
-                f"--screenshot={IMAGES / name}",
-                url,
-            ],
-            check=True,
-            timeout=180,
-        )
+def fail(page: Page, ui: Ui) -> None:
+    """Launch the asset that fails on purpose, and open the explanation of its failure."""
+    page.goto(f"{ui.url}/assets/planes")
+    page.get_by_role("button").filter(has_text=re.compile("^Materialize$")).click()
+    page.get_by_text("Failed", exact=False).first.wait_for(timeout=_START_SECONDS * 1000)
+    query = "{runsOrError(filter: {statuses: [FAILURE]}, limit: 1) {... on Runs {results {runId}}}}"
+    answer = page.request.post(f"{ui.url}/graphql", data={"query": query}).json()
+    page.goto(f"{ui.url}/runs/{answer['data']['runsOrError']['results'][0]['runId']}")
+    page.get_by_text("kafka/what_to_do").wait_for()
+
+
+def _take(page: Page, name: str, until: Locator | None = None) -> None:
+    """Take a picture of the page; of an open dialog only, as far as an element in it, if one is given."""
+    page.wait_for_timeout(2000)
+    clip: FloatRect | None = None
+    if until is not None:
+        box, last = page.get_by_role("dialog").bounding_box(), until.bounding_box()
+        if box is None or last is None:
+            raise RuntimeError(f"{name}: what the picture is of is not visible")
+        clip = {**box, "height": last["y"] + last["height"] - box["y"] + 8}
+    page.screenshot(path=IMAGES / name, animations="disabled", clip=clip)
+    print(f"{name}: {(IMAGES / name).stat().st_size // 1024} KiB")
 
 
 def main() -> None:
-    """Run the example, materialize some days, and take the pictures."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        sys.exit("Chromium is needed, for instance Debian's package 'chromium'")
+    """Run the example, materialize some days, let an asset fail, and take the pictures."""
     IMAGES.mkdir(parents=True, exist_ok=True)
-    home = ROOT / ".dagster_home"
-    ui = subprocess.Popen(
-        [sys.executable, "-u", str(ROOT / "example_project" / "demo.py"), "ui", "--port", str(PORT)],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        servers = next(found[1] for line in ui.stdout or [] if (found := re.match(r"Kafka: (\S+)", line)))
-        wait_for_ui(f"http://127.0.0.1:{PORT}/server_info", 120)
-        for day in DAYS:
-            launch(day, home, servers)
-        base = f"http://127.0.0.1:{PORT}"
-        picture(chromium, f"{base}/assets/flights?partition={DAYS[-1]}", "asset-flights.png", "1500,1015")
-        picture(chromium, f"{base}/asset-groups", "assets.png", "1400,800")
-    finally:
-        ui.send_signal(signal.SIGTERM)
-        ui.wait(60)
+    with running_ui() as ui, chromium_page() as page:
+        publish(ui, DAYS)
+        page.goto(f"{ui.url}/assets/flights")
+        page.get_by_text("last offset").first.wait_for()
+        _take(page, "asset-flights.png")
+        page.get_by_role("button", name="Plots").click()
+        page.get_by_role("button").filter(has_text=re.compile("^Events$")).click()
+        page.get_by_text("kafka/records_per_second").wait_for()
+        _take(page, "plots.png")
+        page.goto(f"{ui.url}/assets/flights?view=lineage&lineageScope=downstream")
+        page.get_by_text("long_delays").last.wait_for()
+        _take(page, "lineage.png")
+        fail(page, ui)
+        page.get_by_text("View full message").first.click()
+        dialog = page.get_by_role("dialog")
+        _take(page, "failure.png", until=dialog.locator("tr", has_text="kafka/field"))
 
 
 if __name__ == "__main__":

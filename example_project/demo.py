@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 
@@ -28,8 +29,8 @@ from dataforge_kafka_dagster.local import LocalKafka, LocalKafkaError
 
 PROJECT = Path(__file__).parent
 HOME = PROJECT.parent / ".dagster_home"
-TOPICS = {"flights": 6, "carrier-delays": 3, "alerts": 1, "announcements": 1}
-ASSETS = {"flights": "flights", "carrier_delays": "carrier-delays", "long_delays": "alerts"}
+TOPICS = {"flights": 6, "carrier-delays": 3, "alerts": 1, "weather": 3, "planes": 1, "announcements": 1}
+ASSETS = {"flights": "flights", "carrier_delays": "carrier-delays", "long_delays": "alerts", "weather": "weather"}
 WEEK = [f"2013-01-{day:02}" for day in range(1, 8)]
 
 Place = tuple[int, int]
@@ -70,7 +71,12 @@ def demo() -> int:
         publications = publish_week()
         print(f"\nDagster published the week and ran the job 'announce' in {time.monotonic() - started:.0f} s.")
         print("\nNow Kafka's own console consumer reads the topics (isolation level read_committed):")
-        matches = [compare(kafka, topic, publications[asset]) for asset, topic in ASSETS.items()]
+        with ThreadPoolExecutor(2) as pool:  # each reader is a Java program, that takes seconds to start
+            found = pool.map(lambda topic: read_places(kafka, topic), ASSETS.values())
+            matches = [
+                compare(kafka, topic, publications[asset], read)
+                for (asset, topic), read in zip(ASSETS.items(), found, strict=True)
+            ]
         explain_end_offsets(kafka, publications["flights"])
     return 0 if all(matches) else 1
 
@@ -95,13 +101,12 @@ def publish_week() -> dict[str, list[Publication]]:
     return publications
 
 
-def compare(kafka: LocalKafka, topic: str, publications: list[Publication]) -> bool:
+def compare(kafka: LocalKafka, topic: str, publications: list[Publication], read: list[Place]) -> bool:
     """Whether each place that Dagster reported holds a record, and no other does on a Kafka of our own."""
     reported = {
         (o.partition, offset) for p in publications for o in p.offsets for a, b in o.runs for offset in range(a, b + 1)
     }
     records = sum(publication.records for publication in publications)
-    read = read_places(kafka, topic)
     found = len([place for place in read if place in reported])
     equal = records == found == len(reported) and len(set(read)) == len(read)
     print(f"  {topic:<15} {records} records reported by Dagster {'=' if equal else '!='} {found} read from Kafka")
@@ -142,14 +147,14 @@ def tool(kafka: LocalKafka, name: str, *arguments: str) -> str:
     return done.stdout
 
 
-def ui(port: int) -> int:
-    """Run `dg dev` until Ctrl-C, on a Kafka whose data stays in .dagster_home with Dagster's.
+def ui(port: int, home: Path) -> int:
+    """Run `dg dev` until Ctrl-C, on a Kafka whose data stays in the home folder with Dagster's.
 
     Returns:
         The exit code of `dg dev` if it ends by itself, else 0.
     """
-    HOME.mkdir(exist_ok=True)
-    settings = HOME / "dagster.yaml"
+    home.mkdir(parents=True, exist_ok=True)
+    settings = home / "dagster.yaml"
     if not settings.exists():
         settings.write_text("telemetry:\n  enabled: false\nnux:\n  enabled: false\n")
     with socket.socket() as probe:
@@ -159,12 +164,12 @@ def ui(port: int) -> int:
         except OSError:
             print(f"Port {port} is in use. Choose another one: make ui PORT={port + 1}", file=sys.stderr)
             return 1
-    with cluster(HOME / "kafka"):
+    with cluster(home / "kafka"):
         print(f"Dagster: http://127.0.0.1:{port} in half a minute (Ctrl-C ends both)", flush=True)
         dev = subprocess.Popen(  # noqa: S603
             [str(Path(sys.executable).with_name("dg")), "dev", "--host", "127.0.0.1", "--port", str(port)],
             cwd=PROJECT,
-            env={**os.environ, "DAGSTER_HOME": str(HOME), "VIRTUAL_ENV": sys.prefix},
+            env={**os.environ, "DAGSTER_HOME": str(home), "VIRTUAL_ENV": sys.prefix},
             start_new_session=True,
         )
         try:
@@ -188,11 +193,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="?", choices=["demo", "ui"], default="demo")
     parser.add_argument("--port", type=int, default=3000, help="of the Dagster UI")
+    parser.add_argument("--home", type=Path, default=HOME, help="folder for the UI's and Kafka's data")
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
-        return ui(options.port) if options.what == "ui" else demo()
+        return ui(options.port, options.home.resolve()) if options.what == "ui" else demo()
     except LocalKafkaError as error:
         print(error, file=sys.stderr)
         return 1

