@@ -56,14 +56,15 @@ def chunks(
     if isinstance(output, KafkaRecord) or format_of(type(output)) is not None:
         output = [output]
     stream = open_stream(output)
-    if stream is not None and not stream.of_frames:
-        output = _peeked(stream.parts)
-    if isinstance(output, Sequence) and not isinstance(output, (list, tuple)):
-        output = iter(output)
-    if isinstance(output, Iterator):
-        return _paced(lambda _, size: _take(output, size), RowEncoder(fields, encoders), start, on_bad)
-    if isinstance(output, (list, tuple)):
-        return _paced(lambda start, size: output[start : start + size], RowEncoder(fields, encoders), start, on_bad)
+    if stream is None or not stream.of_frames:
+        if stream is not None:
+            output = _peeked(stream.parts)
+        elif isinstance(output, Sequence) and not isinstance(output, (list, tuple)):
+            output = iter(output)
+        if isinstance(output, Iterator):
+            return _paced(lambda _, size: _take(output, size), RowEncoder(fields, encoders), start, on_bad)
+        if isinstance(output, (list, tuple)):
+            return _paced(lambda start, size: output[start : start + size], RowEncoder(fields, encoders), start, on_bad)
     # Imported by those who have a frame: narwhals is slow to import.
     from dataforge_kafka_dagster.kafka.frames import FrameEncoder, open_frame  # noqa: PLC0415
 
