@@ -1,6 +1,7 @@
 import concurrent.futures
 import json
 import os
+import re
 import threading
 import time
 import uuid
@@ -652,20 +653,29 @@ def test_at_least_once_publishes_without_a_transaction(kafka_bootstrap_servers, 
 
 
 @pytest.mark.kafka
-def test_progress_of_a_long_publication_is_logged(kafka, kafka_topic, instance, monkeypatch):
-    monkeypatch.setattr("dataforge_kafka_dagster.kafka.publication._PROGRESS_SECONDS", 0.0)
+def test_a_slow_publication_logs_how_far_it_is(kafka, kafka_topic, instance):
     topic = kafka_topic()
+
+    def slowly():
+        for i in range(24):
+            time.sleep(0.5)
+            yield {"i": i}
 
     @dg.op
     def work(context: dg.OpExecutionContext, kafka: KafkaProducerResource):
         with kafka.publishing(context, topic=topic) as publication:
-            publication.send("a")
-            publication.send("b")
+            publication.send_all(slowly())
 
     result = _run_op(work, kafka, instance)
-    messages = [entry.user_message for entry in instance.all_logs(result.run_id)]
-    assert [m for m in messages if "Published 2 records" in m and "not committed yet" in m and topic in m]
-    assert [m for m in messages if m.startswith(f"Published 2 records in {topic!r}")]
+    logged = [(entry.timestamp, entry.user_message) for entry in instance.all_logs(result.run_id)]
+    progress = [(when, message) for when, message in logged if "not committed yet" in message]
+    assert len(progress) >= 2
+    assert progress[1][0] - progress[0][0] >= 4.5
+    counts = [
+        int(re.match(rf"Published (\d+) records .* to {topic!r} in \d+ s, ", message)[1]) for _, message in progress
+    ]
+    assert 0 < counts[0] < counts[1] < 24
+    assert any(message.startswith(f"Published 24 records in {topic!r}") for _, message in logged)
 
 
 @pytest.mark.kafka
