@@ -63,7 +63,7 @@ class Connection:
             self.fatal = self.fatal or error
         elif error.name() in LATCHED_CODES:
             self._latched = error
-        else:
+        elif error.name() != "_ALL_BROKERS_DOWN" or self._transport is None:  # which says less than what came before it
             self._transport = error
         logger.debug("%s: %s", self.name, self.config.redact(str(error)))
 
@@ -166,8 +166,13 @@ class Connection:
         A wrong password, an unknown host or a TLS mismatch is seen only by the error callback: to the request it looks
         like a time-out. What a broker itself has answered is its own cause.
         """
-        hidden = self._hidden_cause() if error.name() in NO_ANSWER_CODES else None
-        return hidden or from_broker(error, culprit)
+        ours = from_broker(error, culprit)
+        if error.name() not in NO_ANSWER_CODES:
+            return ours
+        hidden = self._hidden_cause()
+        if hidden is None and self._transport is not None:
+            ours.add(f"the last connection error: {self.config.redact(self._transport.str())}")
+        return hidden or ours
 
     def _hidden_cause(self) -> KafkaError | None:
         if self._oauth_error is not None:

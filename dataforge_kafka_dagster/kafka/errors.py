@@ -51,6 +51,12 @@ class KafkaError(Exception):
         self.index: int | None = None
         self.key: bytes | None = None
 
+    def add(self, cause: str, fix: str = "") -> None:
+        """Say more of the cause, and say first what else to do."""
+        self.cause += f"; {cause}"
+        self.fix = f"{fix}. {self.fix}" if fix else self.fix
+        self.args = (f"{self.culprit}: {self.cause}. {self.fix}",)
+
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild_error, (type(self), self.__dict__.copy(), str(self)))
 
@@ -140,7 +146,12 @@ _FIXES: Final[dict[str, str]] = {
         "Check that bootstrap_servers names the cluster's listener and that a firewall lets you through, that"
         " security_protocol is that of the listener, and whether it asks for a client certificate"
     ),
-    "_ALL_BROKERS_DOWN": "Check that the brokers run, and that security_protocol is that of the listener",
+    "_ALL_BROKERS_DOWN": (
+        "Check that the brokers in bootstrap_servers run, and that security_protocol is that of the listener"
+    ),
+    "COORDINATOR_NOT_AVAILABLE": (
+        "Check that enough brokers run: __transaction_state and __consumer_offsets need their min.insync.replicas"
+    ),
     "_MSG_TIMED_OUT": "Check the brokers' health, or raise delivery_timeout",
     "_TIMED_OUT": "Check that the brokers in bootstrap_servers run and can be reached from here",
     "REQUEST_TIMED_OUT": "Check the brokers' health, or raise delivery_timeout",

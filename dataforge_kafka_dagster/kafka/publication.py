@@ -36,11 +36,12 @@ from dataforge_kafka_dagster.kafka.errors import (
     KafkaConfigError,
     KafkaError,
     Remedy,
+    fix_for,
 )
 from dataforge_kafka_dagster.kafka.records import Chunk, KafkaRecord, encode_record, key_fields
 from dataforge_kafka_dagster.kafka.serialization import Headers, ValueFormat, format_of, text_size
 from dataforge_kafka_dagster.kafka.sources import BadRecordTaker, chunks
-from dataforge_kafka_dagster.kafka.topics import Topic, check_topic_exists
+from dataforge_kafka_dagster.kafka.topics import Topic, check_topic_exists, replica_trouble
 
 _LEDGER_VERSION: Final = 1
 # Brokers refuse more than offset.metadata.max.bytes, 4096 by default.
@@ -49,6 +50,8 @@ _ID_BYTES: Final = 180
 _PROGRESS_SECONDS: Final = 5.0
 _REQUEST_SECONDS: Final = 10.0
 _WARM_SECONDS: Final = 1.0
+# To look why records were not delivered; part of what a failure may take longer than its deadline.
+_DIAGNOSIS_SECONDS: Final = 0.5
 _ABORT_SECONDS: Final = 5.0
 # For an interrupt, and where the broker is the trouble: what is left open, the next attempt or the broker aborts.
 _HASTY_ABORT_SECONDS: Final = 1.0
@@ -276,6 +279,8 @@ class PublicationWriter:
         try:
             connection.resume(producer.init_transactions, config.producer.delivery_timeout, name)
         except KafkaError as error:
+            if error.code == "_TIMED_OUT":
+                error.add("no broker coordinates its transactions", fix_for("COORDINATOR_NOT_AVAILABLE"))
             if error.code != "INVALID_TRANSACTION_TIMEOUT":
                 raise
             raise KafkaConfigError(
@@ -551,6 +556,10 @@ class PublicationWriter:
                 if first.name() == "_PURGE_QUEUE":
                     first = self._transaction_error() or first
                 failure = self._explain(first, culprit)
+                if failure.code == "_MSG_TIMED_OUT":
+                    trouble = replica_trouble(self._connection, track.topic, _DIAGNOSIS_SECONDS)
+                    if trouble is not None:
+                        failure.add(trouble)
                 failure.counts, failure.key = dict(track.failures), key
                 return failure
         return None
@@ -664,9 +673,9 @@ class PublicationWriter:
         if failure is not None:
             return failure
         if self._committing and error.remedy is Remedy.RETRY:
-            error.cause += "; whether it was committed is not known"
-            error.fix = "Try again: the next attempt reads the outcome from the ledger. " + error.fix
-            error.args = (f"{error.culprit}: {error.cause}. {error.fix}",)
+            error.add(
+                "whether it was committed is not known", "Try again: the next attempt reads the outcome from the ledger"
+            )
         return error
 
     def abort(self, timeout: float = _ABORT_SECONDS) -> None:

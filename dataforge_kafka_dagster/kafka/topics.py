@@ -137,6 +137,29 @@ def _create(connection: Connection, topic: str, spec: KafkaTopicSpec, deadline: 
         raise
 
 
+def replica_trouble(connection: Connection, topic: str, timeout: float) -> str | None:
+    """What the brokers say of a topic's replicas if some are away; None if all is well, or nobody answers in time."""
+    names = confluent_kafka.TopicCollection([topic])
+
+    def ask() -> concurrent.futures.Future[Any]:
+        future: concurrent.futures.Future[Any] = connection.admin.describe_topics(names, request_timeout=timeout)[topic]
+        return future
+
+    try:
+        partitions = connection.answer(ask, timeout, topic).partitions
+    except KafkaError:
+        return None
+    for partition in partitions:
+        if partition.leader is None or partition.leader.id < 0:
+            return f"Kafka partition {partition.id} has no leader"
+        if len(partition.isr) < len(partition.replicas):
+            return (
+                f"Kafka partition {partition.id} has {len(partition.isr)} of its {len(partition.replicas)} replicas in"
+                " sync, and the topic's min.insync.replicas may ask for more"
+            )
+    return None
+
+
 def _look_for(connection: Connection, topic: str, deadline: float, grace: float) -> Topic:
     """The topic, asked for again for so many seconds while it is unknown."""
     given_up = min(deadline, time.monotonic() + grace)
