@@ -23,6 +23,7 @@ from dataforge_kafka_dagster.kafka.config import (
     ACKS,
     BOUNDS,
     COMPRESSION_TYPES,
+    REGISTRY_SECRET_OPTIONS,
     SASL_MECHANISMS,
     SECRET_OPTIONS,
     SECRET_SETTINGS,
@@ -106,15 +107,15 @@ def _field(name: str, info: Any) -> tuple[Any, Any]:
     default = info.get_default(call_default_factory=True)
     described = Field(default=default, description=info.description)
     annotation = info.annotation
-    if name in SECRET_OPTIONS:
+    if name in {*SECRET_OPTIONS, *REGISTRY_SECRET_OPTIONS}:
         return Annotated[
             _Env | None, WrapValidator(lambda value, _: _secret(value)), WithJsonSchema(_SECRET)
         ], described
-    if name == "librdkafka_config":
+    if name in {"librdkafka_config", "schema_registry_client_config"}:
 
         def raw(value: Any, _: Any) -> Any:
             if not isinstance(value, Mapping):
-                raise ValueError("give a mapping from librdkafka's names to values")  # noqa: TRY004  (pydantic's)
+                raise ValueError("give a mapping from names to values")  # noqa: TRY004  (pydantic's)
             return {setting: _raw_setting(str(setting), its) for setting, its in value.items()}
 
         return Annotated[Any, WrapValidator(raw), WithJsonSchema(_RAW)], described

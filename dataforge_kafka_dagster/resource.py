@@ -17,7 +17,14 @@ from typing_extensions import Self
 
 from dataforge_kafka_dagster.failures import raise_in_dagster
 from dataforge_kafka_dagster.identity import Identity, op_context_of, session_identity
-from dataforge_kafka_dagster.kafka.config import KafkaOptions, KafkaProducerConfig, KafkaTopicSpec, PublicationConfig
+from dataforge_kafka_dagster.kafka.config import (
+    KafkaOptions,
+    KafkaProducerConfig,
+    KafkaTopicSpec,
+    PublicationConfig,
+    SchemaRegistryOptions,
+    registry_config,
+)
 from dataforge_kafka_dagster.kafka.connection import logger
 from dataforge_kafka_dagster.kafka.errors import KafkaError
 from dataforge_kafka_dagster.kafka.producer import DataForgeKafkaProducer, DeliveryCallback, RecordMetadata
@@ -51,7 +58,7 @@ class _TopicSpec(dg.Config, KafkaTopicSpec):
     """`KafkaTopicSpec` as a part of Dagster's configuration."""
 
 
-class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions):  # type: ignore[type-arg]
+class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistryOptions):  # type: ignore[type-arg]
     """A Kafka cluster to publish to, for assets, ops and sensors.
 
     Nothing is connected before the first send. Each process has a producer of its own, closed at the end of the run.
@@ -156,7 +163,8 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions):  # type: ign
         options = {name: getattr(self, name) for name in _PUBLICATION_OPTIONS}
         if self.create_topics is not None:
             options["create_topics"] = self.create_topics.model_dump()
-        return PublicationConfig(producer=producer, **options)
+        registry = registry_config({name: getattr(self, name) for name in SchemaRegistryOptions.model_fields})
+        return PublicationConfig(producer=producer, schema_registry=registry, **options)
 
     def producer_config(self) -> KafkaProducerConfig:
         """The checked options of this resource's producer.
@@ -458,6 +466,18 @@ def _check_at_definition(options: dict[str, Any], known: Container[str]) -> None
     producer = KafkaProducerConfig.model_validate(given, context=context)
     rest = {name: options[name] for name in _PUBLICATION_OPTIONS if name in options and name not in later}
     PublicationConfig.model_validate({"producer": producer, **rest}, context=context)
+    registry = {name: _stand_in(name) if name in later else value for name, value in options.items()}
+    raw = registry.get("schema_registry_client_config")
+    if isinstance(raw, dict):
+        registry["schema_registry_client_config"] = {n: value for n, value in raw.items() if not _is_env_var(value)}
+    registry_config({name: value for name, value in registry.items() if value is not None})
+
+
+def _stand_in(name: str) -> Any:
+    """What an option of the registry may be, as long as its environment variable's value is not known."""
+    if name.endswith(("_location", "_timeout")):
+        return None
+    return "https://later" if name == "schema_registry_url" else "later"
 
 
 def _is_env_var(value: Any) -> bool:

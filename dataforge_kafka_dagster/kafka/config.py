@@ -17,6 +17,7 @@ from typing import Annotated, Any, Final, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from dataforge_kafka_dagster.kafka.errors import KafkaConfigError
+from dataforge_kafka_dagster.kafka.registry import SchemaRegistryConfig
 
 DeliveryGuarantee = Literal["exactly_once", "at_least_once"]
 
@@ -31,9 +32,11 @@ SECRET_OPTIONS: Final = (
     "ssl_key_pem",
     "ssl_keystore_password",
 )
-"""Options whose values are never shown."""
-SECRET_SETTINGS: Final = r"password|passphrase|secret|key\.pem|jaas|oauthbearer\.config"  # noqa: S105  (a pattern)
-"""A pattern in the names of raw librdkafka settings that are secrets."""
+"""Options of a producer whose values are never shown."""
+REGISTRY_SECRET_OPTIONS: Final = ("schema_registry_password", "schema_registry_token")
+"""Options of a Schema Registry whose values are never shown."""
+SECRET_SETTINGS: Final = r"password|passphrase|secret|key\.pem|jaas|oauthbearer\.config|auth\.token|user\.info"  # noqa: S105  (a pattern)
+"""A pattern in the names of raw settings, librdkafka's and the Schema Registry's, that are secrets."""
 _CALLBACK: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 _FILES: Final = (
     "ssl_ca_location",
@@ -183,6 +186,58 @@ class KafkaOptions(BaseModel):
         repr=False,
         description="Raw librdkafka settings, applied last: they win over every option above.",
     )
+
+
+class SchemaRegistryOptions(BaseModel):
+    """The options of a Schema Registry whose types Dagster's configuration knows too, without their checks."""
+
+    schema_registry_url: str | None = Field(
+        default=None,
+        description="Schema Registry, 'https://host:port' with the path of its API; several with commas. Outputs use it"
+        " that have a kafka/value_schema or kafka/key_schema.",
+    )
+    schema_registry_username: str | None = Field(default=None, description="Its user, or API key.")
+    schema_registry_password: str | None = Field(default=None, repr=False, description="Its password, or API secret.")
+    schema_registry_token: str | None = Field(
+        default=None, repr=False, description="Its bearer token, instead of user and password."
+    )
+    schema_registry_ssl_ca_location: str | None = Field(
+        default=None, description="File or folder of CA certificates (PEM) for it."
+    )
+    schema_registry_ssl_certificate_location: str | None = Field(
+        default=None, description="File of the client's certificate (PEM) for it."
+    )
+    schema_registry_ssl_key_location: str | None = Field(
+        default=None, description="File of the client's private key (PEM) for it."
+    )
+    schema_registry_timeout: float = Field(default=10.0, description="Longest wait for one of its answers, seconds.")
+    schema_registry_client_config: dict[str, str] = Field(
+        default_factory=dict,
+        repr=False,
+        description="Raw settings of confluent-kafka's SchemaRegistryClient, applied last: for OAuth and proxies.",
+    )
+
+
+def registry_config(options: Mapping[str, Any]) -> SchemaRegistryConfig | None:
+    """The checked options of a Schema Registry from those of `SchemaRegistryOptions`; None if no url is among them.
+
+    Raises:
+        pydantic.ValidationError: One is not allowed.
+        KafkaConfigError: There are options, but no url.
+    """
+    prefix = "schema_registry_"
+    given = {
+        name.removeprefix(prefix): value
+        for name, value in options.items()
+        if name in SchemaRegistryOptions.model_fields
+        and value != SchemaRegistryOptions.model_fields[name].get_default(call_default_factory=True)
+    }
+    if given and "url" not in given:
+        raise KafkaConfigError(
+            ", ".join(f"{prefix}{name}" for name in given), "there is no Schema Registry to use it for",
+            f"Set {prefix}url",
+        )  # fmt: skip
+    return SchemaRegistryConfig(**given) if given else None
 
 
 class KafkaProducerConfig(KafkaOptions):
@@ -505,6 +560,9 @@ class PublicationConfig(BaseModel):
     create_topics: KafkaTopicSpec | None = Field(
         default=None,
         description="How to create missing topics; None creates none. Brokers never create them by themselves.",
+    )
+    schema_registry: SchemaRegistryConfig | None = Field(
+        default=None, description="The registry of outputs that have a schema; None if none has."
     )
     on_bad_record: str = Field(
         default="fail",
