@@ -14,6 +14,8 @@ from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfig
 from dataforge_kafka_dagster.kafka.publication import Publication
 from dataforge_kafka_dagster.kafka.reader import ReadRecord, read_publication
 from dataforge_kafka_dagster.kafka.records import KafkaRecord, key_fields
+from dataforge_kafka_dagster.kafka.registry import SchemaRegistry, SchemaRegistryConfig
+from dataforge_kafka_dagster.kafka.schemas import KafkaSchema, SchemaDecoder, SchemaFormat
 from dataforge_kafka_dagster.kafka.serialization import ValueFormat, deserialize
 from dataforge_kafka_dagster.kafka.sources import chunks
 from dataforge_kafka_dagster.kafka.upserts import Upsert
@@ -35,6 +37,8 @@ class KafkaIOManager(dg.ConfigurableIOManager):
     The metadata ``kafka/create_topic``, a mapping of `KafkaTopicSpec`'s fields, creates the topic if it is missing, and
     ``kafka/on_bad_record`` names a dead-letter topic.
     ``kafka/write_mode``, "append" or "upsert", wins over this IO manager's ``write_mode``.
+    The metadata ``kafka/value_schema`` and ``kafka/key_schema``, or the config, give values and keys a schema of the
+    Schema Registry: whatever `KafkaSchema.parse` takes. Reading back decodes them.
 
     Example:
         >>> defs = dg.Definitions(assets=[flights], resources={"io_manager": KafkaIOManager(kafka=kafka)})
@@ -61,6 +65,16 @@ class KafkaIOManager(dg.ConfigurableIOManager):
             " also deletes the keys that the asset's last publication had and this one lacks, by tombstones."
         ),
     )
+    value_schema: str | None = Field(
+        default=None,
+        description=(
+            "Schema of values whose metadata has no kafka/value_schema: 'avro', 'json_schema' or 'protobuf' (derived"
+            " from the output), 'latest' (the registry's), or a file that ends in .avsc, .json or .proto."
+        ),
+    )
+    key_schema: str | None = Field(
+        default=None, description="Schema of keys whose metadata has no kafka/key_schema; as value_schema."
+    )
     read_timeout: float = Field(
         default=30.0, gt=0, description="Longest wait for the next records when reading back, seconds."
     )
@@ -77,7 +91,12 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         """
         with self.kafka.errors_in_dagster(context):
             target = _Target(
-                self._topic_of(context), self._key_of(context), _spec_of(context), _on_bad_record_of(context)
+                self._topic_of(context),
+                self._key_of(context),
+                _spec_of(context),
+                _on_bad_record_of(context),
+                _schema_of(context, "kafka/value_schema", self.value_schema),
+                _schema_of(context, "kafka/key_schema", self.key_schema),
             )
         identity = output_identity(context)
         if len(identity.partition) > 1 and isinstance(obj, Mapping) and set(obj) == set(identity.partition):
@@ -106,7 +125,8 @@ class KafkaIOManager(dg.ConfigurableIOManager):
             return {"dagster/row_count": 0, "kafka/topic": topic, "kafka/records": 0}
         with self.kafka.errors_in_dagster(context, topic):
             writer = self.kafka.writer(context, identity, *target)
-            encoded = chunks(obj, target.key, on_bad=writer.on_bad)  # refuses the output before anything is connected
+            # Refuses the output and its schema before anything is connected.
+            encoded = chunks(obj, target.key, encoders=writer.encoders(), on_bad=writer.on_bad)
             upsert = self._upsert(context, target, identity)
             with writer:
                 writer.send_chunks(encoded if upsert is None else upsert.remember(encoded))
@@ -202,11 +222,15 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         """
         with self.kafka.errors_in_dagster(context):
             publications = list(_publications(context))
-            config = self.kafka.producer_config()
+            config = self.kafka.publication_config()
             records = (
-                (record, publication.value_format)
+                record
                 for publication in publications
-                for record in read_publication(config, publication, self.read_timeout)
+                for record in _decoded(
+                    config.schema_registry,
+                    publication,
+                    read_publication(config.producer, publication, self.read_timeout),
+                )
             )
             return _in_form(context.dagster_type.typing_type, records)
 
@@ -218,6 +242,34 @@ class _Target(typing.NamedTuple):
     key: Sequence[str]
     create_topic: KafkaTopicSpec | None
     on_bad_record: str | None
+    value_schema: KafkaSchema | None
+    key_schema: KafkaSchema | None
+
+
+def _decoded(
+    registry: SchemaRegistryConfig | None, publication: Publication, records: Iterable[ReadRecord]
+) -> Iterator[tuple[ReadRecord, ValueFormat | None]]:
+    """Records and the format of their values: None if they are decoded, by the registry's schemas."""
+    value, key = publication.value_format, publication.key_format
+    of_value: SchemaFormat | None = value if value in {"avro", "json_schema", "protobuf"} else None
+    if of_value is None and key is None:
+        for record in records:
+            yield record, value
+        return
+    if registry is None:
+        raise KafkaConfigError(
+            f"topic {publication.topic!r}",
+            f"its records are {of_value or key}, and there is no Schema Registry to read them by",
+            "Set schema_registry_url",
+        )
+    decode = SchemaDecoder(SchemaRegistry(registry))
+    for record in records:
+        read = record
+        if of_value is not None:
+            read = read._replace(value=decode(record.value, of_value))
+        if key is not None:
+            read = read._replace(key=decode(record.key, key))
+        yield read, None if of_value else value
 
 
 def _metadata(context: dg.OutputContext, name: str) -> Any:
@@ -249,6 +301,11 @@ def _on_bad_record_of(context: dg.OutputContext) -> str | None:
     if given is not None:
         check_topic(given.replace("{topic}", "t") if isinstance(given, str) else given)
     return typing.cast("str | None", given)
+
+
+def _schema_of(context: dg.OutputContext, name: str, default: str | None) -> KafkaSchema | None:
+    given = _metadata(context, name) or default
+    return None if given is None else KafkaSchema.parse(given)
 
 
 def _publications(context: dg.InputContext) -> Iterator[Publication]:
@@ -298,7 +355,10 @@ def _publication_of_op(context: dg.InputContext) -> Publication:
 
 
 def _in_form(form: Any, records: Iterable[tuple[ReadRecord, ValueFormat | None]]) -> Any:
-    """Records as what an input's annotation asks for; frames are imported only if it names one."""
+    """Records as what an input's annotation asks for; frames are imported only if it names one.
+
+    Each comes with the format of its value; None if that is decoded.
+    """
     origin = typing.get_origin(form) or form
     if typing.get_args(form) == (KafkaRecord,):
         return [_as_kafka_record(record, value_format) for record, value_format in records]
@@ -339,12 +399,15 @@ def _as_kafka_record(record: ReadRecord, value_format: ValueFormat | None) -> Ka
     return KafkaRecord(value, record.key, message.headers(), message.partition(), timestamp)
 
 
-def _frame(library: str, lines: Sequence[bytes]) -> Any:
+def _frame(library: str, lines: Sequence[Any]) -> Any:
+    decoded = bool(lines) and not isinstance(lines[0], bytes)
     if library == "polars":
         import polars as pl  # noqa: PLC0415  (optional, and slow to import)
 
+        if decoded:
+            return pl.DataFrame(lines, infer_schema_length=None)
         return pl.read_ndjson(b"\n".join(lines), infer_schema_length=None) if lines else pl.DataFrame()
-    rows = [deserialize(line, "json") for line in lines]
+    rows = lines if decoded else [deserialize(line, "json") for line in lines]
     if library == "pandas":
         import pandas as pd  # noqa: PLC0415
 

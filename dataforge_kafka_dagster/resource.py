@@ -7,7 +7,7 @@ import contextlib
 import datetime as dt
 import os
 import threading
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Final
 
@@ -29,6 +29,7 @@ from dataforge_kafka_dagster.kafka.connection import logger
 from dataforge_kafka_dagster.kafka.errors import KafkaError
 from dataforge_kafka_dagster.kafka.producer import DataForgeKafkaProducer, DeliveryCallback, RecordMetadata
 from dataforge_kafka_dagster.kafka.publication import Publication, PublicationWriter, make_transactional_id
+from dataforge_kafka_dagster.kafka.schemas import KafkaSchema
 from dataforge_kafka_dagster.kafka.serialization import Headers
 
 PUBLICATION_METADATA: Final = "kafka/publication"
@@ -257,6 +258,8 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
         name: str | None = None,
         create_topic: KafkaTopicSpec | None = None,
         on_bad_record: str | None = None,
+        value_schema: KafkaSchema | Mapping[str, Any] | str | None = None,
+        key_schema: KafkaSchema | Mapping[str, Any] | str | None = None,
     ) -> Iterator[PublishingSession]:
         """A publication from the body of an asset or op: all of its records or none, whatever happens to the step.
 
@@ -270,6 +273,9 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
             name: Tells sessions of one step apart; the topic if None, numbered if it comes again.
             create_topic: How to create its topics if they are missing; the resource's create_topics if None.
             on_bad_record: 'fail' or a dead-letter topic; the resource's on_bad_record if None.
+            value_schema: The schema of values, in the Schema Registry of this resource: whatever `KafkaSchema.parse`
+                takes. None goes by their type: JSON, text or bytes.
+            key_schema: The schema of keys, the same way; None writes them as text.
 
         Raises:
             dagster.RetryRequested: It failed for a cause that may pass.
@@ -277,7 +283,10 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
         """
         identity = session_identity(context, self._session_name(context, name or topic))
         with self.errors_in_dagster(context, topic):
-            session = PublishingSession(self.writer(context, identity, topic, key, create_topic, on_bad_record))
+            value, key_ = (None if one is None else KafkaSchema.parse(one) for one in (value_schema, key_schema))
+            writer = self.writer(context, identity, topic, key, create_topic, on_bad_record, value, key_)
+            writer.encoders()  # refuses a schema before anything is connected
+            session = PublishingSession(writer)
             with session:
                 yield session
             context.log.info(describe(session.result))
@@ -297,6 +306,8 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
         key: str | Sequence[str] | None = None,
         create_topic: KafkaTopicSpec | None = None,
         on_bad_record: str | None = None,
+        value_schema: KafkaSchema | None = None,
+        key_schema: KafkaSchema | None = None,
     ) -> PublicationWriter:
         """A writer of the publication with this identity, which logs its progress to the context's log."""
         config = self.publication_config()
@@ -314,6 +325,8 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
             publication_id=identity.publication_id,
             topic=topic,
             key=key,
+            value_schema=value_schema,
+            key_schema=key_schema,
             create_topic=create_topic,
             on_bad_record=on_bad_record,
             on_progress=on_progress,
@@ -413,6 +426,15 @@ def publication_metadata(publication: Publication, partitions: Sequence[str] = (
     if not publication.replayed:
         said["kafka/seconds"] = round(seconds, 3)
         said["kafka/records_per_second"] = round(publication.records / seconds, 1) if seconds else 0.0
+    for schema in reversed(publication.schemas):
+        # Of several topics, those of the publication's own stand, which come first.
+        said |= {
+            f"kafka/{schema.part}_format": schema.format,
+            f"kafka/{schema.part}_subject": schema.subject,
+            f"kafka/{schema.part}_schema_id": schema.id,
+        }
+        if schema.version is not None:
+            said[f"kafka/{schema.part}_schema_version"] = schema.version
     if publication.offsets:
         records = [
             dg.TableRecord(

@@ -85,7 +85,7 @@ class FrameEncoder:
         """
         frame = None if self._encoders.value or self._encoders.key else _in_polars(rows.to_native())
         if frame is None:
-            return self._by_row(rows.rows(named=True), start)
+            return self._by_row(self._encoders.rows(rows), start)
         frame = _without_times(frame)
         plain = _plain_types(frame)
         if plain is None:

@@ -39,13 +39,28 @@ from dataforge_kafka_dagster.kafka.errors import (
     fix_for,
 )
 from dataforge_kafka_dagster.kafka.records import Chunk, KafkaRecord, encode_record, key_fields
-from dataforge_kafka_dagster.kafka.serialization import Headers, ValueFormat, format_of, text_size
+from dataforge_kafka_dagster.kafka.schemas import (
+    KafkaSchema,
+    RegisteredSchema,
+    SchemaEncoders,
+    SchemaFormat,
+    schema_encoders,
+)
+from dataforge_kafka_dagster.kafka.serialization import (
+    DEFAULT_ENCODERS,
+    Encoders,
+    Headers,
+    ValueFormat,
+    format_of,
+    text_size,
+)
 from dataforge_kafka_dagster.kafka.sources import BadRecordTaker, chunks
 from dataforge_kafka_dagster.kafka.topics import Topic, check_topic_exists, replica_trouble
 
 _LEDGER_VERSION: Final = 1
 # Brokers refuse more than offset.metadata.max.bytes, 4096 by default.
 _LEDGER_BYTES: Final = 3500
+_LEDGER_SCHEMA_BYTES: Final = 800
 _ID_BYTES: Final = 180
 _PROGRESS_SECONDS: Final = 5.0
 _REQUEST_SECONDS: Final = 10.0
@@ -98,7 +113,8 @@ class Publication:
         topic: The topic, or the first of several.
         records: Number of records.
         bytes: Bytes of their values and keys, before compression.
-        value_format: "json", "string" or "bytes"; None if there is no value.
+        value_format: "json", "string" or "bytes"; with a schema "avro", "json_schema" or "protobuf"; None if there is
+            no value.
         offsets: Where they are, by topic and Kafka partition.
         replayed: True if an earlier attempt had published it, so that this one published nothing.
         seconds: Time this attempt took, from connecting to commit.
@@ -107,6 +123,7 @@ class Publication:
         dead_letters: Number of records that could not be published and went to the dead-letter topic instead; they are
             not among `records`, `bytes` and `offsets`.
         dead_letter_topic: That topic; None if bad records end a publication.
+        schemas: The schemas of its values and keys, as the registry knows them.
     """
 
     publication_id: str
@@ -122,6 +139,12 @@ class Publication:
     dead_letters: int = 0
     dead_letter_topic: str | None = None
     tombstones: int = 0
+    schemas: tuple[RegisteredSchema, ...] = ()
+
+    @property
+    def key_format(self) -> SchemaFormat | None:
+        """The format of its keys if they have a schema, else None: they are text."""
+        return next((schema.format for schema in self.schemas if schema.part == "key"), None)
 
     @property
     def topics(self) -> tuple[str, ...]:
@@ -134,7 +157,8 @@ class Publication:
         places: dict[str, dict[str, str]] = collections.defaultdict(dict)
         for offsets in self.offsets:
             places[offsets.topic][str(offsets.partition)] = " ".join(map(str, _pack(offsets.runs)))
-        return fields | {"offsets": dict(places)}
+        schemas = [dataclasses.asdict(schema) for schema in self.schemas]
+        return fields | {"offsets": dict(places), "schemas": schemas}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Publication:
@@ -143,13 +167,14 @@ class Publication:
         Raises:
             KeyError: A value is missing.
         """
-        names = (f.name for f in dataclasses.fields(cls) if f.name != "offsets")
+        names = (f.name for f in dataclasses.fields(cls) if f.name not in {"offsets", "schemas"})
+        schemas = tuple(RegisteredSchema(**schema) for schema in values.get("schemas", ()))
         offsets = tuple(
             PartitionOffsets(topic, int(partition), _unpack([int(number) for number in packed.split()]))
             for topic, partitions in values["offsets"].items()
             for partition, packed in partitions.items()
         )
-        return cls(**{name: values[name] for name in names}, offsets=offsets)
+        return cls(**{name: values[name] for name in names}, offsets=offsets, schemas=schemas)
 
 
 def make_transactional_id(prefix: str, name: Sequence[str], partition: Sequence[str] = ()) -> str:
@@ -178,6 +203,8 @@ class PublicationWriter:
         publication_id: Names the work, the same for each attempt at it.
         topic: Where records go that name no other.
         key: Field or column that is the key of records that have none; several make a JSON object.
+        value_schema: The schema of values; None goes by their type: JSON, text or bytes.
+        key_schema: The schema of keys; None writes them as text.
         create_topic: How to create its topics if they are missing; the config's create_topics if None.
         on_bad_record: 'fail' or a dead-letter topic; the config's on_bad_record if None.
         on_progress: Called every 5 seconds or so with records, bytes and seconds so far.
@@ -197,6 +224,8 @@ class PublicationWriter:
         publication_id: str,
         topic: str,
         key: str | Sequence[str] | None = None,
+        value_schema: KafkaSchema | None = None,
+        key_schema: KafkaSchema | None = None,
         create_topic: KafkaTopicSpec | None = None,
         on_bad_record: str | None = None,
         on_progress: Callable[[int, int, float], object] | None = None,
@@ -209,6 +238,8 @@ class PublicationWriter:
         self._transactional_id = transactional_id
         self._publication_id = publication_id
         self._key = key_fields(key)
+        self._schemas = (value_schema, key_schema)
+        self._encoders: dict[str, SchemaEncoders] = {}
         self._create_topic = create_topic or config.create_topics
         self._on_progress = on_progress or _log_progress
         self._exactly_once = config.delivery_guarantee == "exactly_once"
@@ -298,6 +329,22 @@ class PublicationWriter:
         producer.begin_transaction()
         self._in_transaction = True
 
+    def encoders(self, topic: str | None = None) -> Encoders:
+        """How the values and keys of a topic become bytes; a schema that is given is looked up or registered.
+
+        Args:
+            topic: The topic; the publication's own if None.
+
+        Raises:
+            KafkaError: The registry refused a schema or does not answer, or there is none.
+        """
+        if not any(self._schemas):
+            return DEFAULT_ENCODERS
+        topic = topic or self.topic
+        if topic not in self._encoders:
+            self._encoders[topic] = schema_encoders(self._config.schema_registry, topic, *self._schemas)
+        return self._encoders[topic]
+
     def _add_topic(self, topic: str, timeout: float) -> _Track:
         track = self._tracks.get(topic)
         if track is None:
@@ -332,13 +379,14 @@ class PublicationWriter:
         if self.replayed:
             return
         record = value if isinstance(value, KafkaRecord) else KafkaRecord(value, key, headers, partition, timestamp)
+        encoders = self.encoders(topic)
         try:
-            value_bytes, key_bytes, extra = encode_record(record, self._position, self._key)
+            value_bytes, key_bytes, extra = encode_record(record, self._position, self._key, encoders)
         except InvalidRecordError as error:
             self._bury(record, self._position, error)
             return
         size = len(value_bytes or b"") + len(key_bytes or b"")
-        form = None if record.value is None else format_of(type(record.value))
+        form = None if record.value is None else encoders.form or format_of(type(record.value))
         self._write(Chunk([value_bytes], [key_bytes], [extra], size, form), topic or self.topic)
 
     def send_all(self, output: Any, key: str | Sequence[str] | None = None, *, topic: str | None = None) -> None:
@@ -355,7 +403,8 @@ class PublicationWriter:
         """
         if not self.replayed:
             fields = self._key if key is None else key
-            self.send_chunks(chunks(output, fields, self._position, on_bad=self.on_bad), topic=topic)
+            encoded = chunks(output, fields, self._position, self.encoders(topic), self.on_bad)
+            self.send_chunks(encoded, topic=topic)
 
     def send_chunks(self, encoded: Iterable[Chunk], *, topic: str | None = None) -> None:
         """Add records that are encoded already, as `chunks` does.
@@ -620,6 +669,7 @@ class PublicationWriter:
             dead_letter_topic=self._dead_topic,
             topic_ids=self.topic_ids,
             tombstones=self._tombstones,
+            schemas=tuple(schema for encoders in self._encoders.values() for schema in encoders.registered),
         )
         if self._exactly_once:
             self._commit_transaction(producer, publication)
@@ -815,6 +865,8 @@ def publish(
     publication_id: str,
     topic: str,
     key: str | Sequence[str] | None = None,
+    value_schema: KafkaSchema | None = None,
+    key_schema: KafkaSchema | None = None,
     on_progress: Callable[[int, int, float], object] | None = None,
 ) -> Publication:
     """Publish an output's records in one publication, and say where they are.
@@ -830,6 +882,8 @@ def publish(
         publication_id=publication_id,
         topic=topic,
         key=key,
+        value_schema=value_schema,
+        key_schema=key_schema,
         on_progress=on_progress,
     ) as writer:
         writer.send_all(output)
@@ -890,6 +944,10 @@ def _encode_ledger(publication: Publication) -> list[list[TopicPartition]]:
         "dead": [publication.dead_letters, publication.dead_letter_topic],
         "tombstones": publication.tombstones,
     }
+    schemas = [dataclasses.astuple(schema) for schema in publication.schemas]
+    # What a replay then does not tell, the ids in the records do.
+    if len(orjson.dumps(schemas)) < _LEDGER_SCHEMA_BYTES:
+        groups[0][publication.topic, 0]["h"]["schemas"] = schemas
     return [
         [
             TopicPartition(topic, partition, ends[topic, partition], orjson.dumps(entry).decode())
@@ -906,7 +964,7 @@ def _split(runs: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
     end = 0
     for first, last in runs:
         size += len(f"{first - end},{last - first + 1},")
-        if size > _LEDGER_BYTES - 400:
+        if size > _LEDGER_BYTES - 400 - _LEDGER_SCHEMA_BYTES:
             pieces.append([])
             size = 2 * len(f"{last},")
         pieces[-1].append((first, last))
@@ -955,6 +1013,7 @@ def _decode_ledger(
         dead_letters=header["dead"][0],
         dead_letter_topic=header["dead"][1],
         tombstones=header["tombstones"],
+        schemas=tuple(RegisteredSchema(*schema) for schema in header.get("schemas", ())),
     )
     found = sum(offsets.records for offsets in publication.offsets)
     if found != publication.records:

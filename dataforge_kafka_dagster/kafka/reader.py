@@ -20,10 +20,10 @@ _BATCH: Final = 5_000
 
 
 class ReadRecord(NamedTuple):
-    """A record as it is in Kafka; headers and timestamp are asked of the message when needed."""
+    """A record as it is in Kafka, or decoded; headers and timestamp are asked of the message when needed."""
 
-    value: bytes | None
-    key: bytes | None
+    value: Any
+    key: Any
     message: confluent_kafka.Message
 
 

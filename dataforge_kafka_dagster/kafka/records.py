@@ -152,6 +152,8 @@ class RowEncoder:
         return values
 
     def _check_types(self, rows: Sequence[Any], start: int, types: set[type]) -> None:
+        if self._encoders.value and type(None) not in types:
+            return
         self._form = self._form or format_of(type(rows[0]))
         for cls in types:
             form = format_of(cls)
@@ -204,7 +206,7 @@ class RowEncoder:
     def _records(self, rows: Sequence[KafkaRecord], start: int) -> Chunk:
         values, keys, extras = [], [], []
         for index, row in enumerate(rows, start):
-            form = None if row.value is None else format_of(type(row.value))
+            form = None if row.value is None or self._encoders.value else format_of(type(row.value))
             if form is not None:
                 self._form = self._form or form
                 if form != self._form:
@@ -214,12 +216,14 @@ class RowEncoder:
                         "Publish values of one format per output",
                         index=index,
                     )
-            value, key, extra = encode_record(row, index, self._fields)
+            value, key, extra = encode_record(row, index, self._fields, self._encoders)
             values.append(value)
             keys.append(key)
             extras.append(extra)
         plain = all(extra == _PLAIN for extra in extras)
-        return Chunk(values, keys, None if plain else extras, text_size(values) + text_size(keys), self._form)
+        form = self._encoders.form if any(value is not None for value in values) else None
+        size = text_size(values) + text_size(keys)
+        return Chunk(values, keys, None if plain else extras, size, form or self._form)
 
 
 def key_of(row: Any, fields: Sequence[str], index: int | None = None) -> Any:
@@ -248,19 +252,29 @@ _PLAIN: Final = Extra(None, -1, 0)
 
 
 def encode_record(
-    record: KafkaRecord, index: int | None = None, fields: Sequence[str] = ()
+    record: KafkaRecord,
+    index: int | None = None,
+    fields: Sequence[str] = (),
+    encoders: Encoders = DEFAULT_ENCODERS,
 ) -> tuple[bytes | None, bytes | None, Extra]:
     """One record's value, key and the rest, checked and encoded.
+
+    Args:
+        record: The record.
+        index: Its position in the output, for errors.
+        fields: Fields of its value that make its key if it has none.
+        encoders: How value and key become bytes.
 
     Raises:
         InvalidRecordError: One of them cannot be published, or a tombstone has no key.
     """
     name = record_name(index)
-    value = serialize_value(record.value, index)
-    raw_key = record.key
-    if raw_key is None and fields and record.value is not None and format_of(type(record.value)) == "json":
-        raw_key = key_of(record.value, fields, index)
-    key = serialize_key(raw_key, index)
+    value, key = record.value, record.key
+    if key is None and fields and value is not None and (encoders.value or format_of(type(value)) == "json"):
+        key = key_of(value, fields, index)
+    at = index or 0
+    value = encoders.value([value], at)[0] if encoders.value else serialize_value(value, index)
+    key = encoders.key([key], at)[0] if encoders.key else serialize_key(key, index)
     if value is None and key is None:
         raise InvalidRecordError(
             name, "a tombstone (value None) without a key deletes nothing", "Give it the key to delete", index=index

@@ -15,13 +15,15 @@ import types
 import typing
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
-import narwhals as nw
 from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
+
+if TYPE_CHECKING:
+    import narwhals as nw
 
 AvroType = str | dict[str, Any] | list[Any]
 """An Avro schema as JSON values."""

@@ -19,9 +19,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
-import narwhals as nw
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -39,8 +38,11 @@ from dataforge_kafka_dagster.kafka.schema_types import (
     record_name,
     rows_of_frame,
 )
+from dataforge_kafka_dagster.kafka.serialization import Encoders, is_message, refuse_non_finite, to_json
 from dataforge_kafka_dagster.kafka.serialization import record_name as name_of
-from dataforge_kafka_dagster.kafka.serialization import refuse_non_finite, to_json
+
+if TYPE_CHECKING:
+    import narwhals as nw
 
 SchemaFormat = Literal["avro", "json_schema", "protobuf"]
 SubjectStrategy = Literal["topic", "record", "topic_record"]
@@ -130,7 +132,7 @@ class KafkaSchema(BaseModel):
             InvalidRecordError: A field's type has no type in the format.
             KafkaConfigError: The class is none of these.
         """
-        if _is_message(model):
+        if is_message(model):
             return cls(message=_path_of(model), **options)
         return cls(**options).with_class(model)
 
@@ -261,10 +263,6 @@ class Compatibility:
     reason: str = ""
 
 
-def _is_message(cls: type) -> bool:
-    return hasattr(cls, "DESCRIPTOR") and hasattr(cls, "SerializeToString")
-
-
 def _path_of(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
@@ -358,7 +356,7 @@ class SchemaEncoder:
         schema = self._schema
         if schema.is_given:
             return schema
-        if isinstance(like, nw.DataFrame):
+        if hasattr(like, "to_native"):
             name = schema.name or self._topic
             if self._part == "value":
                 return schema.with_avro(avro_of_frame(like, name))
@@ -369,7 +367,7 @@ class SchemaEncoder:
         return self._derived_from(like)
 
     def _derived_from(self, like: Any) -> KafkaSchema:
-        if _is_message(type(like)):
+        if is_message(type(like)):
             return self._schema.model_copy(update={"message": _path_of(type(like)), "format": "protobuf"})
         if isinstance(like, Mapping) or like is None or not hasattr(like, "__dict__"):
             raise self._not_derived(f"a {type(like).__qualname__} does not say which types its fields have")
@@ -548,7 +546,7 @@ class SchemaEncoder:
             raise KafkaConfigError(
                 f"message={path!r}", str(error), "Give an import path 'package.module_pb2:Message'"
             ) from error
-        if not _is_message(cast("Any", cls)):
+        if not is_message(cast("Any", cls)):
             raise KafkaConfigError(f"message={path!r}", "it is no Protobuf message class", "Give one that protoc made")
         return cls
 
@@ -786,6 +784,73 @@ def _file_of_text(text: str) -> Any:
         return descriptor_pb2.FileDescriptorSet.FromString(output.read_bytes()).file[0]
 
 
+@dataclasses.dataclass(frozen=True)
+class SchemaEncoders(Encoders):
+    """The encoders of one topic, of which one at least has a schema.
+
+    Attributes:
+        value: Encodes values; None goes by their type.
+        key: Encodes keys; None writes them as text.
+        form: The format of the values that `value` makes.
+    """
+
+    value: SchemaEncoder | None = None
+    key: SchemaEncoder | None = None
+
+    @property
+    def registered(self) -> tuple[RegisteredSchema, ...]:
+        """What the registry calls the schemas, as far as they were needed."""
+        return tuple(part.registered for part in (self.value, self.key) if part and part.registered)
+
+    def prepare(self, frame: nw.DataFrame[Any], fields: Sequence[str]) -> None:
+        """Look up or register the schemas, which are those of a frame's columns if none are given.
+
+        Args:
+            frame: The frame.
+            fields: Its key columns.
+
+        Raises:
+            InvalidRecordError: A column has no type in the format.
+            KafkaError: The registry refused a schema or does not answer.
+        """
+        if self.value:
+            self.value.prepare(frame)
+        if self.key and fields:
+            self.key.prepare(frame, fields)
+
+    def rows(self, frame: nw.DataFrame[Any]) -> Sequence[dict[str, Any]]:
+        """A frame's rows as the value's encoder takes them."""
+        return self.value.rows(frame) if self.value else super().rows(frame)
+
+
+def schema_encoders(
+    config: SchemaRegistryConfig | None, topic: str, value: KafkaSchema | None, key: KafkaSchema | None
+) -> SchemaEncoders:
+    """The encoders of one topic. Schemas that are given are looked up or registered now, others with the first rows.
+
+    Args:
+        config: The registry.
+        topic: The topic, which names the subjects.
+        value: The schema of values; None goes by their type.
+        key: The schema of keys; None writes them as text.
+
+    Raises:
+        KafkaConfigError: There is no registry, or what is given is no schema.
+        KafkaError: The registry refused a schema or does not answer.
+    """
+    if config is None:
+        raise KafkaConfigError(
+            f"schema of topic {topic!r}", "there is no Schema Registry to keep it", "Set schema_registry_url"
+        )
+    registry = SchemaRegistry(config)
+    values = SchemaEncoder(registry, value, topic) if value else None
+    keys = SchemaEncoder(registry, key, topic, "key") if key else None
+    for schema, encoder in ((value, values), (key, keys)):
+        if schema and encoder and schema.is_given:
+            encoder.prepare()
+    return SchemaEncoders(values, keys, value.format if value else None)
+
+
 class SchemaDecoder:
     """Decodes values and keys by the schema they were written with, which the registry has by the id in their bytes.
 
@@ -878,6 +943,8 @@ def check_compatible(
         KafkaConfigError: No schema is given, and none can be derived.
         KafkaError: The registry does not answer.
     """
+    import narwhals as nw  # noqa: PLC0415  (slow to import)
+
     if nw.dependencies.is_into_dataframe(like):
         like = nw.from_native(like, eager_only=True)
     return SchemaEncoder(SchemaRegistry(registry), schema, topic, part).compatibility(like)

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
 
-ValueFormat = Literal["json", "string", "bytes"]
+ValueFormat = Literal["json", "string", "bytes", "avro", "json_schema", "protobuf"]
 
 Headers = Mapping[str, "str | bytes | None"] | Sequence[tuple[str, "str | bytes | None"]]
 
@@ -44,6 +44,13 @@ class Encoders:
     key: RowsEncoder | None = None
     form: ValueFormat | None = None
 
+    def prepare(self, frame: Any, fields: Sequence[str]) -> None:
+        """Learn a narwhals data frame's columns, and those of its key, before its rows come."""
+
+    def rows(self, frame: Any) -> Sequence[dict[str, Any]]:
+        """The rows of a narwhals data frame as `value` is to have them."""
+        return cast("Sequence[dict[str, Any]]", frame.rows(named=True))
+
 
 DEFAULT_ENCODERS: Final = Encoders()
 
@@ -61,6 +68,11 @@ def format_of(cls: type) -> ValueFormat | None:
     if issubclass(cls, (Mapping, BaseModel)) or dataclasses.is_dataclass(cls):
         return "json"
     return None
+
+
+def is_message(value: object) -> bool:
+    """Whether a value is a Protobuf message."""
+    return hasattr(value, "DESCRIPTOR") and hasattr(value, "SerializeToString")
 
 
 def _jsonable(value: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
 from dataforge_kafka_dagster.kafka.records import ACCEPTED, Chunk, KafkaRecord, RowEncoder, key_fields
-from dataforge_kafka_dagster.kafka.serialization import DEFAULT_ENCODERS, Encoders, format_of
+from dataforge_kafka_dagster.kafka.serialization import DEFAULT_ENCODERS, Encoders, format_of, is_message
 from dataforge_kafka_dagster.kafka.streams import open_stream
 
 _CHUNK_BYTES: Final = 1_000_000
@@ -53,7 +53,7 @@ def chunks(
             are checked by the call itself, records when their chunk is made.
     """
     fields = key_fields(key)
-    if isinstance(output, KafkaRecord) or format_of(type(output)) is not None:
+    if isinstance(output, KafkaRecord) or format_of(type(output)) is not None or is_message(output):
         output = [output]
     stream = open_stream(output)
     if stream is None or not stream.of_frames:
@@ -68,14 +68,18 @@ def chunks(
     # Imported by those who have a frame: narwhals is slow to import.
     from dataforge_kafka_dagster.kafka.frames import FrameEncoder, open_frame  # noqa: PLC0415
 
+    def opened(native: Any) -> Any:
+        frame = open_frame(native, fields)
+        if frame is None:
+            raise refuse_output(native)
+        encoders.prepare(frame, fields)
+        return frame
+
     encode = FrameEncoder(fields, encoders)
     if stream is not None:
         # The first part is read now: a query that fails, or a missing column, is refused before anything is connected.
-        return _frame_chunks(_peeked(open_frame(part, fields) for part in stream.parts), encode, start, on_bad)
-    frame = open_frame(output, fields)
-    if frame is None:
-        raise refuse_output(output)
-    return _frame_chunks([frame], encode, start, on_bad)
+        return _frame_chunks(_peeked(map(opened, stream.parts)), encode, start, on_bad)
+    return _frame_chunks([opened(output)], encode, start, on_bad)
 
 
 def _peeked(parts: Iterator[Any]) -> Iterator[Any]:
