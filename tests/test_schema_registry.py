@@ -23,7 +23,7 @@ from dataforge_kafka_dagster.kafka.errors import KafkaError
 from dataforge_kafka_dagster.kafka.publication import publish
 from dataforge_kafka_dagster.kafka.registry import SchemaRegistryConfig
 from dataforge_kafka_dagster.kafka.schemas import KafkaSchema, check_compatible
-from dataforge_kafka_dagster.local import LocalKafkaError, _jars
+from dataforge_kafka_dagster.local import _TOOL_JARS, LocalKafkaError, _jars
 from dataforge_kafka_dagster.local_registry import LocalSchemaRegistry
 
 pytestmark = pytest.mark.kafka
@@ -316,6 +316,7 @@ def test_the_options_are_taken_from_the_environment_and_secrets_are_not_shown(
             KafkaProducerResource(**options)
 
 
+@pytest.mark.faults  # for its seconds: it starts a registry of its own
 def test_the_local_registry_leaves_nothing_behind():
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     with LocalSchemaRegistry(compatibility="FULL") as registry:
@@ -355,8 +356,9 @@ def test_a_java_reader_of_the_avro_topic_reads_every_record(local_kafka, kafka, 
         "apicurio.registry.id-handler": "io.apicurio.registry.serde.Legacy4ByteIdHandler",
         "apicurio.registry.use-id": "contentId",
     }
-    classpath = _jars(local_kafka._cache_dir, "apicurio-serdes-2.5.11.Final", SERDES, print)
-    command = [local_kafka.java, "-cp", os.pathsep.join([classpath, local_kafka.classpath])]
+    jars = (("apicurio-serdes-2.5.11.Final", SERDES), _TOOL_JARS)
+    classpath = [_jars(local_kafka._cache_dir, *names, print) for names in jars]
+    command = [local_kafka.java, "-cp", os.pathsep.join(reversed(classpath))]
     command += ["org.apache.kafka.tools.consumer.ConsoleConsumer", "--bootstrap-server", local_kafka.bootstrap_servers]
     command += ["--topic", topic, "--from-beginning", "--timeout-ms", "5000"]
     command += ["--value-deserializer", "io.apicurio.registry.serde.avro.AvroKafkaDeserializer"]
