@@ -146,8 +146,9 @@ class RowEncoder:
             for i, row in enumerate(rows):
                 serialize_value(row, start + i)
             raise
-        for i, value in enumerate(values):
-            if not is_finite(rows[i], value):
+        suspicious = [i for i, value in enumerate(values) if b"null" in value] if b"null" in b"".join(values) else ()
+        for i in suspicious:
+            if not is_finite(rows[i], values[i]):
                 refuse_non_finite(rows[i], start + i)
         return values
 

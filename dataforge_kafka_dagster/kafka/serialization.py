@@ -121,11 +121,14 @@ def text_size(texts: Sequence[bytes | str | None] | None) -> int:
     """
     if not texts:
         return 0
-    try:
-        joined = "".join(filter(None, texts))  # type: ignore[arg-type]
-    except TypeError:
-        return sum(len(text.encode()) if isinstance(text, str) else len(text) for text in texts if text)
-    return len(joined) if joined.isascii() else len(joined.encode())
+    kinds = set(map(type, texts))
+    present: Any = filter(None, texts) if type(None) in kinds else texts
+    if str not in kinds:
+        return sum(map(len, present))
+    if bytes not in kinds:
+        joined = "".join(present)
+        return len(joined) if joined.isascii() else len(joined.encode())
+    return sum(len(text.encode()) if isinstance(text, str) else len(text) for text in present)
 
 
 def serialize_value(value: Any, index: int | None = None) -> bytes | None:

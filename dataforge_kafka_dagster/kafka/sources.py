@@ -12,10 +12,10 @@ from dataforge_kafka_dagster.kafka.records import ACCEPTED, Chunk, KafkaRecord, 
 from dataforge_kafka_dagster.kafka.serialization import DEFAULT_ENCODERS, Encoders, format_of, is_message
 from dataforge_kafka_dagster.kafka.streams import open_stream
 
-_CHUNK_BYTES: Final = 1_000_000
-# Rows may grow from one to the next by any factor: few at a time bound what a chunk holds. More are not faster.
-_CHUNK_ROWS: Final = 128
-_FRAME_ROWS: Final = 2_000
+# Rows and bytes that a chunk holds at most. Rows may grow from one to the next by any factor: few at a time bound what
+# their chunk holds, and more are not faster. A slice of a frame has a price of its own.
+_ROWS: Final = (128, 1_000_000)
+_FRAME: Final = (10_000, 4_000_000)
 _CHUNK_SECONDS: Final = 0.5
 
 BadRecordTaker = Callable[[Any, int, InvalidRecordError], None]
@@ -38,7 +38,7 @@ def chunks(
     encoders: Encoders = DEFAULT_ENCODERS,
     on_bad: BadRecordTaker | None = None,
 ) -> Iterator[Chunk]:
-    """The records of an output, encoded, about a megabyte at a time.
+    """The records of an output, encoded, some megabytes at a time at most.
 
     Args:
         output: A mapping, dataclass, pydantic model, str, bytes or `KafkaRecord`; a list, iterator or generator of
@@ -102,7 +102,7 @@ def _frame_chunks(
         def take(start: int, size: int, frame: Any = frame) -> Any:
             return frame[start : start + size]
 
-        yield from _paced(take, encode, start, on_bad, _FRAME_ROWS)
+        yield from _paced(take, encode, start, on_bad, _FRAME)
         start += len(frame)
 
 
@@ -111,9 +111,9 @@ def _paced(
     encode: Callable[[Any, int], Chunk],
     first: int,
     on_bad: BadRecordTaker | None,
-    most: int = _CHUNK_ROWS,
+    most: tuple[int, int] = _ROWS,
 ) -> Iterator[Chunk]:
-    """Take rows and encode them, as many at a time as make a megabyte, going by those before."""
+    """Take rows and encode them, as many at a time as make the most bytes, going by those before."""
     start, size = 0, 64
     while count := len(rows := take(start, size)):
         try:
@@ -127,8 +127,8 @@ def _paced(
             continue
         yield chunk
         start += count
-        fitting = _CHUNK_BYTES * count // max(chunk.size, 1)
-        size = max(1, min(most, fitting, size * 8))
+        fitting = most[1] * count // max(chunk.size, 1)
+        size = max(1, min(most[0], fitting, size * 8))
 
 
 def _one_by_one(rows: Any, encode: Callable[[Any, int], Chunk], start: int, on_bad: BadRecordTaker) -> Iterator[Chunk]:
