@@ -14,6 +14,7 @@ from dataforge_kafka_dagster.kafka.errors import KafkaError, KafkaTimeoutError, 
 from dataforge_kafka_dagster.kafka.producer import DataForgeKafkaProducer, RecordMetadata, create_kafka_producer
 from dataforge_kafka_dagster.kafka.publication import Publication
 from dataforge_kafka_dagster.kafka.records import KafkaRecord
+from dataforge_kafka_dagster.kafka.schemas import KafkaSchema
 from dataforge_kafka_dagster.resource import KafkaProducerResource
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ __all__ = [
     "KafkaProducerResource",
     "KafkaRecord",
     "KafkaResourceComponent",
+    "KafkaSchema",
     "KafkaTimeoutError",
     "KafkaTopicComponent",
     "KafkaTopicSpec",

@@ -25,6 +25,8 @@ README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LOCAL = "localhost:9092"
 """The address that pages use, in whose place the Kafka under test is put."""
+REGISTRY = "http://localhost:8081"
+"""The same of the Schema Registry, which is started for the pages that use it."""
 
 _BLOCK = re.compile(r"^(?P<indent> *)```(?P<tag>[^\n`]*)\n(?P<source>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 _TOPICS = re.compile(r"<!-- topics: (.*?) -->", re.DOTALL)
@@ -159,7 +161,7 @@ def topics(request, kafka_bootstrap_servers):
 @pytest.mark.kafka
 @pytest.mark.usefixtures("topics")
 @pytest.mark.parametrize("page", EXECUTED, ids=_named)
-def test_python_of_a_page_runs_from_top_to_bottom(page, kafka_bootstrap_servers, monkeypatch, tmp_path):
+def test_python_of_a_page_runs_from_top_to_bottom(page, kafka_bootstrap_servers, request, monkeypatch, tmp_path):
     """The blocks of a page share their names, as a reader who pastes one after the other has it."""
     monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", kafka_bootstrap_servers)
     monkeypatch.chdir(tmp_path)
@@ -168,4 +170,6 @@ def test_python_of_a_page_runs_from_top_to_bottom(page, kafka_bootstrap_servers,
         if block.tag == "python":
             # Padded, so that a traceback names the page's lines.
             padded = "\n" * (block.line - 1) + block.source.replace(LOCAL, kafka_bootstrap_servers)
+            if REGISTRY in padded:
+                padded = padded.replace(REGISTRY, request.getfixturevalue("schema_registry_url"))
             exec(compile(padded, str(page), "exec"), names)

@@ -17,6 +17,7 @@ NAMES = [
     "KafkaProducerResource",
     "KafkaRecord",
     "KafkaResourceComponent",
+    "KafkaSchema",
     "KafkaTimeoutError",
     "KafkaTopicComponent",
     "KafkaTopicSpec",
