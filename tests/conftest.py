@@ -87,6 +87,15 @@ def read(kafka_bootstrap_servers: str) -> Callable[..., list[Found]]:
     return lambda topic, isolation="read_committed": read_topic(kafka_bootstrap_servers, topic, isolation)
 
 
+@pytest.fixture(scope="session")
+def secured(tmp_path_factory):
+    """A real Kafka with SASL, TLS and ACLs, for the session."""
+    from secured import secured_kafka
+
+    with secured_kafka(tmp_path_factory.mktemp("certificates")) as kafka:
+        yield kafka
+
+
 @pytest.fixture
 def closed_port() -> str:
     """An address where nothing listens."""

@@ -14,7 +14,7 @@ import pytest
 from dagster._core.definitions.reconstruct import ReconstructableJob
 from dagster._core.remote_representation.external_data import RepositorySnap
 from dagster._utils.error import serializable_error_info_from_exc_info
-from secured import KEY_PASSWORD, password_of, secured_kafka
+from secured import KEY_PASSWORD, password_of
 
 from dataforge_kafka_dagster import KafkaError, KafkaIOManager, KafkaProducerConfig, KafkaProducerResource
 from dataforge_kafka_dagster.kafka.config import SECRET_OPTIONS, PublicationConfig
@@ -56,14 +56,13 @@ def test_the_search_finds_a_secret_in_each_form():
 
 
 @pytest.fixture(scope="module")
-def secured(tmp_path_factory):
-    with secured_kafka(tmp_path_factory.mktemp("certificates")) as secured:
-        secured.kafka.create_topic("secured", partitions=2)
-        yield secured
+def topic(secured):
+    secured.kafka.create_topic("secrets", partitions=2)
+    return "secrets"
 
 
 @pytest.fixture
-def secrets(secured, monkeypatch):
+def secrets(secured, topic, monkeypatch):
     """The environment of `leaking`; its secrets by name."""
     made = secured.certificates
     canary = {name: f"{name.lower()}-{uuid.uuid4().hex}" for name in leaking.SECRETS}
@@ -71,7 +70,7 @@ def secrets(secured, monkeypatch):
     settings = {
         "SERVERS": secured.kafka.servers_of("SASL"),
         "TLS_SERVERS": secured.kafka.servers_of("MUTUAL_TLS"),
-        "TOPIC": "secured",
+        "TOPIC": topic,
         "PROTOCOL": "PLAINTEXT",
         "CA": str(made.ca),
         "CERTIFICATE": str(made.client),

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import dagster as dg
 import pytest
-from secured import KEY_PASSWORD, PREFIX, USERS, secured_kafka
+from secured import KEY_PASSWORD, PREFIX, USERS
 
 from dataforge_kafka_dagster import (
     DataForgeKafkaProducer,
@@ -26,15 +26,9 @@ LATEST_SECONDS = 12.0
 
 
 @pytest.fixture(scope="module")
-def secured(tmp_path_factory):
-    with secured_kafka(tmp_path_factory.mktemp("certificates")) as secured:
-        yield secured
-
-
-@pytest.fixture(scope="module")
 def topic(secured):
-    secured.kafka.create_topic("secured", partitions=2)
-    return "secured"
+    secured.kafka.create_topic("ways", partitions=2)
+    return "ways"
 
 
 def _materialize(instance, topic, options, **more):
