@@ -234,3 +234,19 @@ def test_where_there_is_no_way_in_the_cause_is_named_in_time(way, code, fix, sec
     assert max(took, connect_took) < LATEST_SECONDS
     if code != "_INVALID_ARG" and "function" not in fix:
         assert isinstance(error, NoBrokersAvailable)
+
+
+def test_a_token_signed_for_msk_reaches_the_broker(secured, monkeypatch):
+    """A broker that is not Amazon's can but refuse it."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    config = KafkaProducerConfig(
+        bootstrap_servers=secured.kafka.servers_of("SASL_TLS"),
+        connect_timeout=CONNECT_SECONDS,
+        security_protocol="SASL_SSL",
+        ssl_ca_location=str(secured.certificates.ca),
+        sasl_mechanism="AWS_MSK_IAM",
+        sasl_aws_region="eu-central-1",
+    )
+    with pytest.raises(NoBrokersAvailable, match="invalid_token"):
+        DataForgeKafkaProducer(config)
