@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from dataforge_kafka_dagster.history import last_published, name_of, published
 from dataforge_kafka_dagster.identity import Identity, output_identity
+from dataforge_kafka_dagster.kafka.cloudevents import CloudEventHeaders
 from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, check_topic
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError
 from dataforge_kafka_dagster.kafka.publication import Publication
@@ -36,6 +37,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
     ``kafka/key``), this IO manager's config; the topic in the end from the asset key, its parts joined by dots.
     The metadata ``kafka/create_topic``, a mapping of `KafkaTopicSpec`'s fields, creates the topic if it is missing, and
     ``kafka/on_bad_record`` names a dead-letter topic.
+    ``kafka/cloudevents``, a mapping of CloudEvents attributes, adds their headers to each record.
     ``kafka/write_mode``, "append" or "upsert", wins over this IO manager's ``write_mode``.
     The metadata ``kafka/value_schema`` and ``kafka/key_schema``, or the config, give values and keys a schema of the
     Schema Registry: whatever `KafkaSchema.parse` takes. Reading back decodes them.
@@ -127,6 +129,9 @@ class KafkaIOManager(dg.ConfigurableIOManager):
             writer = self.kafka.writer(context, identity, *target)
             # Refuses the output and its schema before anything is connected.
             encoded = chunks(obj, target.key, encoders=writer.encoders(), on_bad=writer.on_bad)
+            events = _cloud_events_of(context, identity)
+            if events is not None:
+                encoded = events.add(encoded)
             upsert = self._upsert(context, target, identity)
             with writer:
                 writer.send_chunks(encoded if upsert is None else upsert.remember(encoded))
@@ -270,6 +275,17 @@ def _decoded(
         if key is not None:
             read = read._replace(key=decode(record.key, key))
         yield read, None if of_value else value
+
+
+def _cloud_events_of(context: dg.OutputContext, identity: Identity) -> CloudEventHeaders | None:
+    given = _metadata(context, "kafka/cloudevents")
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        raise KafkaConfigError(
+            f"metadata kafka/cloudevents={given!r}", "it is not a mapping", "Give at least type and source"
+        )
+    return CloudEventHeaders(given, identity.publication_id)
 
 
 def _metadata(context: dg.OutputContext, name: str) -> Any:

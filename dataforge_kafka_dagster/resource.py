@@ -435,6 +435,7 @@ def publication_metadata(publication: Publication, partitions: Sequence[str] = (
         }
         if schema.version is not None:
             said[f"kafka/{schema.part}_schema_version"] = schema.version
+    said |= {f"kafka/{name}": number for name, number in publication.statistics.items()}
     if publication.offsets:
         records = [
             dg.TableRecord(

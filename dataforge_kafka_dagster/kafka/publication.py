@@ -55,6 +55,8 @@ from dataforge_kafka_dagster.kafka.serialization import (
     text_size,
 )
 from dataforge_kafka_dagster.kafka.sources import BadRecordTaker, chunks
+from dataforge_kafka_dagster.kafka.statistics import Statistics
+from dataforge_kafka_dagster.kafka.telemetry import PublicationSpan
 from dataforge_kafka_dagster.kafka.topics import Topic, check_topic_exists, replica_trouble
 
 _LEDGER_VERSION: Final = 1
@@ -63,6 +65,7 @@ _LEDGER_BYTES: Final = 3500
 _LEDGER_SCHEMA_BYTES: Final = 800
 _ID_BYTES: Final = 180
 _PROGRESS_SECONDS: Final = 5.0
+_STATISTICS_MS: Final = 1_000
 _REQUEST_SECONDS: Final = 10.0
 _WARM_SECONDS: Final = 1.0
 # To look why records were not delivered; part of what a failure may take longer than its deadline.
@@ -119,6 +122,7 @@ class Publication:
         replayed: True if an earlier attempt had published it, so that this one published nothing.
         seconds: Time this attempt took, from connecting to commit.
         tombstones: How many of the records an upsert added, to delete keys.
+        statistics: What librdkafka measured, by name: `Statistics.summary`; empty if it took no second.
         topic_ids: Kafka's own id of each topic, which another one of the same name does not have.
         dead_letters: Number of records that could not be published and went to the dead-letter topic instead; they are
             not among `records`, `bytes` and `offsets`.
@@ -140,6 +144,7 @@ class Publication:
     dead_letter_topic: str | None = None
     tombstones: int = 0
     schemas: tuple[RegisteredSchema, ...] = ()
+    statistics: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def key_format(self) -> SchemaFormat | None:
@@ -245,6 +250,8 @@ class PublicationWriter:
         self._exactly_once = config.delivery_guarantee == "exactly_once"
         self._connection = Connection(config.producer)
         self._producer: confluent_kafka.Producer | None = None
+        self._statistics = Statistics()
+        self._span: PublicationSpan | None = None
         self._groups: dict[int, confluent_kafka.Consumer] = {}
         self._tracks: dict[str, _Track] = {}
         self._form: ValueFormat | None = None
@@ -279,6 +286,7 @@ class PublicationWriter:
         return self.publication is not None and self.publication.replayed
 
     def __enter__(self) -> Self:
+        self._span = PublicationSpan(self.topic, self._publication_id, self._transactional_id)
         try:
             self._open()
         except BaseException as error:
@@ -298,7 +306,9 @@ class PublicationWriter:
         if self._dead_topic is not None:
             found = check_topic_exists(connection, self._dead_topic, self._create_topic, timeout)
             self._dead_track = _Track(self._dead_topic, found)
-        producer = self._producer = connection.producer(publication_options(config, self._transactional_id))
+        options: dict[str, Any] = {"statistics.interval.ms": _STATISTICS_MS, "stats_cb": self._statistics.take}
+        options |= publication_options(config, self._transactional_id)
+        producer = self._producer = connection.producer(options)
         if not self._exactly_once:
             return
         # The first answer comes over the bootstrap connection, which librdkafka then closes; if init_transactions asks
@@ -324,6 +334,7 @@ class PublicationWriter:
         if done is not None:
             # Brokers forget a group's offsets in a topic that is deleted: the topics are those of the ledger.
             self.publication = dataclasses.replace(done, topic_ids=self.topic_ids)
+            self._end_span(self.publication)
             self._close()
             return
         producer.begin_transaction()
@@ -673,7 +684,10 @@ class PublicationWriter:
         )
         if self._exactly_once:
             self._commit_transaction(producer, publication)
-        self.publication = dataclasses.replace(publication, seconds=time.monotonic() - self._began)
+        self.publication = dataclasses.replace(
+            publication, seconds=time.monotonic() - self._began, statistics=self._statistics.summary()
+        )
+        self._end_span(self.publication)
         self._close()
         return self.publication
 
@@ -738,7 +752,13 @@ class PublicationWriter:
                     self._connection.resume(producer.abort_transaction, timeout, "abort")
         self._close()
 
+    def _end_span(self, done: Publication) -> None:
+        if self._span is not None:
+            self._span.succeed(done.records, done.bytes, replayed=done.replayed)
+
     def _abandon(self, error: BaseException) -> None:
+        if self._span is not None:
+            self._span.fail(error)
         hasty = not isinstance(error, Exception) or (isinstance(error, KafkaError) and error.remedy is Remedy.RETRY)
         self.abort(_HASTY_ABORT_SECONDS if hasty else _ABORT_SECONDS)
 
