@@ -65,7 +65,9 @@ def test_every_code_of_the_client_becomes_our_error():
 
 
 def test_the_table_names_real_codes_only():
-    assert (set(REMEDIES) | FENCED_CODES | LATCHED_CODES | NO_ANSWER_CODES) - set(NAMES) == set()
+    # confluent-kafka 2.13 does not know these two yet.
+    newer = {"INCONSISTENT_TOPIC_ID", "TRANSACTION_ABORTABLE"}
+    assert (set(REMEDIES) | FENCED_CODES | LATCHED_CODES | NO_ANSWER_CODES) - set(NAMES) <= newer
 
 
 @pytest.mark.parametrize(
