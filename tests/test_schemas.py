@@ -23,7 +23,8 @@ from pydantic import BaseModel, Field, ValidationError
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError, Remedy
 from dataforge_kafka_dagster.kafka.registry import SchemaRegistry, SchemaRegistryConfig, client_options
 from dataforge_kafka_dagster.kafka.schema_types import message_class, rows_of_frame
-from dataforge_kafka_dagster.kafka.schemas import KafkaSchema, SchemaDecoder, SchemaEncoder
+from dataforge_kafka_dagster.kafka.schemas import KafkaSchema, SchemaDecoder, SchemaEncoder, SchemaEncoders
+from dataforge_kafka_dagster.kafka.sources import chunks
 
 UTC = dt.timezone.utc
 FORMATS = ["avro", "json_schema", "protobuf"]
@@ -422,6 +423,38 @@ def test_a_nested_field_that_does_not_fit_is_named_by_its_path(registry):
     with pytest.raises(InvalidRecordError) as caught:
         encoder(registry, "avro")([FLIGHTS[0], odd])
     assert (caught.value.index, caught.value.field) == (1, "origin.lat")
+
+
+def test_records_that_do_not_fit_can_be_put_aside_and_the_others_go_on(registry):
+    encoders = SchemaEncoders(encoder(registry, {"text": FLIGHT}), None, "avro")
+    rows = [{"tailnum": f"N{n}", "delay": "late" if n in {3, 200} else n} for n in range(300)]
+    bad = []
+    found = [
+        value
+        for chunk in chunks(
+            rows, encoders=encoders, on_bad=lambda row, index, error: bad.append((row, index, error.field))
+        )
+        for value in chunk.values
+    ]
+    decode = SchemaDecoder(registry)
+    assert [decode(value, "avro")["delay"] for value in found] == [n for n in range(300) if n not in {3, 200}]
+    assert bad == [(rows[3], 3, "delay"), (rows[200], 200, "delay")]
+
+
+def test_a_lazy_frame_is_encoded_slice_by_slice_with_the_schema_of_its_columns(registry):
+    frame = pl.DataFrame({"n": range(5000), "key": ["a"] * 5000})
+    value, key = encoder(registry, "avro"), encoder(registry, "avro", part="key")
+    found = list(chunks(frame.lazy(), "key", encoders=SchemaEncoders(value, key, "avro")))
+    decode = SchemaDecoder(registry)
+    assert len(found) > 1
+    assert [decode(data, "avro")["n"] for chunk in found for data in chunk.values] == list(range(5000))
+    assert {decode(data, "avro") for chunk in found for data in chunk.keys} == {"a"}
+    assert {chunk.form for chunk in found} == {"avro"}
+
+
+def test_bytes_of_no_schema_are_an_error_that_says_so(registry):
+    with pytest.raises(KafkaError, match="wire format"):
+        SchemaDecoder(registry)(b'{"a": "JSON"}', "avro")
 
 
 def test_none_stays_none(registry):

@@ -875,11 +875,20 @@ class SchemaDecoder:
         """
         if data is None:
             return None
+        from confluent_kafka.serialization import SerializationError  # noqa: PLC0415  (heavy)
+
         with self._registry.errors(f"the {form} schema of a record"):
             if form not in self._decoders:
                 with _installed(form):
                     self._decoders[form] = self._decoder(form)
-            return self._decoders[form](data)
+            try:
+                return self._decoders[form](data)
+            except SerializationError as error:
+                raise KafkaError(
+                    f"bytes {data[:10].hex(' ')}...",
+                    f"they are not {form} in a Schema Registry's wire format: {error}",
+                    "Read them as bytes, or by the format they were written in",
+                ) from error
 
     def _decoder(self, form: SchemaFormat) -> Callable[[bytes], Any]:
         client = self._registry.client
