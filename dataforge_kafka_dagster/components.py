@@ -45,6 +45,7 @@ _ENV: Final = {
     "additionalProperties": False,
 }
 _PLAIN: Final = {"type": ["string", "number", "boolean"]}
+_SECRET_OPTIONS: Final = (*SECRET_OPTIONS, *REGISTRY_SECRET_OPTIONS)
 _CHOICES: Final[dict[str, tuple[Any, ...]]] = {
     "acks": (*ACKS, 0, 1),
     "compression_type": COMPRESSION_TYPES,

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 import dataforge_kafka_dagster
 from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource, KafkaResourceComponent, KafkaTopicComponent
-from dataforge_kafka_dagster.kafka.config import SECRET_OPTIONS
+from dataforge_kafka_dagster.kafka.config import REGISTRY_SECRET_OPTIONS, SECRET_OPTIONS
 from dataforge_kafka_dagster.kafka.errors import KafkaConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -136,6 +136,11 @@ BAD_RESOURCES = [
         "librdkafka_config.sasl.password",
         "{'env': 'NAME_OF_A_VARIABLE'} was expected",
     ),
+    (
+        "schema_registry_client_config: {basic.auth.user.info: 'me:secret'}",
+        "schema_registry_client_config.basic.auth.user.info",
+        "{'env': 'NAME_OF_A_VARIABLE'} was expected",
+    ),
     ("librdkafka_config: [1]", "librdkafka_config", "[1] is not of type 'object'"),
     ("create_topics: {partitions: 0}", "create_topics.partitions", "0 is less than the minimum of 1"),
     ("io_manager: {read_timeout: soon}", "io_manager.read_timeout", "'soon' is not of type 'number'"),
@@ -213,7 +218,7 @@ def test_no_secret_in_snapshot_or_repr(monkeypatch):
 
 
 def test_every_secret_of_the_resource_takes_an_environment_variable_only():
-    for name in SECRET_OPTIONS:
+    for name in (*SECRET_OPTIONS, *REGISTRY_SECRET_OPTIONS):
         assert _said(KafkaResourceComponent, f"{{{name}: text}}"), name
         assert not _said(KafkaResourceComponent, f"{{{name}: {{env: NAME}}}}"), name
 
