@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from playwright.sync_api import FloatRect, Locator, Page, sync_playwright
+from playwright.sync_api import TimeoutError as PageTimeoutError
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
@@ -100,6 +101,17 @@ def chromium_page(width: int = 1500, height: int = 1020) -> Iterator[Page]:
             browser.close()
 
 
+def open_when_shown(page: Page, url: str, text: str) -> None:
+    """Open a page, anew every few seconds, until it shows a text."""
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        page.goto(url)
+        with contextlib.suppress(PageTimeoutError):
+            return page.get_by_text(text).first.wait_for(timeout=10_000)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{url} did not show {text!r} in {_START_SECONDS} s")
+
+
 def launch_partition(page: Page, url: str, asset: str, partition: str) -> None:
     """Launch a run for one Dagster partition of an asset, by hand on its page."""
     page.goto(f"{url}/assets/{asset}")
@@ -126,11 +138,18 @@ def fail(page: Page, ui: Ui) -> None:
     """Launch the asset that fails on purpose, and open the explanation of its failure."""
     page.goto(f"{ui.url}/assets/planes")
     page.get_by_role("button").filter(has_text=re.compile("^Materialize$")).click()
-    page.get_by_text("Failed", exact=False).first.wait_for(timeout=_START_SECONDS * 1000)
-    query = "{runsOrError(filter: {statuses: [FAILURE]}, limit: 1) {... on Runs {results {runId}}}}"
-    answer = page.request.post(f"{ui.url}/graphql", data={"query": query}).json()
-    page.goto(f"{ui.url}/runs/{answer['data']['runsOrError']['results'][0]['runId']}")
-    page.get_by_text("kafka/what_to_do").wait_for()
+    query = "{runsOrError(limit: 1) {... on Runs {results {runId assetSelection {path}}}}}"
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        answer = page.request.post(f"{ui.url}/graphql", data={"query": query}).json()
+        latest = answer["data"]["runsOrError"]["results"]
+        if latest and latest[0]["assetSelection"] == [{"path": ["planes"]}]:
+            break
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"no run was launched in {_START_SECONDS} s")
+        page.wait_for_timeout(1000)
+    run = latest[0]["runId"]
+    open_when_shown(page, f"{ui.url}/runs/{run}", "kafka/what_to_do")
 
 
 def _take(page: Page, name: str, until: Locator | None = None) -> None:

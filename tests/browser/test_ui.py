@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import read_topic
-from screenshots import chromium_page, fail, launch_partition, running_ui
+from screenshots import chromium_page, fail, launch_partition, open_when_shown, running_ui
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
 
@@ -21,8 +21,7 @@ def page():
 
 def test_a_day_launched_by_hand_shows_its_rows_and_the_offsets_that_kafka_has(ui, page):
     launch_partition(page, ui.url, "flights", "2013-01-01")
-    page.goto(f"{ui.url}/assets/flights?partition=2013-01-01")
-    page.get_by_text("kafka/offsets").wait_for(timeout=300_000)
+    open_when_shown(page, f"{ui.url}/assets/flights?partition=2013-01-01", "last offset")
 
     assert page.get_by_text("842", exact=True).count() >= 2  # the row count, and kafka/records
     table = page.locator("table", has_text="first offset").last
