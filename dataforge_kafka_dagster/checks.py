@@ -1,13 +1,14 @@
 """Asset checks: what an asset published last is still in Kafka, whole."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import dagster as dg
 
 from dataforge_kafka_dagster.history import last_published, name_of
-from dataforge_kafka_dagster.kafka.errors import KafkaError
+from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError
 from dataforge_kafka_dagster.kafka.publication import Publication
+from dataforge_kafka_dagster.kafka.schemas import KafkaSchema, check_compatible
 from dataforge_kafka_dagster.kafka.verification import Missing, find_missing
 from dataforge_kafka_dagster.resource import KafkaProducerResource
 
@@ -38,6 +39,9 @@ def build_publication_checks(
     request for the topic, and one for each Kafka partition. In a run for some Dagster partitions it looks at theirs,
     else at all that are materialized.
 
+    An asset whose metadata gives a schema (``kafka/value_schema``, ``kafka/key_schema``) that is known without an
+    output has a second check, ``schema_is_compatible``: the Schema Registry would take it for the topic.
+
     Args:
         assets: What to check, by definition, spec or key.
         thorough: Also read the records back, and compare their number and bytes; this finds what compaction removed.
@@ -52,11 +56,62 @@ def build_publication_checks(
     Example:
         >>> checks = build_publication_checks([flights], severity=dg.AssetCheckSeverity.WARN)
     """
-    return [
-        _build_check(spec, thorough, severity, blocking, resource_key, timeout)
-        for asset in assets
-        for spec in _specs(asset)
-    ]
+    specs = [spec for asset in assets for spec in _specs(asset)]
+    checks = [_build_check(spec, thorough, severity, blocking, resource_key, timeout) for spec in specs]
+    for spec in specs:
+        schemas = _schemas(spec)
+        if schemas:
+            checks.append(_build_schema_check(spec, schemas, severity, blocking, resource_key))
+    return checks
+
+
+def _schemas(spec: dg.AssetSpec) -> dict[Literal["value", "key"], KafkaSchema]:
+    """The schemas that an asset's metadata gives, and that need no output to be known."""
+    found: dict[Literal["value", "key"], KafkaSchema] = {}
+    parts: tuple[Literal["value"], Literal["key"]] = ("value", "key")
+    for part in parts:
+        given = spec.metadata.get(f"kafka/{part}_schema")
+        if given is not None:
+            schema = KafkaSchema.parse(given.value if isinstance(given, dg.MetadataValue) else given)
+            if schema.is_given:
+                found[part] = schema
+    return found
+
+
+def _build_schema_check(
+    spec: dg.AssetSpec,
+    schemas: dict[Literal["value", "key"], KafkaSchema],
+    severity: dg.AssetCheckSeverity,
+    blocking: bool,
+    resource_key: str,
+) -> dg.AssetChecksDefinition:
+    @dg.asset_check(
+        asset=spec.key,
+        name="schema_is_compatible",
+        description="The Schema Registry would take the asset's schema for its topic.",
+        blocking=blocking,
+        required_resource_keys={resource_key},
+    )
+    def schema_is_compatible(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
+        kafka: KafkaProducerResource = getattr(context.resources, resource_key)
+        with kafka.errors_in_dagster(context.op_execution_context):
+            registry = kafka.publication_config().schema_registry
+            if registry is None:
+                raise KafkaConfigError(
+                    name_of(spec.key, None), "there is no Schema Registry to ask", "Set schema_registry_url"
+                )
+            given = spec.metadata.get("kafka/topic")
+            topic = str(given.value if isinstance(given, dg.MetadataValue) else given or ".".join(spec.key.path))
+            found = [check_compatible(registry, schema, topic, part=part) for part, schema in schemas.items()]
+        reasons = "; ".join(f"{one.subject}: {one.reason}" for one in found if not one.compatible)
+        return dg.AssetCheckResult(
+            passed=not reasons,
+            severity=severity,
+            description=reasons or "The Schema Registry takes it",
+            metadata={"kafka/subjects": ", ".join(one.subject for one in found)},
+        )
+
+    return schema_is_compatible
 
 
 def _specs(asset: dg.AssetsDefinition | dg.AssetSpec | dg.AssetKey | str) -> Iterable[dg.AssetSpec]:
