@@ -202,7 +202,6 @@ OUTPUTS: dict[str, Case] = {
     "set of records": Case(lambda: {"a", "b"}, ["set", "KafkaRecord"]),
     "dict values": Case({"a": {}}.values, ["dict_values", "KafkaRecord"]),
     "number": Case(lambda: 5, ["int", "KafkaRecord"]),
-    "lazy frame": Case(lambda: pl.LazyFrame({"a": [1]}), ["LazyFrame", "polars"]),
     "series": Case(lambda: pl.Series([1]), ["Series", "polars"]),
     "pandas series": Case(lambda: pd.Series([1]), ["Series", "pandas"]),
     "array": Case(lambda: np.array([1]), ["ndarray", "KafkaRecord"]),
@@ -384,7 +383,7 @@ def test_wrong_topic_templates_are_refused_before_anything_is_connected(template
     assert "topic" in _refused(closed_port, [{"a": 1}], topic=template).description
 
 
-@pytest.mark.parametrize("output", [5, {1, 2}, object, np.array([1]), pl.LazyFrame({"a": [1]})], ids=type)
+@pytest.mark.parametrize("output", [5, {1, 2}, object, np.array([1])], ids=type)
 def test_wrong_outputs_are_refused_before_anything_is_connected(output, closed_port):
     failure = _refused(closed_port, output, {})
     assert type(output).__qualname__ in failure.description

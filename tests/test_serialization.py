@@ -302,3 +302,17 @@ def test_any_json_value_comes_back(value):
 @given(st.text())
 def test_any_text_comes_back(text):
     assert deserialize(serialize_value(text), "string") == text
+
+
+@pytest.mark.parametrize("micros", [0, 1, 123, 10_000, 99_999, 100_000])
+def test_times_and_datetimes_are_iso_8601(micros):
+    time, moment = dt.time(1, 2, 3, micros), dt.datetime(2020, 1, 2, 3, 4, 5, micros)
+    zoned = moment.replace(tzinfo=dt.timezone(dt.timedelta(hours=-5)))
+    values = {"t": time, "d": moment.date(), "m": moment, "z": zoned, "in": [time, moment]}
+    assert json.loads(to_json(values)) == {
+        "t": time.isoformat(),
+        "d": "2020-01-02",
+        "m": moment.isoformat(),
+        "z": zoned.isoformat(),
+        "in": [time.isoformat(), moment.isoformat()],
+    }
