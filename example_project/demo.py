@@ -41,6 +41,7 @@ Place = tuple[int, int]
 def cluster(data_dir: Path | None = None) -> Iterator[LocalKafka]:
     """A local Kafka, with the topics made there or on the cluster of KAFKA_BOOTSTRAP_SERVERS."""
     own = os.environ.get("KAFKA_BOOTSTRAP_SERVERS")
+    print("Starting a Kafka on this machine", flush=True)
     with LocalKafka(data_dir=data_dir) as kafka:
         servers = os.environ.setdefault("KAFKA_BOOTSTRAP_SERVERS", kafka.bootstrap_servers)
         print(f"Kafka: {servers}" + (" (the local one is only for its command line tools)" if own else ""))
