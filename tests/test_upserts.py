@@ -4,7 +4,7 @@ import uuid
 
 import dagster as dg
 import pytest
-from confluent_kafka import TopicPartition
+from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource, KafkaRecord
@@ -147,9 +147,14 @@ def test_a_topic_made_anew_holds_nothing_to_delete(publish, kafka_bootstrap_serv
     admin.delete_topics([topic])[topic].result(30)
     eventually(lambda: topic not in admin.list_topics(timeout=10).topics)
     admin.create_topics([NewTopic(topic, 1)])[topic].result(30)
+    # At the offsets of what was published before, somebody else's keys.
+    producer = Producer({"bootstrap.servers": kafka_bootstrap_servers})
+    for key in ("x", "y"):
+        producer.produce(topic, b'{"v":9}', key)
+    producer.flush(30)
     try:
         assert "kafka/tombstones" not in publish(topic, _rows("c"))
-        assert _table(read(topic)) == {"c": 1}
+        assert _table(read(topic)) == {"x": 9, "y": 9, "c": 1}
     finally:
         admin.delete_topics([topic])[topic].result(30)
 
