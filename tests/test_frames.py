@@ -204,3 +204,17 @@ def test_nanoseconds_are_kept():
         b'{"t":"1970-01-01T00:00:00"}',
         b'{"t":null}',
     ]
+
+
+def test_an_older_polars_whose_json_loses_values_is_not_asked_for_it(monkeypatch):
+    frame = pl.DataFrame(
+        {"d": [decimal.Decimal("1.10"), None], "a": pl.Series([None, [None, 0.0]], dtype=pl.Array(pl.Float32, 2))},
+        schema_overrides={"d": pl.Decimal(10, 2)},
+    )
+    (quick,) = chunks(frame)
+    monkeypatch.setattr("dataforge_kafka_dagster.kafka.frames._json_is_exact", lambda: False)
+    monkeypatch.setattr("dataforge_kafka_dagster.kafka.frames._json_of", None)
+    (slow,) = chunks(frame)
+    expected = ['{"d":"1.10","a":null}', '{"d":null,"a":[null,0.0]}']
+    assert quick.values == expected
+    assert slow.values == [text.encode() for text in expected]

@@ -7,6 +7,7 @@ and pyarrow frames reach it by slices.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import math
 from collections.abc import Sequence
@@ -87,7 +88,7 @@ class FrameEncoder:
         if frame is None:
             return self._by_row(self._encoders.rows(rows), start)
         frame = _without_times(frame)
-        plain = _plain_types(frame)
+        plain = _plain_types(frame) if _json_is_exact() else None
         if plain is None:
             return self._by_row(frame.rows(named=True), start)
         return self._by_column(plain, start)
@@ -173,6 +174,12 @@ def _in_polars(native: Any) -> pl.DataFrame | None:
     except Exception:  # noqa: BLE001  (whatever it cannot take goes row by row)
         return None
     return None
+
+
+@functools.cache
+def _json_is_exact() -> bool:
+    """Whether this polars writes JSON as it should: before 2.0 it loses values of arrays, before 1.37 of decimals."""
+    return int(importlib.metadata.version("polars").partition(".")[0]) >= 2  # noqa: PLR2004
 
 
 @functools.cache
