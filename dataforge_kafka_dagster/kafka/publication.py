@@ -633,7 +633,7 @@ class PublicationWriter:
             self._live_producer().begin_transaction()
         except KafkaException as exception:
             error: confluent_kafka.KafkaError = exception.args[0]
-            return error if error.txn_requires_abort() else None
+            return error if error.txn_requires_abort() or error.fatal() else None
         return None
 
     def _check(self) -> None:

@@ -1,0 +1,163 @@
+"""Much through one process, and a broker that is far slower than the data: memory, threads and files stay as they are."""
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+from confluent_kafka import TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec
+
+from dataforge_kafka_dagster.local import LocalKafka
+
+pytestmark = pytest.mark.faults
+
+_MEGABYTE = 1_000_000
+_QUEUE = 32 * _MEGABYTE
+
+# Each runs in a process of its own, so that its memory is its own, and prints what it found as JSON.
+_COMMON = """
+import gc, json, sys, threading, time, uuid
+import psutil
+from dataforge_kafka_dagster import KafkaProducerConfig
+from dataforge_kafka_dagster.kafka.config import PublicationConfig
+from dataforge_kafka_dagster.kafka.publication import PublicationWriter, publish
+
+process = psutil.Process()
+servers, topic, count, queue = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+
+def config(**more):
+    producer = KafkaProducerConfig(bootstrap_servers=servers, connect_timeout=60, buffer_memory=queue, **more)
+    return PublicationConfig(producer=producer, transaction_timeout=890)
+
+def once(rows, **more):
+    name = uuid.uuid4().hex
+    return publish(config(**more), rows, transactional_id="long", publication_id=name, topic=topic)
+"""
+
+_THROTTLED = (
+    _COMMON
+    + """
+once({"i": i} for i in range(1000))  # an idle worker has published before
+gc.collect()
+idle = process.memory_info().rss
+most, over, full = [idle], threading.Event(), [0]
+wait = PublicationWriter._produce_with_room
+
+def counting(self, *args, **record):
+    full[0] += 1
+    return wait(self, *args, **record)
+
+PublicationWriter._produce_with_room = counting
+
+def watch():
+    while not over.wait(0.05):
+        most[0] = max(most[0], process.memory_info().rss)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+began = time.monotonic()
+try:
+    done = once(({"i": i} for i in range(count)), delivery_timeout=600, compression_type="none")
+finally:
+    over.set()
+    watcher.join()
+seconds = time.monotonic() - began
+print(json.dumps({"idle": idle, "most": most[0], "full": full[0], "records": done.records, "seconds": seconds}))
+"""
+)
+
+_MANY = (
+    _COMMON
+    + """
+def now():
+    gc.collect()
+    return [process.memory_info().rss, process.num_threads(), process.num_fds()]
+
+found = {}
+began = time.monotonic()
+for number in range(1, count + 1):
+    assert once({"i": i} for i in range(50)).records == 50
+    if number in (100, count // 2, count):
+        time.sleep(1)  # librdkafka's threads end a little later
+        found[number] = now()
+print(json.dumps({"found": found, "seconds": time.monotonic() - began}))
+"""
+)
+
+
+def _run(source, *arguments, timeout):
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", source, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | {"PYTHONPATH": root},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def kafka():
+    with LocalKafka() as kafka:
+        yield kafka
+
+
+def _bytes_per_second(kafka, rate):
+    """Let clients produce no more than this, on each broker."""
+    change = ["--add-config", f"producer_byte_rate={rate}"] if rate else ["--delete-config", "producer_byte_rate"]
+    done = kafka.run_tool(
+        "kafka.admin.ConfigCommand", "--bootstrap-server", kafka.bootstrap_servers, "--alter",
+        "--entity-type", "clients", "--entity-default", *change,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _end(kafka, topic):
+    admin, place = AdminClient({"bootstrap.servers": kafka.bootstrap_servers}), TopicPartition(topic, 0)
+    return admin.list_offsets({place: OffsetSpec.latest()})[place].result(30).offset
+
+
+@pytest.mark.timeout(1800)
+def test_ten_million_records_to_a_throttled_broker(kafka, say):
+    topic, count = f"throttled-{uuid.uuid4().hex[:6]}", int(os.environ.get("THROTTLED_RECORDS", "10000000"))
+    kafka.create_topic(topic)
+    # A record of this test takes some 18 bytes in a batch: at this rate ten million take some minutes.
+    _bytes_per_second(kafka, 600_000)
+    try:
+        found = _run(_THROTTLED, kafka.bootstrap_servers, topic, count, _QUEUE, timeout=1700)
+    finally:
+        _bytes_per_second(kafka, None)
+    grown = found["most"] - found["idle"]
+    say(
+        f"{found['records']:,} records in {found['seconds']:.0f} s against 600 kB/s: RSS {found['idle'] / 1e6:.0f} MB"
+        f" idle, {found['most'] / 1e6:.0f} MB at most (queue {_QUEUE / 1e6:.0f} MB), {found['full']:,} times full"
+    )
+    assert found["records"] == count
+    assert found["full"] > 0
+    assert grown <= _QUEUE + 50 * _MEGABYTE
+    assert _end(kafka, topic) >= count
+
+
+@pytest.mark.timeout(1800)
+def test_two_thousand_publications_in_one_process(kafka, say):
+    topic, count = f"many-{uuid.uuid4().hex[:6]}", int(os.environ.get("MANY_PUBLICATIONS", "2000"))
+    kafka.create_topic(topic)
+    found = _run(_MANY, kafka.bootstrap_servers, topic, count, _QUEUE, timeout=1700)
+    (memory, threads, files), (memory_last, threads_last, files_last) = (
+        found["found"]["100"],
+        found["found"][str(count)],
+    )
+    say(
+        f"{count} publications in {found['seconds']:.0f} s; after 100: RSS {memory / 1e6:.1f} MB, {threads} threads,"
+        f" {files} files; at the end: {memory_last / 1e6:.1f} MB, {threads_last}, {files_last}"
+    )
+    assert threads_last <= threads
+    assert files_last <= files
+    assert memory_last <= memory + 10 * _MEGABYTE

@@ -1,0 +1,107 @@
+"""Errors that a real broker cannot be made to give, from the mock cluster inside librdkafka."""
+
+import time
+
+import pytest
+from confluent_kafka import KafkaError as Code
+from mock_cluster import ADD_PARTITIONS, END_TXN, PRODUCE, TXN_OFFSETS, MockCluster
+
+from dataforge_kafka_dagster import KafkaError, KafkaProducerConfig
+from dataforge_kafka_dagster.kafka import publication
+from dataforge_kafka_dagster.kafka.config import PublicationConfig
+from dataforge_kafka_dagster.kafka.errors import FencedError, Remedy
+from dataforge_kafka_dagster.kafka.publication import PublicationWriter
+from dataforge_kafka_dagster.kafka.topics import Topic
+
+PRODUCER_FENCED = 90
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    # It does not know the request that the look at a topic makes.
+    monkeypatch.setattr(publication, "check_topic_exists", lambda *_: Topic(2, None))
+    with MockCluster() as cluster:
+        cluster.create_topic("t", partitions=2)
+        yield cluster
+
+
+def _writer(cluster, **options):
+    producer = KafkaProducerConfig(
+        bootstrap_servers=cluster.bootstrap_servers, connect_timeout=10, **{"delivery_timeout": 15, **options}
+    )
+    return PublicationWriter(
+        PublicationConfig(producer=producer), transactional_id="mock", publication_id="p", topic="t"
+    )
+
+
+def _publish(cluster, faults=lambda: None, **options):
+    with _writer(cluster, **options) as writer:
+        faults()
+        writer.send_all({"i": i} for i in range(500))
+        time.sleep(0.05)  # more than one batch
+        writer.send_all({"i": i} for i in range(500))
+    return writer.publication
+
+
+PASSING = {
+    "too few replicas": (PRODUCE, [Code.NOT_ENOUGH_REPLICAS] * 3),
+    "too few replicas after the append": (PRODUCE, [Code.NOT_ENOUGH_REPLICAS_AFTER_APPEND]),
+    "another leader": (PRODUCE, [Code.NOT_LEADER_FOR_PARTITION] * 2),
+    "storage error": (PRODUCE, [Code.KAFKA_STORAGE_ERROR]),
+    "another coordinator at the commit": (END_TXN, [Code.NOT_COORDINATOR] * 2),
+    "a coordinator that loads": (END_TXN, [Code.COORDINATOR_LOAD_IN_PROGRESS] * 2),
+    "no coordinator for the ledger": (TXN_OFFSETS, [Code.COORDINATOR_NOT_AVAILABLE] * 2),
+    "concurrent transactions": (ADD_PARTITIONS, [Code.CONCURRENT_TRANSACTIONS] * 2),
+}
+
+
+@pytest.mark.parametrize(("request_kind", "codes"), PASSING.values(), ids=PASSING)
+def test_what_passes_is_waited_out(request_kind, codes, cluster):
+    done = _publish(cluster, lambda: cluster.fail_next(request_kind, *codes))
+    assert done.records == 1000
+    assert sum(offsets.records for offsets in done.offsets) == 1000
+
+
+def test_a_coordinator_and_leaders_that_move_in_mid_publication(cluster):
+    def move():
+        cluster.move_coordinator("mock", 2)
+        cluster.move_leader("t", 0, 3)
+        cluster.move_leader("t", 1, 1)
+
+    assert _publish(cluster, move).records == 1000
+
+
+LOST = {
+    "sequence out of order": (PRODUCE, Code.OUT_OF_ORDER_SEQUENCE_NUMBER, "OUT_OF_ORDER_SEQUENCE_NUMBER"),
+    "unknown producer at the commit": (END_TXN, Code.INVALID_PRODUCER_ID_MAPPING, "INVALID_PRODUCER_ID_MAPPING"),
+}
+
+
+@pytest.mark.parametrize(("request_kind", "code", "name"), LOST.values(), ids=LOST)
+def test_a_producer_whose_state_is_lost_is_made_anew(request_kind, code, name, cluster):
+    with pytest.raises(KafkaError) as caught:
+        _publish(cluster, lambda: cluster.fail_next(request_kind, code))
+    assert caught.value.remedy in {Remedy.REBUILD, Remedy.RETRY}, caught.value
+    assert name in str(caught.value)
+    assert _publish(cluster).records == 1000
+
+
+@pytest.mark.parametrize("request_kind", [ADD_PARTITIONS, END_TXN], ids=["in the midst", "at the commit"])
+@pytest.mark.parametrize("code", [Code.INVALID_PRODUCER_EPOCH, PRODUCER_FENCED])
+def test_a_fenced_producer_says_so_and_is_not_repeated(request_kind, code, cluster):
+    began = time.monotonic()
+    with pytest.raises(FencedError) as caught, _writer(cluster) as writer:
+        cluster.fail_next(request_kind, *[code] * 3)
+        writer.send_all({"i": i} for i in range(500))
+    assert caught.value.remedy is Remedy.FAIL
+    assert "another attempt" in caught.value.cause
+    assert time.monotonic() - began < 15
+
+
+def test_too_few_replicas_for_good_ends_at_the_deadline(cluster):
+    began = time.monotonic()
+    with pytest.raises(KafkaError) as caught:
+        _publish(cluster, lambda: cluster.fail_next(PRODUCE, *[Code.NOT_ENOUGH_REPLICAS] * 10_000), delivery_timeout=2)
+    assert time.monotonic() - began < 15
+    assert caught.value.remedy is Remedy.RETRY
+    assert caught.value.counts
