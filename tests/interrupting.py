@@ -49,20 +49,21 @@ class Interrupted:
         self._process.stdin.write(json.dumps(run).encode() + b"\n")
         self._process.stdin.flush()
 
-    def wait(self, what, count, seconds=60.0):
-        """The next so many lines that say this, in the order they came."""
+    def wait(self, what, pids, seconds=60.0):
+        """The lines of these runs that say this; of so many runs that have just been started, if a number is given."""
         found, deadline = [], time.monotonic() + seconds
-        while len(found) < count:
-            for line in [line for line in self._said if what in line][: count - len(found)]:
-                self._said.remove(line)
-                found.append(line)
-            if len(found) < count:
-                ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, deadline - time.monotonic()))
-                assert ready, f"{len(found)} of {count} runs said {what!r} within {seconds} s; {self._said}"
-                line = os.read(self._process.stdout.fileno(), 1 << 20)
-                assert line, f"the runs' parent has ended; {self._said}"
-                self._said += map(json.loads, line.splitlines())
-        return found
+        count = pids if isinstance(pids, int) else len(pids)
+        while True:
+            wanted = [line for line in self._said if what in line and (pids == count or line["pid"] in pids)]
+            found += wanted[: count - len(found)]
+            self._said = [line for line in self._said if line not in found]
+            if len(found) == count:
+                return found
+            ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"{len(found)} of {count} runs said {what!r} within {seconds} s; {self._said}"
+            line = os.read(self._process.stdout.fileno(), 1 << 20)
+            assert line, f"the runs' parent has ended; {self._said}"
+            self._said += map(json.loads, line.splitlines())
 
 
 def _say(**line):

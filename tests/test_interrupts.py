@@ -39,10 +39,10 @@ def _end_in_time(runs, signalled, *, alone=False):
     ``alone``: it had no thread and no socket left before that.
     """
     waits = []
-    for said in runs.wait("left", len(signalled)):
+    for said in runs.wait("left", signalled):
         assert not alone or said["left"] == []
         assert said["ended"] in {"DagsterExecutionInterruptedError", "KeyboardInterrupt"}
-    for said in runs.wait("exit", len(signalled)):
+    for said in runs.wait("exit", signalled):
         assert said["exit"] == 0
         waits.append(said["when"] - signalled[said["pid"]])
     assert max(waits) < _PROMISED + _LEEWAY

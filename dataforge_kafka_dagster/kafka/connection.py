@@ -278,15 +278,18 @@ def _is_fatal(error: confluent_kafka.KafkaError) -> bool:
 
 def _spawn(call: Callable[[], T]) -> concurrent.futures.Future[T]:
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:  # noqa: BLE001  (raised again by the one who waits)
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="dataforge-kafka-call", daemon=True).start()
+    threading.Thread(target=_keep_answer, args=(call, future), name="dataforge-kafka-call", daemon=True).start()
     return future
+
+
+def _keep_answer(call: Callable[[], T], future: concurrent.futures.Future[T]) -> None:
+    try:
+        future.set_result(call())
+    except BaseException as error:  # noqa: BLE001  (raised again by the one who waits)
+        future.set_exception(error)
+    finally:
+        # The error's traceback holds this frame, which is to hold no client.
+        del call, future
 
 
 class _Quiet(logging.Logger):

@@ -72,7 +72,7 @@ _WARM_SECONDS: Final = 1.0
 _DIAGNOSIS_SECONDS: Final = 0.5
 _ABORT_SECONDS: Final = 5.0
 # For an interrupt, and where the broker is the trouble: what is left open, the next attempt or the broker aborts.
-_HASTY_ABORT_SECONDS: Final = 1.0
+_HASTY_ABORT_SECONDS: Final = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
