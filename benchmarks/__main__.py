@@ -25,6 +25,7 @@ def main() -> None:
     with speed.start_kafka() as kafka:
         for name in options.parts or names:
             began = time.monotonic()
+            measured = report.machine()
             if name == "speed":
                 part = speed.run(kafka, 1 if options.quick else options.rounds, quick=options.quick)
             else:
@@ -32,7 +33,7 @@ def main() -> None:
             print(report.on_screen(part), flush=True)
             report.progress(f"{name}: {time.monotonic() - began:.0f} s")
             if folder:
-                report.write(name, part, folder)
+                report.write(name, part | {"measured": measured}, folder)
 
 
 if __name__ == "__main__":

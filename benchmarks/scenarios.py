@@ -24,7 +24,7 @@ import psutil
 import pyarrow as pa
 
 from benchmarks import speed
-from benchmarks.report import machine, progress, table
+from benchmarks.report import progress, table
 from dataforge_kafka_dagster.kafka.config import PublicationConfig, publication_options
 from dataforge_kafka_dagster.local import LocalKafka
 
@@ -48,7 +48,7 @@ def rows(count: int) -> Iterator[dict[str, Any]]:
 
 
 def _said(title: str, columns: list[str], lines: list[list[str]], **more: Any) -> dict[str, Any]:
-    return {"measured": machine(), "tables": [table(title, columns, lines)], **more}
+    return {"tables": [table(title, columns, lines)], **more}
 
 
 def _counted(kafka: LocalKafka, partitions: int, make: Callable[[], Any], records: int, **options: Any) -> float:
