@@ -339,7 +339,13 @@ def check_count(servers: str, topic: str, records: int, *, transactional: bool) 
         ]
         deadline = time.monotonic() + MARKERS
         while True:
-            ends = [consumer.get_watermark_offsets(place, WAIT) for place in places]
+            try:
+                ends = [consumer.get_watermark_offsets(place, WAIT) for place in places]
+            except confluent_kafka.KafkaException:
+                # Of hundreds of new Kafka partitions, one may still be without leader.
+                if time.monotonic() > deadline:
+                    raise
+                continue
             found = sum(high - low - (transactional and high > low) for low, high in ends)
             if found >= records or time.monotonic() > deadline:
                 break
