@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import signal
@@ -76,6 +77,16 @@ def java_pids():
                 found.append(process.pid)
         except psutil.NoSuchProcess:
             continue
+    return found
+
+
+def running_with(argument):
+    """The processes below this one that run with an argument."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie's too: it has ended
+            if argument in process.cmdline():
+                found.append(process.pid)
     return found
 
 
@@ -197,6 +208,7 @@ def test_a_tool_reads_its_input_and_is_bounded(local_kafka, kafka_topic):
     with pytest.raises(LocalKafkaError, match="did not end within 3 s"):
         local_kafka.run_tool("org.apache.kafka.tools.consumer.ConsoleConsumer", *server, timeout=3)
     assert time.monotonic() - started < 20
+    assert not running_with(topic)
 
 
 @pytest.mark.kafka
