@@ -6,9 +6,11 @@ import datetime as dt
 import functools
 import itertools
 import multiprocessing
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -292,12 +294,18 @@ def imports(_kafka: LocalKafka, *, quick: bool) -> dict[str, Any]:
         "print(seconds, cpu, ','.join(sorted(heavy & (set(sys.modules) - before))) or 'none')"
     )
     seconds, processor, along = [], [], ""
-    for number in range(2 if quick else 11):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-        took, cpu, along = done.stdout.split()
-        if number:  # the first writes the byte code
-            seconds.append(float(took))
-            processor.append(float(cpu))
+    with tempfile.TemporaryDirectory() as cache:
+        # An installed package has its byte code; an environment may say that none is to be written.
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        env["PYTHONPYCACHEPREFIX"] = cache
+        for number in range(2 if quick else 11):
+            done = subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120, env=env
+            )
+            took, cpu, along = done.stdout.split()
+            if number:  # the first writes the byte code
+                seconds.append(float(took))
+                processor.append(float(cpu))
     median = statistics.median(seconds)
     line = ["import dataforge_kafka_dagster, after import dagster", f"{IMPORT_BAR_SECONDS:g}", f"{median:.3f}"]
     line += [

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import narwhals as nw
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
-from dataforge_kafka_dagster.kafka.records import Chunk
+from dataforge_kafka_dagster.kafka.records import Chunk, key_of
 from dataforge_kafka_dagster.kafka.serialization import (
     Encoders,
     json_lines,
@@ -94,10 +94,9 @@ class FrameEncoder:
         return self._by_column(plain, start)
 
     def _by_column(self, frame: pl.DataFrame, start: int) -> Chunk:
-        for series in frame:
-            if _has_infinity(series):
-                for i, row in enumerate(frame.rows(named=True), start):
-                    refuse_infinite(row, i)
+        if any(map(_has_infinity, frame)):
+            for i, row in enumerate(frame.rows(named=True), start):
+                refuse_infinite(row, i)
         values = _json_of(frame)
         size = int(values.str.len_bytes().sum())
         if not self._fields:
@@ -122,12 +121,11 @@ class FrameEncoder:
         )
         keys: list[Any] | None = None
         if fields and encoders.key:
-            found = [row[fields[0]] if len(fields) == 1 else {field: row[field] for field in fields} for row in rows]
-            keys = encoders.key(found, start)
+            keys = encoders.key([key_of(row, fields) for row in rows], start)
         elif len(fields) == 1:
             keys = [self._key(row[fields[0]], start + i, fields[0]) for i, row in enumerate(rows)]
         elif fields:
-            keys = [to_json({field: row[field] for field in fields}) for row in rows]
+            keys = [to_json(key_of(row, fields)) for row in rows]
         return Chunk(values, keys, None, text_size(values) + text_size(keys), encoders.form or "json")
 
     @staticmethod

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
-from dataforge_kafka_dagster.kafka.records import ACCEPTED, Chunk, KafkaRecord, RowEncoder, key_fields
+from dataforge_kafka_dagster.kafka.records import Chunk, KafkaRecord, RowEncoder, key_fields, refuse_output
 from dataforge_kafka_dagster.kafka.serialization import DEFAULT_ENCODERS, Encoders, format_of, is_message
 from dataforge_kafka_dagster.kafka.streams import open_stream
 
@@ -20,15 +20,6 @@ _CHUNK_SECONDS: Final = 0.5
 
 BadRecordTaker = Callable[[Any, int, InvalidRecordError], None]
 """Takes a record that cannot be published, its position in the output, and why."""
-
-
-def refuse_output(output: object) -> InvalidRecordError:
-    """The error for an output of a type that cannot be published."""
-    return InvalidRecordError(
-        f"output of type {type(output).__module__}.{type(output).__qualname__}",
-        "it cannot be published",
-        f"Return {ACCEPTED}",
-    )
 
 
 def chunks(
