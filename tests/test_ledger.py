@@ -25,6 +25,8 @@ LARGEST_METADATA = 4096
 
 runs = st.lists(st.tuples(st.integers(1, 10**7), st.integers(0, 10**7)), min_size=1, max_size=600)
 
+ROUNDS = 1500
+
 
 def _offsets(topic, partition, steps):
     found, end = [], 0
@@ -63,7 +65,7 @@ def test_a_publication_of_thousands_of_runs_is_found_and_read_again(kafka_bootst
         return PublicationWriter(config, transactional_id=topic, publication_id=publication_id, topic=topic)
 
     with writer("long") as publication:
-        for i in range(1000):
+        for i in range(ROUNDS):
             for partition in (0, 1):
                 publication.send({"i": i}, partition=partition)
                 other.produce(topic, b'{"other":1}', partition=partition)
@@ -84,8 +86,8 @@ def test_a_publication_of_thousands_of_runs_is_found_and_read_again(kafka_bootst
         if "i" in value:
             expected[record.partition].append((record.offset, value["i"]))
     assert {partition: [i for _, i in records] for partition, records in expected.items()} == {
-        0: list(range(1000)),
-        1: list(range(1000)),
+        0: list(range(ROUNDS)),
+        1: list(range(ROUNDS)),
     }
     back = collections.defaultdict(list)
     for record in read_publication(producer, again.publication):

@@ -651,6 +651,10 @@ class PublicationWriter:
             wait(seconds)
         except Exception as error:
             self._connection.note(error)
+            # A fatal error may come out as a SystemError that does not tell it (confluent-kafka 2.16).
+            fatal = self._transaction_error() if self._in_transaction else None
+            if fatal is not None:
+                self._connection.note(KafkaException(fatal))
             self._check()
             raise
 
