@@ -18,6 +18,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, WrapValidator, create_model, model_validator
 from typing_extensions import Self
 
+from dataforge_kafka_dagster.failures import failure_of
 from dataforge_kafka_dagster.io_manager import WRITE_MODES, KafkaIOManager
 from dataforge_kafka_dagster.kafka.config import (
     ACKS,
@@ -33,6 +34,7 @@ from dataforge_kafka_dagster.kafka.config import (
     check_topic,
     import_function,
 )
+from dataforge_kafka_dagster.kafka.errors import KafkaConfigError
 from dataforge_kafka_dagster.resource import KafkaProducerResource
 
 T = typing.TypeVar("T", bound=BaseModel)
@@ -177,6 +179,7 @@ def _model(name: str, base: type[T], resource: type[BaseModel], leave: Container
 
 _IOManagerAttributes: Any = _model("_IOManagerAttributes", _Attributes, KafkaIOManager, ["kafka"])
 
+_PARTITION_KEY: Final = "{partition_key}"
 _OWN_KEYS: Final = ("resource_key", "io_manager_key", "io_manager")
 
 
@@ -326,7 +329,7 @@ class _TopicAttributes(_Attributes):
         default=None,
         description=(
             "File of the records: NDJSON, CSV or Parquet, as its name ends; relative to the folder of defs.yaml."
-            " {partition_key} is filled in."
+            " {partition_key} is filled in, and cannot lead out of the folder."
         ),
     )
     function: Annotated[
@@ -345,6 +348,24 @@ class _TopicAttributes(_Attributes):
         if (self.path is None) == (self.function is None):
             raise ValueError("give either path or function: where the records come from")
         return self
+
+
+def _filled(path: str, partition_key: str) -> str:
+    """The path with a partition key in it, which may name a folder inside, but none above: it need not be the author's.
+
+    Raises:
+        dagster.Failure: It does.
+    """
+    filled = path.replace(_PARTITION_KEY, partition_key.lstrip("/"))
+    if Path(filled).parts.count("..") != Path(path).parts.count(".."):
+        raise failure_of(
+            KafkaConfigError(
+                f"path={path!r}, partition key {partition_key!r}",
+                "the key would leave the folder that the path names",
+                "Name Dagster partitions without '..', or give a function instead of a path",
+            )
+        )
+    return filled
 
 
 @dg.scaffold_with(_TopicScaffolder)
@@ -401,12 +422,10 @@ class KafkaTopicComponent(dg.Component, dg.Resolvable):
         source = self.source
         if callable(source):
             return dg.Definitions(assets=[self._build_asset(source)])
-        file = context.path / source
+        folder = context.path
 
         def path(asset_context: dg.AssetExecutionContext) -> Path:
-            if "{partition_key}" not in source:
-                return file
-            return Path(str(file).replace("{partition_key}", asset_context.partition_key))
+            return folder / (_filled(source, asset_context.partition_key) if _PARTITION_KEY in source else source)
 
         return dg.Definitions(assets=[self._build_asset(path)])
 

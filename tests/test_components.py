@@ -309,6 +309,41 @@ def test_a_file_beside_the_yaml_is_published(kafka_bootstrap_servers, kafka_topi
     assert sorted(record.value for record in read(topic)) == [b'{"n":1,"name":"a"}', b'{"n":2,"name":"b"}', b'{"n":3}']
 
 
+@pytest.mark.parametrize(
+    ("path", "key", "found"),
+    [
+        ("{partition_key}.csv", "eu/mon", "eu/mon.csv"),
+        ("../days/{partition_key}.csv", "mon", "../days/mon.csv"),
+        ("{partition_key}", "/etc/mon", "etc/mon"),
+        ("{partition_key}.csv", "../mon", None),
+        ("days/{partition_key}/rows.csv", "..", None),
+        ("days/{partition_key}/rows.csv", "a/../../mon", None),
+        (".{partition_key}/rows.csv", ".", None),
+    ],
+)
+def test_a_partition_key_cannot_lead_out_of_the_folder_of_the_path(path, key, found, tmp_path, instance):
+    given = []
+
+    class Taker(dg.IOManager):
+        def handle_output(self, context, obj):
+            given.append(obj)
+
+        def load_input(self, context): ...
+
+    text = f'{{asset: {{key: rows, partitions_def: {{type: static, partition_keys: ["{key}"]}}}}, path: "{path}"}}'
+    assets = _component(KafkaTopicComponent, text).build_defs(type("Context", (), {"path": tmp_path})()).assets
+    result = dg.materialize(
+        assets, resources={"kafka_io": Taker()}, instance=instance, partition_key=key, raise_on_error=False
+    )
+    if found is None:
+        (event,) = result.get_step_failure_events()
+        failure = event.step_failure_data.user_failure_data
+        assert failure.metadata["kafka/cause"].value == "the key would leave the folder that the path names"
+        assert given == []
+    else:
+        assert given == [tmp_path / found]
+
+
 def _run(*command, cwd, **env):
     done = subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, timeout=300, env=os.environ | env, check=False
