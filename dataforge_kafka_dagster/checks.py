@@ -6,6 +6,7 @@ from typing import Any, Final, Literal
 import dagster as dg
 
 from dataforge_kafka_dagster.history import last_published, name_of
+from dataforge_kafka_dagster.io_manager import KafkaIOManager, topic_of
 from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError
 from dataforge_kafka_dagster.kafka.publication import Publication
 from dataforge_kafka_dagster.kafka.schemas import KafkaSchema, check_compatible
@@ -40,7 +41,8 @@ def build_publication_checks(
     else at all that are materialized.
 
     An asset whose metadata gives a schema (``kafka/value_schema``, ``kafka/key_schema``) that is known without an
-    output has a second check, ``schema_is_compatible``: the Schema Registry would take it for the topic.
+    output has a second check, ``schema_is_compatible``: the Schema Registry would take it for the topic, which is the
+    metadata's ``kafka/topic`` or the one that the asset's IO manager would choose.
 
     Args:
         assets: What to check, by definition, spec or key.
@@ -56,12 +58,12 @@ def build_publication_checks(
     Example:
         >>> checks = build_publication_checks([flights], severity=dg.AssetCheckSeverity.WARN)
     """
-    specs = [spec for asset in assets for spec in _specs(asset)]
-    checks = [_build_check(spec, thorough, severity, blocking, resource_key, timeout) for spec in specs]
-    for spec in specs:
+    specs = [(spec, manager) for asset in assets for spec, manager in _specs(asset)]
+    checks = [_build_check(spec, thorough, severity, blocking, resource_key, timeout) for spec, _ in specs]
+    for spec, io_manager_key in specs:
         schemas = _schemas(spec)
         if schemas:
-            checks.append(_build_schema_check(spec, schemas, severity, blocking, resource_key))
+            checks.append(_build_schema_check(spec, schemas, severity, blocking, resource_key, io_manager_key))
     return checks
 
 
@@ -70,12 +72,17 @@ def _schemas(spec: dg.AssetSpec) -> dict[Literal["value", "key"], KafkaSchema]:
     found: dict[Literal["value", "key"], KafkaSchema] = {}
     parts: tuple[Literal["value"], Literal["key"]] = ("value", "key")
     for part in parts:
-        given = spec.metadata.get(f"kafka/{part}_schema")
+        given = _metadata(spec, f"kafka/{part}_schema")
         if given is not None:
-            schema = KafkaSchema.parse(given.value if isinstance(given, dg.MetadataValue) else given)
+            schema = KafkaSchema.parse(given)
             if schema.is_given:
                 found[part] = schema
     return found
+
+
+def _metadata(spec: dg.AssetSpec, name: str) -> Any:
+    given = spec.metadata.get(name)
+    return given.value if isinstance(given, dg.MetadataValue) else given
 
 
 def _build_schema_check(
@@ -84,24 +91,28 @@ def _build_schema_check(
     severity: dg.AssetCheckSeverity,
     blocking: bool,
     resource_key: str,
+    io_manager_key: str,
 ) -> dg.AssetChecksDefinition:
     @dg.asset_check(
         asset=spec.key,
         name="schema_is_compatible",
         description="The Schema Registry would take the asset's schema for its topic.",
         blocking=blocking,
-        required_resource_keys={resource_key},
+        required_resource_keys={resource_key, io_manager_key},
     )
     def schema_is_compatible(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
         kafka: KafkaProducerResource = getattr(context.resources, resource_key)
-        with kafka.errors_in_dagster(context.op_execution_context):
+        manager = getattr(context.resources, io_manager_key)
+        op_context = context.op_execution_context
+        with kafka.errors_in_dagster(op_context):
             registry = kafka.publication_config().schema_registry
             if registry is None:
                 raise KafkaConfigError(
                     name_of(spec.key, None), "there is no Schema Registry to ask", "Set schema_registry_url"
                 )
-            given = spec.metadata.get("kafka/topic")
-            topic = str(given.value if isinstance(given, dg.MetadataValue) else given or ".".join(spec.key.path))
+            # What publishes from the asset's body has some other IO manager.
+            template = manager.topic if isinstance(manager, KafkaIOManager) else None
+            topic = topic_of(spec.key.path, _metadata(spec, "kafka/topic"), template, op_context.job_name)
             found = [check_compatible(registry, schema, topic, part=part) for part, schema in schemas.items()]
         reasons = "; ".join(f"{one.subject}: {one.reason}" for one in found if not one.compatible)
         return dg.AssetCheckResult(
@@ -114,10 +125,12 @@ def _build_schema_check(
     return schema_is_compatible
 
 
-def _specs(asset: dg.AssetsDefinition | dg.AssetSpec | dg.AssetKey | str) -> Iterable[dg.AssetSpec]:
+def _specs(asset: dg.AssetsDefinition | dg.AssetSpec | dg.AssetKey | str) -> Iterable[tuple[dg.AssetSpec, str]]:
+    """Each asset's spec and the key of its IO manager."""
     if isinstance(asset, dg.AssetsDefinition):
-        return asset.specs
-    return [asset if isinstance(asset, dg.AssetSpec) else dg.AssetSpec(asset)]
+        return [(spec, asset.get_io_manager_key_for_asset_key(spec.key)) for spec in asset.specs]
+    spec = asset if isinstance(asset, dg.AssetSpec) else dg.AssetSpec(asset)
+    return [(spec, spec.metadata.get("dagster/io_manager_key", "io_manager"))]
 
 
 def _build_check(

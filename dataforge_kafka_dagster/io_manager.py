@@ -142,22 +142,10 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         return publication_metadata(publication, identity.partition)
 
     def _topic_of(self, context: dg.OutputContext) -> str:
-        given = _metadata(context, "kafka/topic")
-        if given is not None:
-            return check_topic(given)
-        path = list(context.asset_key.path) if context.has_asset_key else [context.step_key, context.name]
-        template = self.topic or "{asset_key}"
-        try:
-            # A context made by build_output_context has no job.
-            job = context.job_name if "{job" in template else ""
-            topic = template.format(asset_key=".".join(path), name=path[-1], job=job)
-        except (KeyError, IndexError, ValueError, AttributeError) as error:
-            raise KafkaConfigError(
-                f"topic={template!r} of the IO manager",
-                f"{error} cannot be filled in",
-                "Use {asset_key}, {name} and {job} only",
-            ) from error
-        return check_topic(topic)
+        path = context.asset_key.path if context.has_asset_key else [context.step_key, context.name]
+        # A context made by build_output_context has no job.
+        job = context.job_name if "{job" in (self.topic or "") else ""
+        return topic_of(path, _metadata(context, "kafka/topic"), self.topic, job)
 
     def _key_of(self, context: dg.OutputContext) -> tuple[str, ...]:
         given = _metadata(context, "kafka/key")
@@ -238,6 +226,32 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                 )
             )
             return _in_form(context.dagster_type.typing_type, records)
+
+
+def topic_of(path: Sequence[str], given: Any, template: str | None, job: str) -> str:
+    """The topic of an asset or output.
+
+    Args:
+        path: The asset's key, or the step and the output's name.
+        given: What the metadata ``kafka/topic`` says; None if nothing.
+        template: The IO manager's ``topic``.
+        job: The job's name.
+
+    Raises:
+        KafkaConfigError: The template cannot be filled in, or the name is illegal.
+    """
+    if given is not None:
+        return check_topic(given)
+    template = template or "{asset_key}"
+    try:
+        topic = template.format(asset_key=".".join(path), name=path[-1], job=job)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise KafkaConfigError(
+            f"topic={template!r} of the IO manager",
+            f"{error} cannot be filled in",
+            "Use {asset_key}, {name} and {job} only",
+        ) from error
+    return check_topic(topic)
 
 
 class _Target(typing.NamedTuple):

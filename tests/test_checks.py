@@ -12,9 +12,7 @@ from dataforge_kafka_dagster import (
     KafkaProducerResource,
     KafkaRecord,
     build_publication_checks,
-    checks,
 )
-from dataforge_kafka_dagster.kafka.schemas import Compatibility
 
 pytestmark = pytest.mark.kafka
 
@@ -189,27 +187,3 @@ def test_freshness_is_dagsters_own(resources, kafka_topic, instance):
     (evaluation,) = result.get_asset_check_evaluations()
     assert evaluation.passed
     assert evaluation.check_name == "freshness_check"
-
-
-@pytest.mark.parametrize(("reason", "passed"), [("", True), ("not compatible with version 1", False)])
-def test_a_schema_that_the_registry_would_refuse_fails(reason, passed, monkeypatch, instance):
-    """What the registry answers is held by the tests of `check_compatible`."""
-    asked = []
-
-    def answer(registry, schema, topic, *, part):
-        asked.append((registry.url, topic, part))
-        return Compatibility(not reason, f"{topic}-{part}", 1, reason)
-
-    monkeypatch.setattr(checks, "check_compatible", answer)
-    schema = {"text": {"type": "record", "name": "Row", "fields": [{"name": "n", "type": "long"}]}}
-
-    @dg.asset(metadata={"kafka/topic": "rows", "kafka/value_schema": schema})
-    def rows(): ...
-
-    kafka = KafkaProducerResource(schema_registry_url="http://localhost:1")
-    built = build_publication_checks([rows, "others"])
-    assert [len(list(check.check_keys)) for check in built] == [1, 1, 1]
-    evaluation = _evaluate([rows], built[2:], {"kafka": kafka, "io_manager": dg.mem_io_manager}, instance)
-    assert (evaluation.check_name, evaluation.passed) == ("schema_is_compatible", passed)
-    assert reason in evaluation.description
-    assert asked == [("http://localhost:1", "rows", "value")]

@@ -135,7 +135,8 @@ ORDER = [
     {"identity", "failures"},
     {"resource"},
     {"history"},
-    {"io_manager", "checks"},
+    {"io_manager"},
+    {"checks"},
     {"components"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

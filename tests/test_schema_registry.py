@@ -18,7 +18,7 @@ import pytest
 from confluent_kafka.schema_registry import Schema, SchemaRegistryClient
 from confluent_kafka.schema_registry.avro import AvroDeserializer
 
-from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource, KafkaRecord
+from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource, KafkaRecord, build_publication_checks
 from dataforge_kafka_dagster.kafka.errors import KafkaError
 from dataforge_kafka_dagster.kafka.publication import publish
 from dataforge_kafka_dagster.kafka.registry import SchemaRegistryConfig
@@ -183,6 +183,52 @@ def test_an_incompatible_schema_is_refused_before_anything_is_sent_with_the_regi
     assert not check_compatible(config, KafkaSchema.parse("latest"), f"{topic}-new").compatible
     assert check_compatible(config, KafkaSchema.parse("avro"), f"{topic}-new", like=FRAME).compatible
     assert registry.get_versions(f"{topic}-value") == [1]
+
+
+def _schema_check(asset, resources, instance):
+    _, check = build_publication_checks([asset])
+    result = dg.materialize(
+        [asset, check], resources=resources, instance=instance, selection=dg.AssetSelection.checks(check)
+    )
+    (evaluation,) = result.get_asset_check_evaluations()
+    assert evaluation.check_name == "schema_is_compatible"
+    return evaluation.passed, evaluation.metadata["kafka/subjects"].value, evaluation.description
+
+
+@pytest.mark.parametrize("io_manager_key", ["io_manager", "kafka_io"])
+def test_a_check_asks_for_the_topic_that_the_io_manager_would_choose(kafka, registry, instance, io_manager_key):
+    name = f"alerts_{uuid.uuid4().hex[:8]}"
+    fields = [{"name": "level", "type": "string"}]
+    subject = f"checked.{name}-value"
+    registry.register_schema(subject, Schema(json.dumps({"type": "record", "name": "Alert", "fields": fields}), "AVRO"))
+    resources = {"kafka": kafka, io_manager_key: KafkaIOManager(kafka=kafka, topic="checked.{name}")}
+
+    def asset(more, **metadata):
+        text = {"type": "record", "name": "Alert", "fields": [*fields, *more]}
+        metadata["kafka/value_schema"] = KafkaSchema.parse({"text": text}).to_metadata()
+
+        @dg.asset(key=["any", name], io_manager_key=io_manager_key, metadata=metadata)
+        def alerts(): ...
+
+        return alerts
+
+    count = {"name": "count", "type": "long"}
+    with_default = count | {"default": 0}
+    assert _schema_check(asset([with_default]), resources, instance)[:2] == (True, subject)
+    passed, asked, said = _schema_check(asset([count]), resources, instance)
+    assert (passed, asked) == (False, subject)
+    assert f"not compatible with version 1 of '{subject}'" in said
+    # Metadata wins, and a topic without a subject takes any schema.
+    other = {"kafka/topic": f"{name}-other"}
+    assert _schema_check(asset([count], **other), resources, instance)[:2] == (True, f"{name}-other-value")
+    assert registry.get_versions(subject) == [1]
+
+
+def test_a_check_of_what_publishes_from_its_body_asks_for_the_topic_of_its_key(kafka, instance):
+    @dg.asset(metadata={"kafka/key_schema": {"text": '"long"'}})
+    def alerts() -> None: ...
+
+    assert _schema_check(alerts, {"kafka": kafka}, instance)[:2] == (True, "alerts-key")
 
 
 def test_a_compatible_schema_becomes_the_next_version(kafka, kafka_topic, instance):
