@@ -204,7 +204,7 @@ def test_fifty_publications_at_once_create_their_topic_once(kafka_bootstrap_serv
 
 
 @pytest.mark.kafka
-def test_a_publication_asks_for_metadata_once(kafka_bootstrap_servers, kafka_topic, monkeypatch, eventually):
+def test_a_publication_asks_for_metadata_and_settings_once(kafka_bootstrap_servers, kafka_topic, monkeypatch, eventually):
     topic, asked = kafka_topic(), []
     eventually(lambda: topic in _topics(kafka_bootstrap_servers))
     for name in ("describe_topics", "list_topics", "describe_cluster", "describe_configs", "create_topics"):
@@ -217,7 +217,7 @@ def test_a_publication_asks_for_metadata_once(kafka_bootstrap_servers, kafka_top
         monkeypatch.setattr(AdminClient, name, counting)
     with _writer(kafka_bootstrap_servers, topic, KafkaTopicSpec()) as writer:
         writer.send_all({"i": i} for i in range(1000))
-    assert asked == ["describe_topics"]
+    assert asked == ["describe_configs", "describe_topics"]
 
 
 @pytest.mark.kafka

@@ -18,6 +18,7 @@ import itertools
 import operator
 import re
 import time
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, cast
@@ -38,7 +39,7 @@ from dataforge_kafka_dagster.kafka.errors import (
     Remedy,
     fix_for,
 )
-from dataforge_kafka_dagster.kafka.records import Chunk, KafkaRecord, encode_record, key_fields
+from dataforge_kafka_dagster.kafka.records import PLAIN, Chunk, Extra, KafkaRecord, encode_record, key_fields
 from dataforge_kafka_dagster.kafka.schemas import (
     KafkaSchema,
     RegisteredSchema,
@@ -261,6 +262,7 @@ class PublicationWriter:
         self._dead_letters = 0
         self._dead_topic = self._dead_topic_of(on_bad_record or config.on_bad_record)
         self._dead_track: _Track | None = None
+        self._compressed = True
         self._began = time.monotonic()
         self._first_sent = 0.0
         self._reported = self._began
@@ -308,6 +310,10 @@ class PublicationWriter:
             self._dead_track = _Track(self._dead_topic, found)
         options: dict[str, Any] = {"statistics.interval.ms": _STATISTICS_MS, "stats_cb": self._statistics.take}
         options |= publication_options(config, self._transactional_id)
+        # The largest batch is the topic's too: the broker refuses a larger one whole, and librdkafka does not split it.
+        limits = [track.max_bytes for track in self._all_tracks if track.max_bytes]
+        options["batch.size"] = min([int(options["batch.size"]), *limits])
+        self._compressed = options.get("compression.codec", options["compression.type"]) != "none"
         producer = self._producer = connection.producer(options)
         if not self._exactly_once:
             return
@@ -451,7 +457,7 @@ class PublicationWriter:
         if not self._first_sent:
             self._first_sent = time.monotonic()
         dead_letters = self._dead_letters
-        if chunk.extras is None:
+        if chunk.extras is None and not track.may_refuse(chunk):
             self._produce_all(chunk, topic, track.report)
         else:
             self._produce_each(chunk, topic, track)
@@ -484,19 +490,67 @@ class PublicationWriter:
                 return
 
     def _produce_each(self, chunk: Chunk, topic: str, track: _Track) -> None:
-        keys, extras = chunk.keys or itertools.repeat(None), chunk.extras or ()
+        keys, extras = chunk.keys or itertools.repeat(None), chunk.extras or itertools.repeat(PLAIN)
         for index, (value, key, extra) in enumerate(zip(chunk.values, keys, extras, strict=False), self._position):
             try:
-                if extra.partition >= track.partitions:
-                    raise InvalidRecordError(
-                        f"record {index}",
-                        f"topic {topic!r} has no Kafka partition {extra.partition}",
-                        f"Use 0 to {track.partitions - 1}, or None and let the key decide",
-                        index=index,
-                    )
-                self._produce_with_room(topic, index, value=value, key=key, on_delivery=track.report, **extra._asdict())
+                self._check_record(track, index, value, key, extra)
+                report = track.reporter(index)
+                self._produce_with_room(topic, index, value=value, key=key, on_delivery=report, **extra._asdict())
             except KafkaError as error:
                 self._bury_sent(value, key, index, error)
+
+    def _check_record(
+        self, track: _Track, index: int, value: bytes | str | None, key: bytes | str | None, extra: Extra
+    ) -> None:
+        """Refuse what the topic is known to refuse, which ends a transaction if it is sent."""
+        topic = track.topic
+        if extra.partition >= track.partitions:
+            raise InvalidRecordError(
+                f"record {index}",
+                f"topic {topic!r} has no Kafka partition {extra.partition}",
+                f"Use 0 to {track.partitions - 1}, or None and let the key decide",
+                index=index,
+            )
+        if track.compacted and key is None:
+            raise InvalidRecordError(
+                f"record {index}",
+                f"it has no key, and topic {topic!r} is compacted: it takes no record without one",
+                "Give every record a key, such as kafka/key in the asset's metadata",
+                index=index,
+            )
+        if track.timestamps is not None and extra.timestamp:
+            age = round(time.time() * 1000) - extra.timestamp
+            if not -track.timestamps[1] <= age <= track.timestamps[0]:
+                which, most = ("before", track.timestamps[0]) if age > 0 else ("after", track.timestamps[1])
+                raise InvalidRecordError(
+                    f"record {index}",
+                    f"timestamp={extra.timestamp} is {abs(age) / 1000:.0f} s {'old' if age > 0 else 'ahead'}, topic"
+                    f" {topic!r} has message.timestamp.{which}.max.ms={most}",
+                    "Give another timestamp (milliseconds since the epoch), or raise that setting of the topic",
+                    index=index,
+                )
+        size = text_size([value, key]) + sum(len(name) + len(text or b"") for name, text in extra.headers or ())
+        if track.max_bytes is None or size <= track.max_bytes:
+            return
+        if not self._compressed:
+            how = f"it has {size} bytes"
+        elif self._dead_track is None:
+            return  # it may fit; the broker decides
+        else:
+            # An estimate: zlib packs tighter than snappy and lz4, and about as zstd does.
+            size = len(zlib.compress(value.encode() if isinstance(value, str) else value or b""))
+            if size <= track.max_bytes:
+                return
+            how = f"it has {size} bytes compressed (zlib)"
+        code = "MSG_SIZE_TOO_LARGE"
+        error = KafkaError(
+            f"record {index}{_shown(key)}, topic {topic!r}",
+            f"{how}, the topic's max.message.bytes is {track.max_bytes} [{code}]",
+            "Split the record, or raise max.message.bytes on the topic",
+            code=code,
+        )
+        error.index, error.key = index, _as_bytes(key)
+        raise error
 
     @property
     def _position(self) -> int:
@@ -535,7 +589,8 @@ class PublicationWriter:
     @property
     def _longest_dead_letter(self) -> int:
         """A third of the largest record, so that value, key and headers find room."""
-        return int(self._config.producer.librdkafka_config.get("message.max.bytes", 1_000_000)) // 3
+        most = int(self._config.producer.librdkafka_config.get("message.max.bytes", 1_000_000))
+        return min(most, (self._dead_track and self._dead_track.max_bytes) or most) // 3
 
     def _produce_with_room(self, topic: str, index: int, **record: Any) -> None:
         producer = self._live_producer()
@@ -572,9 +627,8 @@ class PublicationWriter:
         broken = self._failure()
         if broken is not None:
             return broken
-        shown = f" (key {key[:100]!r})" if key else ""
-        refused = self._explain(error, f"record {index}{shown}, topic {topic!r}")
-        refused.index, refused.key = index, key.encode() if isinstance(key, str) else key
+        refused = self._explain(error, f"record {index}{_shown(key)}, topic {topic!r}")
+        refused.index, refused.key = index, _as_bytes(key)
         return refused
 
     def _explain(self, error: confluent_kafka.KafkaError, culprit: str) -> KafkaError:
@@ -612,7 +666,9 @@ class PublicationWriter:
             if track.first_failure is not None:
                 counts = ", ".join(f"{count} x {code}" for code, count in track.failures.items())
                 culprit = f"topic {track.topic!r}: {sum(track.failures.values())} records not delivered ({counts})"
-                first, key = track.first_failure
+                first, key, index = track.first_failure
+                if index is not None:
+                    culprit = f"record {index}{_shown(key)}, {culprit}"
                 if first.name() == "_PURGE_QUEUE":
                     first = self._transaction_error() or first
                 failure = self._explain(first, culprit)
@@ -620,7 +676,12 @@ class PublicationWriter:
                     trouble = replica_trouble(self._connection, track.topic, _DIAGNOSIS_SECONDS)
                     if trouble is not None:
                         failure.add(trouble)
-                failure.counts, failure.key = dict(track.failures), key
+                if failure.code == "MSG_SIZE_TOO_LARGE" and track.max_bytes is not None:
+                    failure.add(
+                        f"the topic's max.message.bytes is {track.max_bytes}, for a batch of compressed records",
+                        f"If no record is that large, lower batch_size to {track.max_bytes}" if index is None else "",
+                    )
+                failure.counts, failure.key, failure.index = dict(track.failures), key, index
                 return failure
         return None
 
@@ -832,7 +893,11 @@ class _Track:
     """Delivery reports of one topic, collapsed into runs of offsets.
 
     Attributes:
+        max_bytes: The largest batch that it takes, after compression; None if that is not known.
+        compacted: Whether it takes only records with a key.
+        timestamps: How old and how far ahead a timestamp may be, milliseconds; None if it may be anything.
         report: The delivery callback: it records and never raises. A function, which Python calls faster than a method.
+        first_failure: Its error, the record's key, and the record's position if it is known.
     """
 
     def __init__(self, topic: str, found: Topic) -> None:
@@ -840,13 +905,27 @@ class _Track:
         self.partitions = found.partitions
         self.topic_id = found.id
         self.failures: collections.Counter[str] = collections.Counter()
-        self.first_failure: tuple[confluent_kafka.KafkaError, bytes | None] | None = None
+        self.max_bytes = found.max_bytes
+        self.compacted = found.compacted
+        self.timestamps = found.timestamps
+        self._blameless = False
+        self.first_failure: tuple[confluent_kafka.KafkaError, bytes | None, int | None] | None = None
         self._starts: dict[int, list[int]] = {}
         self._ends: dict[int, list[int]] = {}
         self._next: dict[int, int] = {}
-        self.report = self._reporter()
+        self.report = self.reporter()
 
-    def _reporter(self) -> Callable[[confluent_kafka.KafkaError | None, Any], None]:
+    def may_refuse(self, chunk: Chunk) -> bool:
+        """Whether a record of some is to be looked at by itself: one without a key, or one that may be too large."""
+        if self.compacted and (chunk.keys is None or None in chunk.keys):
+            return True
+        if self.max_bytes is None or chunk.size <= self.max_bytes:
+            return False
+        # A character may take four bytes.
+        return 4 * sum(max(map(len, filter(None, texts or ())), default=0) for texts in chunk[:2]) > self.max_bytes
+
+    def reporter(self, index: int | None = None) -> Callable[[confluent_kafka.KafkaError | None, Any], None]:
+        """A delivery callback, which knows the record's position if it is of one record only."""
         following = self._next
 
         def report(err: confluent_kafka.KafkaError | None, msg: Any) -> None:
@@ -857,9 +936,11 @@ class _Track:
                     self._begin(partition, offset)
                 following[partition] = offset + 1
             else:
+                # Said of the records beside the one at fault.
+                blameless = err.name() == "_INVALID_DIFFERENT_RECORD"
                 self.failures[err.name()] += 1
-                if self.first_failure is None:
-                    self.first_failure = (err, msg.key())
+                if self.first_failure is None or (not blameless and self._blameless):
+                    self.first_failure, self._blameless = (err, msg.key(), index), blameless
 
         return report
 
@@ -916,6 +997,14 @@ def publish(
 
 def _log_progress(records: int, size: int, seconds: float) -> None:
     logger.info("Published %d records, %.1f MB, in %.0f s; not committed yet", records, size / 1e6, seconds)
+
+
+def _shown(key: bytes | str | None) -> str:
+    return f" (key {key[:100]!r})" if key else ""
+
+
+def _as_bytes(key: bytes | str | None) -> bytes | None:
+    return key.encode() if isinstance(key, str) else key
 
 
 def _pack(runs: Iterable[tuple[int, int]]) -> list[int]:

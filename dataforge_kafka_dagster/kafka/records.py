@@ -221,7 +221,7 @@ class RowEncoder:
             values.append(value)
             keys.append(key)
             extras.append(extra)
-        plain = all(extra == _PLAIN for extra in extras)
+        plain = all(extra == PLAIN for extra in extras)
         form = self._encoders.form if any(value is not None for value in values) else None
         size = text_size(values) + text_size(keys)
         return Chunk(values, keys, None if plain else extras, size, form or self._form)
@@ -249,7 +249,8 @@ def key_of(row: Any, fields: Sequence[str], index: int | None = None) -> Any:
         ) from None
 
 
-_PLAIN: Final = Extra(None, -1, 0)
+PLAIN: Final = Extra(None, -1, 0)
+"""Of a record that has nothing but value and key."""
 
 
 def encode_record(

@@ -16,6 +16,8 @@ from dataforge_kafka_dagster.kafka.errors import KafkaError, fix_for
 _UNKNOWN: Final = "UNKNOWN_TOPIC_OR_PART"
 # Brokers hear of a new topic one after the other.
 _NEW_TOPIC_SECONDS: Final = 1.0
+# To learn its settings, once a broker has told the rest.
+_SETTINGS_SECONDS: Final = 1.0
 _DENIED: Final = frozenset({"TOPIC_AUTHORIZATION_FAILED", "CLUSTER_AUTHORIZATION_FAILED"})
 
 
@@ -25,14 +27,21 @@ class Topic(NamedTuple):
     Attributes:
         partitions: Number of Kafka partitions.
         id: Kafka's own id; a topic that is deleted and made anew has another one. None from brokers before 2.8.
+        max_bytes: Its max.message.bytes, the largest batch after compression; None if it is not known.
+        compacted: Whether its cleanup.policy is known to compact it: then it takes no record without a key.
+        timestamps: How much older and how much newer than the broker's clock a record's timestamp may be, milliseconds;
+            None if it may be anything, or that is not known.
     """
 
     partitions: int
     id: str | None
+    max_bytes: int | None = None
+    compacted: bool = False
+    timestamps: tuple[int, int] | None = None
 
 
 def check_topic_exists(connection: Connection, topic: str, spec: KafkaTopicSpec | None, timeout: float) -> Topic:
-    """Check that a topic can be written to, by one metadata request if it is as it should be.
+    """Check that a topic can be written to, by a request for it and one for its settings if it is as it should be.
 
     Args:
         connection: The cluster.
@@ -78,7 +87,7 @@ def look_at_topic(connection: Connection, topic: str, timeout: float, *, write: 
         connection: The cluster.
         topic: The topic.
         timeout: Longest wait, seconds.
-        write: Whether this user must be allowed to write to it.
+        write: Whether this user must be allowed to write to it; and whether to ask for its settings at the same time.
 
     Raises:
         NoBrokersAvailable: No broker answered in time, or none let us in.
@@ -86,9 +95,12 @@ def look_at_topic(connection: Connection, topic: str, timeout: float, *, write: 
     """
     deadline = time.monotonic() + timeout
     culprit = f"topic {topic!r}, {connection.name}"
+    settings: list[concurrent.futures.Future[Any]] = []
 
     def ask() -> concurrent.futures.Future[Any]:
         left = max(0.1, deadline - time.monotonic())
+        if write:
+            settings[:] = [_ask_for_settings(connection, topic, left)]
         names = confluent_kafka.TopicCollection([topic])
         future: concurrent.futures.Future[Any] = connection.admin.describe_topics(
             names, include_authorized_operations=True, request_timeout=left
@@ -103,7 +115,43 @@ def look_at_topic(connection: Connection, topic: str, timeout: float, *, write: 
         raise KafkaError(culprit, f"this user may not write to it [{code}]", fix_for(code), code=code)
     # The id of all zeros, which brokers give that have none.
     identifier = str(description.topic_id)
-    return Topic(len(description.partitions), None if not identifier.strip("A") else identifier)
+    known = {} if not settings else _settings_of(settings[0], deadline)
+    size = known.get("max.message.bytes")
+    return Topic(
+        len(description.partitions),
+        None if not identifier.strip("A") else identifier,
+        None if size is None else int(size),
+        "compact" in known.get("cleanup.policy", ""),
+        _timestamps(known),
+    )
+
+
+def _timestamps(known: dict[str, str]) -> tuple[int, int] | None:
+    if known.get("message.timestamp.type") != "CreateTime":
+        return None
+    # One setting before Kafka 3.6.
+    both = known.get("message.timestamp.difference.max.ms", str(2**63))
+    before, after = (known.get(f"message.timestamp.{which}.max.ms", both) for which in ("before", "after"))
+    return int(before), int(after)
+
+
+def _ask_for_settings(connection: Connection, topic: str, timeout: float) -> concurrent.futures.Future[Any]:
+    from confluent_kafka.admin._config import ConfigResource  # noqa: PLC0415  (slow to import)
+
+    resource = ConfigResource(ConfigResource.Type.TOPIC, topic)
+    asked: dict[ConfigResource, concurrent.futures.Future[Any]] = connection.admin.describe_configs(
+        [resource], request_timeout=timeout
+    )
+    return asked[resource]
+
+
+def _settings_of(asked: concurrent.futures.Future[Any], deadline: float) -> dict[str, str]:
+    """A topic's settings; none if this user may not see them, or they do not come in time."""
+    try:
+        entries = asked.result(max(0.0, min(_SETTINGS_SECONDS, deadline - time.monotonic())))
+    except (confluent_kafka.KafkaException, concurrent.futures.TimeoutError):
+        return {}
+    return {name: entry.value for name, entry in entries.items() if entry.value is not None}
 
 
 def _how_to_create(connection: Connection, topic: str) -> str:
