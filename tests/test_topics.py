@@ -204,7 +204,9 @@ def test_fifty_publications_at_once_create_their_topic_once(kafka_bootstrap_serv
 
 
 @pytest.mark.kafka
-def test_a_publication_asks_for_metadata_and_settings_once(kafka_bootstrap_servers, kafka_topic, monkeypatch, eventually):
+def test_a_publication_asks_for_metadata_and_settings_once(
+    kafka_bootstrap_servers, kafka_topic, monkeypatch, eventually
+):
     topic, asked = kafka_topic(), []
     eventually(lambda: topic in _topics(kafka_bootstrap_servers))
     for name in ("describe_topics", "list_topics", "describe_cluster", "describe_configs", "create_topics"):
