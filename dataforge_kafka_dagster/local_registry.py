@@ -51,13 +51,15 @@ class LocalSchemaRegistry:
         KafkaProducerResource(bootstrap_servers=kafka.bootstrap_servers, schema_registry_url=registry.url)
     ```
 
-    It keeps its schemas in memory. Its process ends with this one, however it ends; a forked child leaves it to its
-    parent.
+    It keeps its schemas in memory, or in a `data_dir`. Its process ends with this one, however it ends; a forked child
+    leaves it to its parent.
 
     Args:
         port: Its port. Default: a free one.
         compatibility: The rule for every subject that has none of its own, such as "BACKWARD" or "FULL_TRANSITIVE";
             None sets none, so that any change is allowed.
+        data_dir: Folder that keeps the schemas, made if missing; a second start on it finds them, with the same ids.
+            Default: none, they end with the registry.
         startup_timeout: Seconds to wait for it.
         heap: Java heap, in Java's notation.
         cache_dir: As `LocalKafka`'s: where the registry's jars are kept (140 MB, fetched once).
@@ -72,6 +74,7 @@ class LocalSchemaRegistry:
         *,
         port: int | None = None,
         compatibility: str | None = "BACKWARD",
+        data_dir: str | os.PathLike[str] | None = None,
         startup_timeout: float = 120.0,
         heap: str = "256m",
         cache_dir: str | os.PathLike[str] | None = None,
@@ -81,6 +84,11 @@ class LocalSchemaRegistry:
             raise ValueError(f"port={port}: a port from 1 to {_LAST_PORT} is needed.")
         if startup_timeout <= 0:
             raise ValueError(f"startup_timeout={startup_timeout}: a number of seconds above 0 is needed.")
+        if data_dir is not None and ";" in str(data_dir):
+            raise ValueError(
+                f"data_dir={str(data_dir)!r}: its database takes a semicolon as the end of a folder's name."
+            )
+        self._data_dir = None if data_dir is None else Path(data_dir).absolute()
         self._fixed_port = port
         self._port: int | None = None
         self._compatibility = compatibility
@@ -132,7 +140,13 @@ class LocalSchemaRegistry:
             _STARTED.add(self)
             argv = [java, "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData", f"-Xmx{self._heap}"]
             argv += [f"-Djava.io.tmpdir={self._root}", "-Dquarkus.http.host=127.0.0.1"]
-            argv += [f"-Dquarkus.http.port={self._port}", "-cp", classpath, _MAIN]
+            argv += [f"-Dquarkus.http.port={self._port}"]
+            if self._data_dir is not None:
+                self._data_dir.mkdir(parents=True, exist_ok=True)
+                # Each change is written at once: the process is killed at its end.
+                url = f"jdbc:h2:file:{self._data_dir / 'schemas'};WRITE_DELAY=0"
+                argv += [f"-Dquarkus.datasource.jdbc.url={url}"]
+            argv += ["-cp", classpath, _MAIN]
             log = self._root / "registry.log"
             self._supervisor.start("registry", argv, self._root, log, log)
             self._wait(log)

@@ -21,6 +21,7 @@ from playwright.sync_api import TimeoutError as PageTimeoutError
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
 DAYS = [f"2013-01-{day:02}" for day in range(1, 8)]
+_ADDRESSES = ("KAFKA_BOOTSTRAP_SERVERS", "SCHEMA_REGISTRY_URL")
 _START_SECONDS = 240
 _PAGE_SECONDS = 60
 
@@ -41,6 +42,7 @@ class Ui(NamedTuple):
 
     url: str
     servers: str
+    registry: str
     home: Path
 
 
@@ -58,15 +60,13 @@ def running_ui() -> Iterator[Ui]:
                 cwd=ROOT,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={name: value for name, value in os.environ.items() if name != "KAFKA_BOOTSTRAP_SERVERS"},
+                env={name: value for name, value in os.environ.items() if name not in _ADDRESSES},
             )
             try:
                 url = f"http://127.0.0.1:{port}"
                 _wait_for(url, ui, log)
-                found = re.search(r"^Kafka: (\S+)", log.read_text(), re.MULTILINE)
-                if found is None:
-                    raise RuntimeError(log.read_text())
-                yield Ui(url, found[1], Path(folder))
+                said = dict(re.findall(r"^(Kafka|Schema Registry): (\S+)", log.read_text(), re.MULTILINE))
+                yield Ui(url, said["Kafka"], said["Schema Registry"], Path(folder))
             finally:
                 ui.send_signal(signal.SIGTERM)
                 try:
@@ -126,9 +126,10 @@ def launch_partition(page: Page, url: str, asset: str, partition: str) -> None:
 
 def publish(ui: Ui, days: list[str]) -> None:
     """Materialize the days' assets, in one process."""
+    addresses = dict(zip(_ADDRESSES, (ui.servers, ui.registry), strict=True))
     subprocess.run(
         [sys.executable, "-c", _PUBLISH, *days],
-        env={**os.environ, "DAGSTER_HOME": str(ui.home), "KAFKA_BOOTSTRAP_SERVERS": ui.servers},
+        env={**os.environ, **addresses, "DAGSTER_HOME": str(ui.home)},
         check=True,
         timeout=600,
     )

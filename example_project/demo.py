@@ -1,6 +1,7 @@
 """`make demo` and `make ui`: the example project on a real Kafka that this script starts on 127.0.0.1.
 
-With the environment variable KAFKA_BOOTSTRAP_SERVERS set, the records go to that cluster instead.
+With the environment variables KAFKA_BOOTSTRAP_SERVERS and SCHEMA_REGISTRY_URL set, the records and their schemas go to
+that cluster and that registry instead.
 """
 # ruff: noqa: T201, INP001
 
@@ -26,6 +27,7 @@ from example_project.definitions import defs
 
 from dataforge_kafka_dagster import Publication
 from dataforge_kafka_dagster.local import LocalKafka, LocalKafkaError
+from dataforge_kafka_dagster.local_registry import LocalSchemaRegistry
 
 PROJECT = Path(__file__).parent
 HOME = PROJECT.parent / ".dagster_home"
@@ -38,15 +40,28 @@ Place = tuple[int, int]
 
 
 @contextlib.contextmanager
-def cluster(data_dir: Path | None = None) -> Iterator[LocalKafka]:
-    """A local Kafka, with the topics made there or on the cluster of KAFKA_BOOTSTRAP_SERVERS."""
+def cluster(folder: Path | None = None) -> Iterator[LocalKafka]:
+    """A local Kafka and Schema Registry, with the topics made there or on the cluster of KAFKA_BOOTSTRAP_SERVERS."""
     own = os.environ.get("KAFKA_BOOTSTRAP_SERVERS")
-    print("Starting a Kafka on this machine", flush=True)
-    with LocalKafka(data_dir=data_dir) as kafka:
+    print("Starting a Kafka and a Schema Registry on this machine", flush=True)
+    with LocalKafka(data_dir=folder and folder / "kafka") as kafka, schema_registry(folder):
         servers = os.environ.setdefault("KAFKA_BOOTSTRAP_SERVERS", kafka.bootstrap_servers)
         print(f"Kafka: {servers}" + (" (the local one is only for its command line tools)" if own else ""))
         create_topics(servers)
         yield kafka
+
+
+@contextlib.contextmanager
+def schema_registry(folder: Path | None) -> Iterator[None]:
+    """A local Schema Registry in SCHEMA_REGISTRY_URL, unless that names one."""
+    if "SCHEMA_REGISTRY_URL" not in os.environ:
+        with LocalSchemaRegistry(data_dir=folder and folder / "schemas") as registry:
+            os.environ["SCHEMA_REGISTRY_URL"] = registry.url
+            print(f"Schema Registry: {registry.url}")
+            yield
+    else:
+        print(f"Schema Registry: {os.environ['SCHEMA_REGISTRY_URL']}")
+        yield
 
 
 def create_topics(servers: str) -> None:
@@ -79,6 +94,11 @@ def demo() -> int:
                 for (asset, topic), read in zip(ASSETS.items(), found, strict=True)
             ]
         explain_end_offsets(kafka, publications["flights"])
+        (schema,) = publications["carrier_delays"][-1].schemas
+        print(
+            f"\n'carrier-delays' is in Avro; the Schema Registry keeps the schema: subject {schema.subject!r}, version"
+            f" {schema.version}, id {schema.id}."
+        )
     return 0 if all(matches) else 1
 
 
@@ -165,7 +185,7 @@ def ui(port: int, home: Path) -> int:
         except OSError:
             print(f"Port {port} is in use. Choose another one: make ui PORT={port + 1}", file=sys.stderr)
             return 1
-    with cluster(home / "kafka"):
+    with cluster(home):
         print(f"Dagster: http://127.0.0.1:{port} in half a minute (Ctrl-C ends both)", flush=True)
         dev = subprocess.Popen(  # noqa: S603
             [str(Path(sys.executable).with_name("dg")), "dev", "--host", "127.0.0.1", "--port", str(port)],

@@ -383,6 +383,20 @@ def test_the_local_registry_leaves_nothing_behind():
             LocalSchemaRegistry(port=port).start()
 
 
+@pytest.mark.faults  # for its seconds: it starts a registry twice
+def test_the_local_registry_keeps_its_schemas_in_a_folder_although_it_is_killed(tmp_path):
+    text, ids = '{"type": "record", "name": "Any", "fields": [{"name": "%s", "type": "long"}]}', []
+    for names in (["alerts", "others"], ["others", "alerts"]):
+        with LocalSchemaRegistry(data_dir=tmp_path / "schemas", compatibility="FULL") as registry:
+            client = SchemaRegistryClient({"url": registry.url})
+            known = client.get_subjects()
+            ids.append({name: client.register_schema(name, Schema(text % name, "AVRO")) for name in names})
+    assert sorted(known) == ["alerts", "others"]
+    assert ids[0] == ids[1]
+    with pytest.raises(ValueError, match="semicolon"):
+        LocalSchemaRegistry(data_dir="a;b")
+
+
 SERDES = "io.apicurio:apicurio-registry-serdes-avro-serde:2.5.11.Final+org.slf4j:slf4j-simple:1.7.36"
 
 

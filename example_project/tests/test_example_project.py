@@ -24,7 +24,8 @@ def test_definitions_load():
 def test_each_asset_of_a_day_has_its_checks():
     checks = {key.to_user_string() for key in defs().resolve_asset_graph().asset_check_keys}
     published = {f"{asset}:publication_is_in_kafka" for asset in ("flights", "carrier_delays", "long_delays")}
-    assert checks == published | {"flights:each_flight_once", "carrier_delays:every_flight_counted"}
+    others = {"flights:each_flight_once", "carrier_delays:every_flight_counted", "carrier_delays:schema_is_compatible"}
+    assert checks == published | others
 
 
 def test_what_fails_on_purpose_is_in_no_job_that_is_scheduled():
@@ -55,7 +56,7 @@ def test_carriers_add_up_to_the_day():
     delays = carrier_delays(context, day)
     assert every_flight_counted(delays, day).passed
     assert delays.filter(carrier="AA").row(0, named=True) == {
-        "date": "2013-01-01",
+        "date": dt.date(2013, 1, 1),
         "carrier": "AA",
         "flights": 94,
         "mean_departure_delay": 8.0,

