@@ -183,6 +183,13 @@ _PARTITION_KEY: Final = "{partition_key}"
 _OWN_KEYS: Final = ("resource_key", "io_manager_key", "io_manager")
 
 
+def _told(error: Any) -> str:
+    """What is wrong with an option, by name: our own messages have it, pydantic's have not."""
+    if error["type"] == "value_error":
+        return str(error["msg"]).removeprefix("Value error, ")
+    return f"{'.'.join(map(str, error['loc']))}: {error['msg']}"
+
+
 class _ResourceAttributesBase(_Attributes):
     resource_key: str = Field(default="kafka", description="Name of the KafkaProducerResource.")
     io_manager_key: str | None = Field(
@@ -200,7 +207,7 @@ class _ResourceAttributesBase(_Attributes):
             try:
                 KafkaProducerResource(**options)
             except pydantic.ValidationError as error:
-                raise ValueError("; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())) from None
+                raise ValueError("; ".join(map(_told, error.errors()))) from None
         return self
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
+from conftest import read_topic
 from dagster._core.definitions.scoped_resources_builder import ScopedResourcesBuilder
 from pydantic import ValidationError
 
@@ -23,6 +24,7 @@ from dataforge_kafka_dagster import (
     KafkaProducerConfig,
     KafkaProducerResource,
     KafkaRecord,
+    KafkaResourceComponent,
     create_kafka_producer,
 )
 from dataforge_kafka_dagster.kafka.config import PublicationConfig
@@ -68,13 +70,28 @@ OPTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "missing CA": ({"security_protocol": "SSL", "ssl_ca_location": "/no.pem"}, ["ssl_ca_location", "/no.pem"]),
     "certificate without key": ({"security_protocol": "SSL", "ssl_certificate_pem": CANARY}, ["certificate", "key"]),
+    "NUL in a server": ({"bootstrap_servers": "a\0b:1"}, ["bootstrap_servers", "NUL"]),
+    "NUL in a listed server": ({"bootstrap_servers": ["a:1", "b\0:1"]}, ["bootstrap_servers", "NUL"]),
+    "NUL in client_id": ({"client_id": "a\0b"}, ["client_id", "NUL"]),
+    "NUL in a password": ({"sasl_password": f"{CANARY}\0"}, ["sasl_password"]),
+    "NUL in a raw setting": ({"librdkafka_config": {"client.id": "a\0b"}}, ["librdkafka_config", "NUL"]),
+    "infinite delivery_timeout": ({"delivery_timeout": INF}, ["delivery_timeout", "inf"]),
+    "no compression_type": ({"compression_type": None}, ["compression_type", "str"]),
+    "raw settings as text": ({"librdkafka_config": "a=b"}, ["librdkafka_config"]),
     "raw number": ({"librdkafka_config": {"batch.size": 5}}, ["librdkafka_config", "batch.size"]),
 }
 
 
 @pytest.mark.parametrize(("options", "said"), OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize(
-    "door", [create_kafka_producer, lambda options: KafkaProducerResource(**options)], ids=["producer", "resource"]
+    "door",
+    [
+        create_kafka_producer,
+        lambda options: KafkaProducerConfig(**options),
+        lambda options: KafkaProducerResource(**options),
+        lambda options: PublicationConfig(producer=options),
+    ],
+    ids=["create_kafka_producer", "config", "resource", "publication"],
 )
 def test_wrong_options_are_refused_when_given(door, options, said):
     with pytest.raises(ValidationError) as caught:
@@ -84,10 +101,22 @@ def test_wrong_options_are_refused_when_given(door, options, said):
     assert CANARY not in message
 
 
+# YAML has numbers, which become the text that librdkafka takes.
+@pytest.mark.parametrize(("options", "said"), [OPTIONS[name] for name in OPTIONS if name != "raw number"])
+def test_wrong_options_are_refused_in_yaml(options, said):
+    with pytest.raises(ValidationError) as caught:
+        KafkaResourceComponent.from_attributes_dict(attributes=options)
+    message = str(caught.value)
+    # A secret that is written there is refused for that, whatever else is wrong.
+    assert said[0] in message or "a secret is not written into YAML" in message
+    assert CANARY not in message
+
+
 RESOURCE_OPTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown guarantee": ({"delivery_guarantee": "sometimes"}, ["delivery_guarantee", "exactly_once"]),
     "acks for exactly once": ({"acks": "1"}, ["acks", "exactly_once", "at_least_once"]),
     "acks as a number": ({"acks": 0}, ["acks", "exactly_once"]),
+    "NUL in the prefix": ({"transactional_id_prefix": "a\0b"}, ["transactional_id_prefix", "NUL"]),
     "empty prefix": ({"transactional_id_prefix": ""}, ["transactional_id_prefix"]),
     "long prefix": ({"transactional_id_prefix": "x" * 100}, ["transactional_id_prefix"]),
     "short transaction": ({"transaction_timeout": 0}, ["transaction_timeout"]),
@@ -97,9 +126,17 @@ RESOURCE_OPTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize(("options", "said"), RESOURCE_OPTIONS.values(), ids=RESOURCE_OPTIONS)
-def test_wrong_resource_options_are_refused_at_definition(options, said):
+@pytest.mark.parametrize(
+    "door",
+    [
+        lambda options: KafkaProducerResource(**options),
+        lambda options: KafkaResourceComponent.from_attributes_dict(attributes=options),
+    ],
+    ids=["resource", "yaml"],
+)
+def test_wrong_resource_options_are_refused_at_definition(door, options, said):
     with pytest.raises(ValidationError) as caught:
-        KafkaProducerResource(**options)
+        door(options)
     assert [part for part in said if part not in str(caught.value)] == []
 
 
@@ -183,6 +220,11 @@ PARTS: dict[str, Case] = {
     "tombstone without key": Case(lambda: _r(None), ["tombstone", "key"]),
     "int as header": Case(lambda: _r(headers={"a": 1}), ["headers", "'a'", "int"]),
     "int as header name": Case(lambda: _r(headers={1: "a"}), ["headers", "1"]),
+    "bytearray as header": Case(lambda: _r(headers={"a": bytearray(b"1")}), ["headers", "'a'", "bytearray"]),
+    "None as header name": Case(lambda: _r(headers={None: "a"}), ["headers", "name None", "NoneType"]),
+    "NUL in a header name": Case(lambda: _r(headers={"a\0b": "a"}), ["headers", "'a\\x00b'", "NUL"]),
+    "too large a header": Case(lambda: _r(headers={"a": "x" * 3_000_000}), ["MSG_SIZE_TOO_LARGE"], KafkaError),
+    "too large a key": Case(lambda: _r(key="x" * 3_000_000), ["MSG_SIZE_TOO_LARGE"], KafkaError),
     "headers as text": Case(lambda: _r(headers="ab"), ["headers", "mapping"]),
     "headers as number": Case(lambda: _r(headers=5), ["headers", "mapping"]),
     "header without value": Case(lambda: _r(headers=[("a",)]), ["headers", "pairs"]),
@@ -192,6 +234,10 @@ PARTS: dict[str, Case] = {
     "bool partition": Case(lambda: _r(partition=True), ["partition=True"]),
     "huge partition": Case(lambda: _r(partition=2**40), [str(2**40)]),
     "negative timestamp": Case(lambda: _r(timestamp=-5), ["timestamp=-5", "milliseconds"]),
+    "timestamp 0": Case(lambda: _r(timestamp=0), ["timestamp=0", "milliseconds"]),
+    "bool timestamp": Case(lambda: _r(timestamp=True), ["timestamp=True", "milliseconds"]),
+    "infinite timestamp": Case(lambda: _r(timestamp=INF), ["timestamp=inf", "milliseconds"]),
+    "year 1": Case(lambda: _r(timestamp=dt.datetime(1, 1, 1, tzinfo=dt.timezone.utc)), ["timestamp", "milliseconds"]),
     "float timestamp": Case(lambda: _r(timestamp=1.5), ["timestamp=1.5", "milliseconds"]),
     "text timestamp": Case(lambda: _r(timestamp="now"), ["timestamp='now'", "milliseconds"]),
     "huge timestamp": Case(lambda: _r(timestamp=2**70), ["timestamp", "milliseconds"]),
@@ -240,7 +286,20 @@ def test_the_table_is_long_enough():
     assert len(OPTIONS) + len(RESOURCE_OPTIONS) + len(VALUES) + len(PARTS) + len(OUTPUTS) >= 110
 
 
-def _check(error, case):
+def _check(error, case, index=None):
+    if isinstance(error, dg.Failure):
+        # What a step shows: the same words, and that trying again is of no use.
+        assert isinstance(error.__cause__, case.error)
+        said = {name: value.value for name, value in error.metadata.items()}
+        assert error.description == str(error.__cause__)
+        assert said["kafka/culprit"] == error.__cause__.culprit
+        assert said["kafka/what_to_do"] == error.__cause__.fix
+        assert index is None or said["kafka/record_index"] == index
+        assert error.allow_retries is False
+        error = error.__cause__
+    if index is not None:
+        assert error.index == index
+        assert f"record {index}" in str(error)
     if isinstance(error, KafkaError):
         assert error.culprit
         assert error.cause
@@ -265,7 +324,30 @@ def shared_topic(kafka_bootstrap_servers):
     admin, name = AdminClient({"bootstrap.servers": kafka_bootstrap_servers}), f"bad-input-{uuid.uuid4().hex[:8]}"
     admin.create_topics([NewTopic(name, 1)], operation_timeout=30)[name].result(30)
     yield name
+    visible = read_topic(kafka_bootstrap_servers, name)
     admin.delete_topics([name])[name].result(30)
+    assert visible == []
+
+
+def _publish(config, topic, output, key=None):
+    name = uuid.uuid4().hex
+    publish(config, output, transactional_id=f"bad-{name}", publication_id=name, topic=topic, key=key)
+
+
+def _send(config, topic, output, key=None):
+    with _writer(config, topic, key) as writer:
+        for value in output:
+            writer.send(value)
+
+
+def _handle(config, topic, output, key=None):
+    manager = KafkaIOManager(kafka=KafkaProducerResource(bootstrap_servers=config.producer.bootstrap_servers))
+    metadata = {"kafka/topic": topic} | ({} if key is None else {"kafka/key": key})
+    # Given resources that are built already, the context makes no Dagster instance of its own.
+    context = dg.build_output_context(
+        name="result", asset_key="made", definition_metadata=metadata, resources=ScopedResourcesBuilder().build(None)
+    )
+    manager.handle_output(context, output)
 
 
 def _writer(config, topic, key=None):
@@ -273,26 +355,62 @@ def _writer(config, topic, key=None):
     return PublicationWriter(config, transactional_id=f"bad-{name}", publication_id=name, topic=topic, key=key)
 
 
+def _behind_a_good_one(case):
+    bad = case.make()
+    return ["good" if isinstance(bad, (KafkaRecord, str)) else {"good": 1}, bad]
+
+
 @pytest.mark.kafka
+@pytest.mark.parametrize("door", [_send, _handle], ids=["PublicationWriter", "IO manager"])
 @pytest.mark.parametrize("case", [*VALUES.values(), *PARTS.values()], ids=[*VALUES, *PARTS])
-def test_bad_records_end_a_publication_and_nothing_is_visible(case, publication_config, shared_topic, read):
-    with pytest.raises(case.error) as caught, _writer(publication_config, shared_topic) as writer:
-        writer.send({"good": 1} if not isinstance(case.make(), KafkaRecord) else "good")
-        writer.send(case.make())
-    _check(caught.value, case)
-    if isinstance(caught.value, InvalidRecordError):
-        assert caught.value.index == 1
-        assert "record 1" in str(caught.value)
-    assert read(shared_topic) == []
+def test_bad_records_end_a_publication(case, door, publication_config, shared_topic):
+    rows = _behind_a_good_one(case)
+    if door is _handle and isinstance(rows[1], KafkaRecord):
+        rows[0] = KafkaRecord("good")  # an output's records are of one kind
+    with pytest.raises((case.error, dg.Failure)) as caught:
+        door(publication_config, shared_topic, rows)
+    _check(caught.value, case, index=1)
 
 
 @pytest.mark.kafka
+@pytest.mark.parametrize("door", [_publish, _handle], ids=["publish", "IO manager"])
 @pytest.mark.parametrize("case", OUTPUTS.values(), ids=OUTPUTS)
-def test_bad_outputs_end_a_publication_and_nothing_is_visible(case, publication_config, shared_topic, read):
-    with pytest.raises(case.error) as caught, _writer(publication_config, shared_topic, case.key) as writer:
-        writer.send_all(case.make())
+def test_bad_outputs_end_a_publication(case, door, publication_config, shared_topic):
+    with pytest.raises((case.error, dg.Failure)) as caught:
+        door(publication_config, shared_topic, case.make(), case.key)
     _check(caught.value, case)
-    assert read(shared_topic) == []
+
+
+@pytest.fixture(scope="module")
+def told_in_a_step(kafka_bootstrap_servers, shared_topic):
+    """What `publishing` raises for each case, all in the body of one asset."""
+    told = {}
+
+    @dg.asset
+    def made(context: dg.AssetExecutionContext, kafka: KafkaProducerResource) -> None:
+        for name, case in {**VALUES, **PARTS, **OUTPUTS}.items():
+            try:
+                with kafka.publishing(context, topic=shared_topic, key=case.key, name=name) as publication:
+                    if name in OUTPUTS:
+                        publication.send_all(case.make())
+                    else:
+                        for value in _behind_a_good_one(case):
+                            publication.send(value)
+            except Exception as error:  # noqa: BLE001
+                told[name] = error
+
+    kafka = KafkaProducerResource(bootstrap_servers=kafka_bootstrap_servers)
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert dg.materialize([made], resources={"kafka": kafka}, instance=instance).success
+    return told
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("name", [*VALUES, *PARTS, *OUTPUTS])
+def test_bad_input_ends_a_publication_from_the_body_of_an_asset(name, told_in_a_step):
+    case = {**VALUES, **PARTS, **OUTPUTS}[name]
+    assert isinstance(told_in_a_step[name], (case.error, dg.Failure))
+    _check(told_in_a_step[name], case, index=None if name in OUTPUTS else 1)
 
 
 @pytest.fixture(scope="module")
@@ -301,21 +419,107 @@ def producer(kafka_bootstrap_servers):
         yield producer
 
 
+@pytest.fixture(scope="module")
+def resource(kafka_bootstrap_servers):
+    kafka = KafkaProducerResource(bootstrap_servers=kafka_bootstrap_servers)
+    with kafka.process_config_and_initialize_cm() as resource:
+        yield resource
+
+
 @pytest.mark.kafka
 @pytest.mark.parametrize("case", [*VALUES.values(), *PARTS.values()], ids=[*VALUES, *PARTS])
-def test_bad_records_are_refused_by_the_producer(case, producer, shared_topic, read):
+def test_bad_records_are_refused_by_producer_and_resource(case, producer, resource, shared_topic):
     record = case.make()
     if not isinstance(record, KafkaRecord):
         record = KafkaRecord(record)
-    for send in (producer.send_sync, producer.send_async):
+    for send in (producer.send_sync, producer.send_async, resource.send_sync, resource.send_async):
         with pytest.raises(case.error) as caught:
             send(shared_topic, record.value, record.key, record.headers, record.partition, record.timestamp)
         _check(caught.value, case)
     producer.flush()
-    assert read(shared_topic) == []
+    resource.flush()
 
 
-TOPICS = ["", ".", "..", "flüge", "航班", "a b", "a/b", "a:b", "a\n", "x" * 250, None, 5, b"flights", ["flights"]]
+REFUSED_BY_TOPIC: dict[str, tuple[Callable[[], KafkaRecord], list[str]]] = {
+    "too large when compressed": (
+        lambda: _r(np.random.default_rng(7).bytes(9_000)),
+        ["MSG_SIZE_TOO_LARGE", "max.mess"],
+    ),
+    "no such Kafka partition": (lambda: _r(partition=7), ["Kafka partition"]),
+    "far future": (lambda: _r(timestamp=2**62), ["timestamp", "max.ms"]),
+}
+
+
+@pytest.fixture(scope="module")
+def small_topic(kafka_bootstrap_servers):
+    """A topic that takes 2,000 bytes at most."""
+    from confluent_kafka.admin import AdminClient, NewTopic
+
+    admin, name = AdminClient({"bootstrap.servers": kafka_bootstrap_servers}), f"small-{uuid.uuid4().hex[:8]}"
+    new = NewTopic(name, 1, config={"max.message.bytes": "2000"})
+    admin.create_topics([new], operation_timeout=30)[name].result(30)
+    yield name
+    visible = read_topic(kafka_bootstrap_servers, name)
+    admin.delete_topics([name])[name].result(30)
+    assert visible == []
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize(("make", "said"), REFUSED_BY_TOPIC.values(), ids=REFUSED_BY_TOPIC)
+def test_what_the_topic_refuses_is_told_at_every_door(
+    make, said, producer, resource, publication_config, small_topic, kafka_bootstrap_servers
+):
+    def async_(sender):
+        return sender.send_async(small_topic, *arguments, callback=lambda *_: None).result(30)
+
+    arguments = dataclasses.astuple(make())
+    case = Case(make, said, KafkaError)
+    for door in (
+        lambda: producer.send_sync(small_topic, *arguments),
+        lambda: resource.send_sync(small_topic, *arguments),
+        lambda: async_(producer),
+        lambda: async_(resource),
+        lambda: _publish(publication_config, small_topic, make()),
+        lambda: _send(publication_config, small_topic, [make()]),
+        lambda: _handle(publication_config, small_topic, make()),
+    ):
+        with pytest.raises((KafkaError, dg.Failure)) as caught:
+            door()
+        _check(caught.value, case)
+
+
+@pytest.mark.kafka
+def test_nothing_is_something(producer, publication_config, kafka_topic, read):
+    """Values and keys of no bytes are no tombstones and no missing keys; a key field that is None is a missing key."""
+    topic = kafka_topic()
+    producer.send_sync(topic, b"", key=b"", headers={"": b""})
+    _publish(publication_config, topic, [KafkaRecord("", key=""), KafkaRecord("\0", key="\0")])
+    _publish(publication_config, topic, [{"k": None}], "k")
+    assert [(record.value, record.key) for record in read(topic)] == [
+        (b"", b""),
+        (b"", b""),
+        (b"\0", b"\0"),
+        (b'{"k":null}', None),
+    ]
+
+
+TOPICS = [
+    "",
+    ".",
+    "..",
+    "flüge",
+    "航班",
+    "a b",
+    "a/b",
+    "a:b",
+    "a\n",
+    "a\0b",
+    "x" * 250,
+    None,
+    5,
+    b"flights",
+    ["flights"],
+]
 
 
 @pytest.mark.kafka

@@ -310,6 +310,10 @@ class KafkaProducerConfig(KafkaOptions):
     @classmethod
     def _unset(cls, value: Any, info: ValidationInfo) -> Any:
         name = str(info.field_name)
+        # Not its repr, which may be of a secret. librdkafka would read up to the NUL.
+        texts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        if any("\0" in text for text in texts if isinstance(text, str)):
+            raise ValueError(f"{name} is not possible: it contains a NUL character")
         if value == "" and name.startswith(("sasl_", "ssl_", "https_")):
             return None  # how the environment says that there is none
         # So is a PEM text where line ends cannot be.
@@ -583,6 +587,8 @@ class PublicationConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> PublicationConfig:
+        if "\0" in self.transactional_id_prefix:
+            raise ValueError("transactional_id_prefix is not possible: it contains a NUL character")
         raw = self.producer.librdkafka_config
         if "transactional.id" in raw:
             raise ValueError(

@@ -301,7 +301,7 @@ def serialize_headers(headers: Headers | None, index: int | None = None) -> list
     """A record's headers as a list of (name, bytes).
 
     Raises:
-        InvalidRecordError: A name is not a str, or a value is neither str nor bytes nor None.
+        InvalidRecordError: A name is not a str, or has a NUL in it, or a value is neither str nor bytes nor None.
     """
     if headers is None:
         return None
@@ -309,8 +309,12 @@ def serialize_headers(headers: Headers | None, index: int | None = None) -> list
     encoded: list[tuple[str, bytes | None]] = []
     try:
         for name, value in pairs:
-            if not isinstance(name, str) or not isinstance(value, (str, bytes, type(None))):
+            if not isinstance(name, str):
+                raise TypeError(f"the name {name!r} is of type {type(name).__qualname__}")  # noqa: TRY301
+            if not isinstance(value, (str, bytes, type(None))):
                 raise TypeError(f"{name!r} is of type {type(value).__qualname__}")  # noqa: TRY301
+            if "\0" in name:  # librdkafka would write what stands before it
+                raise ValueError(f"the name {name!r} contains a NUL character")  # noqa: TRY301
             name.encode()
             encoded.append((name, value.encode() if isinstance(value, str) else value))
     except (TypeError, ValueError) as error:
