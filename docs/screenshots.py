@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from playwright.sync_api import FloatRect, Locator, Page, sync_playwright
+from playwright.sync_api import FloatRect, Locator, Page, ViewportSize, sync_playwright
 from playwright.sync_api import TimeoutError as PageTimeoutError
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
 DAYS = [f"2013-01-{day:02}" for day in range(1, 8)]
 _ADDRESSES = ("KAFKA_BOOTSTRAP_SERVERS", "SCHEMA_REGISTRY_URL")
+_SIZE: ViewportSize = {"width": 1500, "height": 1020}
 _START_SECONDS = 240
 _PAGE_SECONDS = 60
 
@@ -86,15 +87,15 @@ def _wait_for(url: str, ui: "subprocess.Popen[bytes]", log: Path) -> None:
 
 
 @contextlib.contextmanager
-def chromium_page(width: int = 1500, height: int = 1020) -> Iterator[Page]:
-    """A page of a headless Chromium; the width and height are pixels."""
+def chromium_page() -> Iterator[Page]:
+    """A page of a headless Chromium."""
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
         raise RuntimeError("Chromium is needed, for instance Debian's package 'chromium'")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         try:
-            page = browser.new_page(viewport={"width": width, "height": height})
+            page = browser.new_page(viewport=_SIZE)
             page.set_default_timeout(_PAGE_SECONDS * 1000)
             yield page
         finally:
@@ -177,7 +178,9 @@ def main() -> None:
         page.get_by_role("button", name="Plots").click()
         page.get_by_role("button").filter(has_text=re.compile("^Events$")).click()
         page.get_by_text("kafka/records_per_second").wait_for()
+        page.set_viewport_size({**_SIZE, "height": 1600})  # all the plots
         _take(page, "plots.png")
+        page.set_viewport_size(_SIZE)
         page.goto(f"{ui.url}/assets/flights?view=lineage&lineageScope=downstream")
         page.get_by_text("long_delays").last.wait_for()
         _take(page, "lineage.png")
