@@ -12,7 +12,7 @@ from dataforge_kafka_dagster.identity import Identity, output_identity
 from dataforge_kafka_dagster.kafka.cloudevents import CloudEventHeaders
 from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, check_topic
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError
-from dataforge_kafka_dagster.kafka.publication import Publication
+from dataforge_kafka_dagster.kafka.publication import Publication, settle
 from dataforge_kafka_dagster.kafka.reader import ReadRecord, read_publication
 from dataforge_kafka_dagster.kafka.records import KafkaRecord, key_fields
 from dataforge_kafka_dagster.kafka.registry import SchemaRegistry, SchemaRegistryConfig
@@ -125,8 +125,9 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                     )
             context.log.info(f"The output is None: nothing was published to {topic!r}")
             return {"dagster/row_count": 0, "kafka/topic": topic, "kafka/records": 0}
-        with self.kafka.errors_in_dagster(context, topic):
-            writer = self.kafka.writer(context, identity, *target)
+
+        def attempt(reports: bool) -> Publication:
+            writer = self.kafka.writer(context, identity, *target, reports=reports)
             # Refuses the output and its schema before anything is connected.
             encoded = chunks(obj, target.key, encoders=writer.encoders(), on_bad=writer.on_bad)
             events = _cloud_events_of(context, identity)
@@ -137,7 +138,10 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                 writer.send_chunks(encoded if upsert is None else upsert.remember(encoded))
                 if upsert is not None:
                     writer.send_tombstones(upsert.tombstones(writer.topic_ids))
-            publication = writer.commit()
+            return writer.commit()
+
+        with self.kafka.errors_in_dagster(context, topic):
+            publication = settle(obj, attempt)
         context.log.info(describe(publication))
         return publication_metadata(publication, identity.partition)
 

@@ -308,6 +308,8 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
         on_bad_record: str | None = None,
         value_schema: KafkaSchema | None = None,
         key_schema: KafkaSchema | None = None,
+        *,
+        reports: bool = True,
     ) -> PublicationWriter:
         """A writer of the publication with this identity, which logs its progress to the context's log."""
         config = self.publication_config()
@@ -330,6 +332,7 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
             create_topic=create_topic,
             on_bad_record=on_bad_record,
             on_progress=on_progress,
+            reports=reports,
         )
 
     @contextlib.contextmanager

@@ -55,10 +55,10 @@ from dataforge_kafka_dagster.kafka.serialization import (
     format_of,
     text_size,
 )
-from dataforge_kafka_dagster.kafka.sources import BadRecordTaker, chunks
+from dataforge_kafka_dagster.kafka.sources import BadRecordTaker, chunks, is_repeatable
 from dataforge_kafka_dagster.kafka.statistics import Statistics
 from dataforge_kafka_dagster.kafka.telemetry import PublicationSpan
-from dataforge_kafka_dagster.kafka.topics import Topic, check_topic_exists, replica_trouble
+from dataforge_kafka_dagster.kafka.topics import Topic, check_topic_exists, end_offsets, replica_trouble
 
 _LEDGER_VERSION: Final = 1
 # Brokers refuse more than offset.metadata.max.bytes, 4096 by default.
@@ -66,6 +66,8 @@ _LEDGER_BYTES: Final = 3500
 _LEDGER_SCHEMA_BYTES: Final = 800
 _ID_BYTES: Final = 180
 _PROGRESS_SECONDS: Final = 5.0
+# Fewer records are not worth the requests that take the place of their delivery reports.
+_MANY: Final = 20_000
 _STATISTICS_MS: Final = 1_000
 _REQUEST_SECONDS: Final = 10.0
 _WARM_SECONDS: Final = 1.0
@@ -74,6 +76,10 @@ _DIAGNOSIS_SECONDS: Final = 0.5
 _ABORT_SECONDS: Final = 5.0
 # For an interrupt, and where the broker is the trouble: what is left open, the next attempt or the broker aborts.
 _HASTY_ABORT_SECONDS: Final = 0.5
+
+
+class OtherWriterError(KafkaError):
+    """Somebody else wrote to the topic during a publication without delivery reports, which `settle` repeats."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,9 +220,13 @@ class PublicationWriter:
         create_topic: How to create its topics if they are missing; the config's create_topics if None.
         on_bad_record: 'fail' or a dead-letter topic; the config's on_bad_record if None.
         on_progress: Called every 5 seconds or so with records, bytes and seconds so far.
+        reports: Whether Python hears of each record's delivery. If not, which is faster, the offsets are those between
+            the ends of the Kafka partitions before and after: exact if nobody else wrote to the topic meanwhile, and
+            else `OtherWriterError` ends the publication. Needs exactly_once, one topic and no dead-letter topic.
 
     Raises:
         NoBrokersAvailable: No broker answered within connect_timeout, or none let us in.
+        OtherWriterError: Without reports only: somebody else wrote to the topic.
         FencedError: Another attempt took over.
         KafkaError: The topic does not exist, an ACL is missing, a record was refused, a deadline passed.
         InvalidRecordError: A record cannot be encoded.
@@ -235,6 +245,7 @@ class PublicationWriter:
         create_topic: KafkaTopicSpec | None = None,
         on_bad_record: str | None = None,
         on_progress: Callable[[int, int, float], object] | None = None,
+        reports: bool = True,
     ) -> None:
         self.topic = check_topic(topic)
         self.on_bad: BadRecordTaker | None = None
@@ -263,6 +274,9 @@ class PublicationWriter:
         self._dead_topic = self._dead_topic_of(on_bad_record or config.on_bad_record)
         self._dead_track: _Track | None = None
         self._compressed = True
+        self._reports = reports or not self._exactly_once or self._dead_topic is not None
+        self._ends_before: list[int] | None = None
+        self._alone = False
         self._began = time.monotonic()
         self._first_sent = 0.0
         self._reported = self._began
@@ -314,6 +328,8 @@ class PublicationWriter:
         limits = [track.max_bytes for track in self._all_tracks if track.max_bytes]
         options["batch.size"] = min([int(options["batch.size"]), *limits])
         self._compressed = options.get("compression.codec", options["compression.type"]) != "none"
+        if not self._reports:
+            options["delivery.report.only.error"] = True
         producer = self._producer = connection.producer(options)
         if not self._exactly_once:
             return
@@ -454,17 +470,25 @@ class PublicationWriter:
             if self._form != chunk.form:
                 self._bury_all(chunk)
                 return
+        if not self._reports and topic != self.topic:
+            raise KafkaConfigError("reports=False", f"{topic!r} is not the publication's own topic", "Set it to True")
+        if not self._reports and self._ends_before is None:
+            self._ends_before = self._ends(track)
         if not self._first_sent:
             self._first_sent = time.monotonic()
         dead_letters = self._dead_letters
-        if chunk.extras is None and not track.may_refuse(chunk):
-            self._produce_all(chunk, topic, track.report)
-        else:
+        if track.may_refuse(chunk):
             self._produce_each(chunk, topic, track)
+        else:
+            self._produce_all(chunk, topic, track.report)
         self._records += len(chunk.values) - (self._dead_letters - dead_letters)
         self._bytes += chunk.size
         self._poll(0)
         self._check()
+        if not (self._reports or self._alone) and self._records >= _MANY // 2:
+            # Rather now than after all of them.
+            self._flush(self._live_producer())
+            self._alone = True
         now = time.monotonic()
         if now - self._reported >= _PROGRESS_SECONDS:
             self._reported = now
@@ -473,16 +497,25 @@ class PublicationWriter:
     def _produce_all(self, chunk: Chunk, topic: str, report: Callable[[Any, Any], None]) -> None:
         produce = self._live_producer().produce
         values, keys = iter(chunk.values), iter(chunk.keys or itertools.repeat(None))
+        extras = None if chunk.extras is None else iter(chunk.extras)
         end = self._position + len(chunk.values)
-        # A publication's speed hangs on this loop: the try is around it, and nothing is counted in it.
+        # A publication's speed hangs on these loops: the try is around them, and nothing is counted in them.
         value = key = None
+        extra = PLAIN
+        headers: Any
         while True:
             try:
-                for value, key in zip(values, keys, strict=False):
-                    produce(topic, value, key, -1, report)
+                if extras is None:
+                    for value, key in zip(values, keys, strict=False):
+                        produce(topic, value, key, -1, report)
+                else:
+                    for value, key, extra in zip(values, keys, extras, strict=False):
+                        headers, partition, timestamp = extra
+                        produce(topic, value, key, partition, report, timestamp=timestamp, headers=headers)
             except BufferError:
                 index = end - operator.length_hint(values) - 1
-                self._produce_with_room(topic, index, value=value, key=key, on_delivery=report)
+                record = {"value": value, "key": key, "on_delivery": report} | extra._asdict()
+                self._produce_with_room(topic, index, **record)
             except KafkaException as exception:
                 index = end - operator.length_hint(values) - 1
                 self._bury_sent(value, key, index, self._refused(exception.args[0], topic, index, key))
@@ -518,18 +551,17 @@ class PublicationWriter:
                 "Give every record a key, such as kafka/key in the asset's metadata",
                 index=index,
             )
-        if track.timestamps is not None and extra.timestamp:
+        if track.timestamps is not None and extra.timestamp and not track.age_fits(extra.timestamp):
             age = round(time.time() * 1000) - extra.timestamp
-            if not -track.timestamps[1] <= age <= track.timestamps[0]:
-                which, most = ("before", track.timestamps[0]) if age > 0 else ("after", track.timestamps[1])
-                raise InvalidRecordError(
-                    f"record {index}",
-                    f"timestamp={extra.timestamp} is {abs(age) / 1000:.0f} s {'old' if age > 0 else 'ahead'}, topic"
-                    f" {topic!r} has message.timestamp.{which}.max.ms={most}",
-                    "Give another timestamp (milliseconds since the epoch), or raise that setting of the topic",
-                    index=index,
-                )
-        size = text_size([value, key]) + sum(len(name) + len(text or b"") for name, text in extra.headers or ())
+            which, most = ("before", track.timestamps[0]) if age > 0 else ("after", track.timestamps[1])
+            raise InvalidRecordError(
+                f"record {index}",
+                f"timestamp={extra.timestamp} is {abs(age) / 1000:.0f} s {'old' if age > 0 else 'ahead'}, topic"
+                f" {topic!r} has message.timestamp.{which}.max.ms={most}",
+                "Give another timestamp (milliseconds since the epoch), or raise that setting of the topic",
+                index=index,
+            )
+        size = text_size([value, key]) + _headers_size(extra.headers or ())
         if track.max_bytes is None or size <= track.max_bytes:
             return
         if not self._compressed:
@@ -761,6 +793,29 @@ class PublicationWriter:
         """Kafka's own id of each topic that this publication goes to."""
         return {track.topic: track.topic_id for track in self._tracks.values() if track.topic_id is not None}
 
+    def _ends(self, track: _Track) -> list[int]:
+        """The offset that each Kafka partition's next record would get."""
+        timeout = self._config.producer.delivery_timeout
+        return end_offsets(self._connection, track.topic, track.partitions, timeout)
+
+    def _find_offsets(self) -> None:
+        """Learn the offsets from the Kafka partitions' ends, before and after, if they leave room for no other record.
+
+        What a broker has acknowledged to acks=all is before the end that it tells (KIP-207), and records that others
+        had under way may only widen the range: if it is as long as what was sent, it holds exactly that.
+        """
+        track = self._tracks[self.topic]
+        before, after = self._ends_before or [], self._ends(track)
+        written = sum(after) - sum(before)
+        if written > self._records:
+            raise OtherWriterError(
+                f"publication to {self.topic!r}",
+                f"{written} offsets were given for its {self._records} records: somebody else writes there too",
+                "Publish it with delivery reports",
+                remedy=Remedy.RETRY,
+            )
+        track.set_ranges(before, after)
+
     def _flush(self, producer: confluent_kafka.Producer) -> None:
         deadline = time.monotonic() + self._config.producer.delivery_timeout + 5
         while len(producer):
@@ -770,6 +825,8 @@ class PublicationWriter:
             if time.monotonic() > deadline:
                 raise timed_out(f"{len(producer)} records not yet delivered", self._config.producer.delivery_timeout)
         self._check()
+        if self._ends_before is not None:
+            self._find_offsets()
         delivered = sum(offsets.records for track in self._all_tracks for offsets in track.offsets)
         if delivered != self._position:
             raise KafkaError(
@@ -916,13 +973,29 @@ class _Track:
         self.report = self.reporter()
 
     def may_refuse(self, chunk: Chunk) -> bool:
-        """Whether a record of some is to be looked at by itself: one without a key, or one that may be too large."""
+        """Whether a record of some is to be looked at by itself: the topic may refuse it."""
         if self.compacted and (chunk.keys is None or None in chunk.keys):
             return True
-        if self.max_bytes is None or chunk.size <= self.max_bytes:
+        headers = 0
+        if chunk.extras is not None:
+            all_headers, partitions, timestamps = zip(*chunk.extras, strict=True)
+            given = [timestamp for timestamp in timestamps if timestamp]
+            if given and not (self.age_fits(min(given)) and self.age_fits(max(given))):
+                return True
+            if max(partitions) >= self.partitions:
+                return True
+            headers = max(map(_headers_size, filter(None, all_headers)), default=0)
+        if self.max_bytes is None or chunk.size + headers * len(chunk.values) <= self.max_bytes:
             return False
         # A character may take four bytes.
-        return 4 * sum(max(map(len, filter(None, texts or ())), default=0) for texts in chunk[:2]) > self.max_bytes
+        longest = sum(max(map(len, filter(None, texts or ())), default=0) for texts in chunk[:2])
+        return 4 * longest + headers > self.max_bytes
+
+    def age_fits(self, timestamp: int) -> bool:
+        """Whether the topic takes a timestamp, in milliseconds."""
+        if self.timestamps is None:
+            return True
+        return -self.timestamps[1] <= round(time.time() * 1000) - timestamp <= self.timestamps[0]
 
     def reporter(self, index: int | None = None) -> Callable[[confluent_kafka.KafkaError | None, Any], None]:
         """A delivery callback, which knows the record's position if it is of one record only."""
@@ -948,6 +1021,12 @@ class _Track:
         if partition in self._next:
             self._ends.setdefault(partition, []).append(self._next[partition] - 1)
         self._starts.setdefault(partition, []).append(offset)
+
+    def set_ranges(self, before: Sequence[int], after: Sequence[int]) -> None:
+        """Take all offsets from some ends to others, by Kafka partition, for delivered."""
+        for partition, (start, end) in enumerate(zip(before, after, strict=True)):
+            if start < end:
+                self._starts[partition], self._next[partition] = [start], end
 
     @property
     def offsets(self) -> tuple[PartitionOffsets, ...]:
@@ -981,22 +1060,49 @@ def publish(
     Returns:
         The publication; `Publication.replayed` if an earlier attempt had published it.
     """
-    with PublicationWriter(
-        config,
-        transactional_id=transactional_id,
-        publication_id=publication_id,
-        topic=topic,
-        key=key,
-        value_schema=value_schema,
-        key_schema=key_schema,
-        on_progress=on_progress,
-    ) as writer:
-        writer.send_all(output)
-    return cast("Publication", writer.publication)
+
+    def attempt(reports: bool) -> Publication:
+        with PublicationWriter(
+            config,
+            transactional_id=transactional_id,
+            publication_id=publication_id,
+            topic=topic,
+            key=key,
+            value_schema=value_schema,
+            key_schema=key_schema,
+            on_progress=on_progress,
+            reports=reports,
+        ) as writer:
+            writer.send_all(output)
+        return writer.commit()
+
+    return settle(output, attempt)
+
+
+def settle(output: Any, attempt: Callable[[bool], Publication]) -> Publication:
+    """Publish an output without delivery reports if it is large and can be sent again, and else with them.
+
+    Args:
+        output: What is published.
+        attempt: Publishes it; takes whether deliveries are reported, for `PublicationWriter`.
+
+    Returns:
+        The publication. If another writer was seen on the topic, nothing of the first attempt became visible.
+    """
+    if is_repeatable(output) and len(output) >= _MANY:
+        try:
+            return attempt(False)  # noqa: FBT003
+        except OtherWriterError as error:
+            logger.info("%s; it is published again, with delivery reports", error.cause)
+    return attempt(True)  # noqa: FBT003
 
 
 def _log_progress(records: int, size: int, seconds: float) -> None:
     logger.info("Published %d records, %.1f MB, in %.0f s; not committed yet", records, size / 1e6, seconds)
+
+
+def _headers_size(headers: Iterable[tuple[str, bytes | None]]) -> int:
+    return sum(len(name) + len(text or b"") for name, text in headers)
 
 
 def _shown(key: bytes | str | None) -> str:

@@ -59,6 +59,10 @@ class Extra(NamedTuple):
     timestamp: int
 
 
+PLAIN: Final = Extra(None, -1, 0)
+"""Of a record that has no more."""
+
+
 class Chunk(NamedTuple):
     """Some records in order, encoded.
 
@@ -205,6 +209,31 @@ class RowEncoder:
         return [serialize_key(key_of(row, self._fields, index), index, name) for index, row in enumerate(rows, start)]
 
     def _records(self, rows: Sequence[KafkaRecord], start: int) -> Chunk:
+        return self._uniform_records(rows, start) or self._mixed_records(rows, start)
+
+    def _uniform_records(self, rows: Sequence[KafkaRecord], start: int) -> Chunk | None:
+        """Records whose values have one format, and all keys or no key; None if they have not."""
+        inner = [row.value for row in rows]
+        forms = set(map(format_of, set(map(type, inner))))
+        form = forms.pop()
+        if forms or form is None or form != (self._form or form) or self._encoders.value or self._encoders.key:
+            return None
+        found = [row.key for row in rows]
+        kinds = set(map(type, found))
+        keys: Sequence[bytes | str | None] | None = found
+        if type(None) in kinds:
+            if self._fields or len(kinds) > 1:
+                return None
+            keys = None
+        elif kinds != {bytes} and not (kinds == {str} and "".join(found).isascii()):
+            keys = [serialize_key(key, index) for index, key in enumerate(found, start)]
+        self._form = form
+        values = self._values(inner, start)
+        extras = [_extra(row, index) for index, row in enumerate(rows, start)]
+        plain = extras.count(PLAIN) == len(extras)
+        return Chunk(values, keys, None if plain else extras, text_size(values) + text_size(keys), form)
+
+    def _mixed_records(self, rows: Sequence[KafkaRecord], start: int) -> Chunk:
         values, keys, extras = [], [], []
         for index, row in enumerate(rows, start):
             form = None if row.value is None or self._encoders.value else format_of(type(row.value))
@@ -249,10 +278,6 @@ def key_of(row: Any, fields: Sequence[str], index: int | None = None) -> Any:
         ) from None
 
 
-PLAIN: Final = Extra(None, -1, 0)
-"""Of a record that has nothing but value and key."""
-
-
 def encode_record(
     record: KafkaRecord,
     index: int | None = None,
@@ -281,20 +306,23 @@ def encode_record(
         raise InvalidRecordError(
             name, "a tombstone (value None) without a key deletes nothing", "Give it the key to delete", index=index
         )
+    return value, key, _extra(record, index)
+
+
+def _extra(record: KafkaRecord, index: int | None) -> Extra:
     partition = record.partition
+    if record.headers is None and partition is None and record.timestamp is None:
+        return PLAIN
+    name = record_name(index)
     fits = isinstance(partition, int) and not isinstance(partition, bool) and 0 <= partition < 2**31
     if partition is not None and not fits:
         raise InvalidRecordError(
             name, f"partition={partition!r} is not a Kafka partition", "Give an int from 0, or None", index=index
         )
-    return (
-        value,
-        key,
-        Extra(
-            serialize_headers(record.headers, index),
-            -1 if partition is None else partition,
-            _timestamp(record.timestamp, name, index),
-        ),
+    return Extra(
+        serialize_headers(record.headers, index),
+        -1 if partition is None else partition,
+        _timestamp(record.timestamp, name, index),
     )
 
 

@@ -73,6 +73,12 @@ def chunks(
     return _frame_chunks([opened(output)], encode, start, on_bad)
 
 
+def is_repeatable(output: Any) -> bool:
+    """Whether an output has a length and gives the same records again: a list, a tuple or a data frame."""
+    of_frames = type(output).__module__.partition(".")[0] in {"pandas", "polars", "pyarrow"}
+    return isinstance(output, (list, tuple)) or (of_frames and hasattr(output, "__len__"))
+
+
 def _peeked(parts: Iterator[Any]) -> Iterator[Any]:
     """The same parts, the first of which is read at once."""
     first = list(itertools.islice(parts, 1))

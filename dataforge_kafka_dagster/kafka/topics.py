@@ -154,6 +154,30 @@ def _settings_of(asked: concurrent.futures.Future[Any], deadline: float) -> dict
     return {name: entry.value for name, entry in entries.items() if entry.value is not None}
 
 
+def end_offsets(connection: Connection, topic: str, partitions: int, timeout: float) -> list[int]:
+    """The offset that the next record of each Kafka partition will get: its high watermark.
+
+    Args:
+        connection: The cluster.
+        topic: The topic.
+        partitions: How many it has.
+        timeout: Longest wait, seconds.
+
+    Raises:
+        KafkaError: A leader does not answer in time, or refuses.
+    """
+    from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]  # noqa: PLC0415  (slow to import)
+
+    latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]
+    asked = {confluent_kafka.TopicPartition(topic, partition): latest for partition in range(partitions)}
+
+    def ask() -> list[int]:
+        found = connection.admin.list_offsets(asked, request_timeout=timeout)
+        return [found[partition].result(timeout).offset for partition in asked]
+
+    return connection.in_thread(ask, timeout, f"topic {topic!r}, {connection.name}")
+
+
 def _how_to_create(connection: Connection, topic: str) -> str:
     return (
         f"Create the topic: kafka-topics.sh --bootstrap-server {connection.config.servers} --create --topic {topic}"

@@ -1,0 +1,239 @@
+"""Large lists and frames: their offsets are exact without a delivery report per record, whoever else writes."""
+
+import contextlib
+import itertools
+import threading
+import uuid
+
+import confluent_kafka
+import orjson
+import polars as pl
+import pytest
+
+from dataforge_kafka_dagster import KafkaProducerConfig, KafkaRecord
+from dataforge_kafka_dagster.kafka import publication
+from dataforge_kafka_dagster.kafka.config import PublicationConfig
+from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError
+from dataforge_kafka_dagster.kafka.publication import OtherWriterError, PublicationWriter, publish
+from dataforge_kafka_dagster.kafka.sources import is_repeatable
+
+ROWS = 2_000
+
+
+def test_lists_and_frames_can_be_sent_again_and_generators_cannot():
+    frame = pl.DataFrame({"a": [1]})
+    assert is_repeatable([1])
+    assert is_repeatable(())
+    assert is_repeatable(frame)
+    assert is_repeatable(frame.to_pandas())
+    assert is_repeatable(frame.to_arrow())
+    for other in (iter([1]), frame.lazy(), frame.to_arrow().to_reader(), {"a": 1}, "text", KafkaRecord(1)):
+        assert not is_repeatable(other)
+
+
+@pytest.fixture
+def attempts(monkeypatch):
+    """Outputs of this file's size are large; counts attempts, by whether they had reports."""
+    monkeypatch.setattr(publication, "_MANY", ROWS)
+    made = []
+
+    class Counted(PublicationWriter):
+        def __init__(self, *args, reports=True, **options):
+            made.append(reports)
+            super().__init__(*args, reports=reports, **options)
+
+    monkeypatch.setattr(publication, "PublicationWriter", Counted)
+    return made
+
+
+@pytest.fixture
+def place(kafka_bootstrap_servers, kafka_topic):
+    """Where to publish: a topic of three Kafka partitions."""
+    name = uuid.uuid4().hex
+    config = PublicationConfig(producer=KafkaProducerConfig(bootstrap_servers=kafka_bootstrap_servers))
+    return {
+        "config": config,
+        "transactional_id": name,
+        "publication_id": name,
+        "topic": kafka_topic(partitions=3),
+    }
+
+
+def places_of(found):
+    return sorted(
+        (offsets.partition, offset)
+        for offsets in found.offsets
+        for first, last in offsets.runs
+        for offset in range(first, last + 1)
+    )
+
+
+@contextlib.contextmanager
+def another_writer(bootstrap, topic, every):
+    """Writes records of its own to every Kafka partition, at least one before the block, until its end."""
+    producer = confluent_kafka.Producer({"bootstrap.servers": bootstrap, "linger.ms": 0})
+    ended = threading.Event()
+
+    def write():
+        for partition in range(3):
+            producer.produce(topic, b"other", partition=partition)
+        producer.flush(10)
+
+    def go_on():
+        while not ended.wait(every):
+            write()
+
+    write()
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(20)
+
+
+def assert_exact(found, read, topic):
+    """Its offsets are those of its own records, by a reader that knows nothing of them."""
+    seen = read(topic)
+    ours = [record for record in seen if record.value != b"other"]
+    assert sorted(orjson.loads(record.value)["i"] for record in ours) == list(range(ROWS))
+    assert sorted((record.partition, record.offset) for record in ours) == places_of(found)
+    assert found.records == ROWS
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("form", [list, pl.DataFrame])
+def test_a_large_output_is_told_exactly_without_reports(attempts, place, read, form):
+    found = publish(place["config"], form([{"i": i} for i in range(ROWS)]), **{k: place[k] for k in list(place)[1:]})
+    assert attempts == [False]
+    assert_exact(found, read, place["topic"])
+    assert all(len(offsets.runs) == 1 for offsets in found.offsets)
+
+
+@pytest.mark.kafka
+def test_a_repeated_attempt_finds_it_in_the_ledger(attempts, place, read):
+    config = place.pop("config")
+    first = publish(config, [{"i": i} for i in range(ROWS)], **place)
+    again = publish(config, [{"i": i} for i in range(ROWS)], **place)
+    assert again.replayed
+    assert again.offsets == first.offsets
+    assert attempts == [False, False]
+    assert_exact(again, read, place["topic"])
+
+
+@pytest.mark.kafka
+def test_what_is_small_or_streamed_is_reported(attempts, place, read):
+    config = place.pop("config")
+    publish(config, [{"i": i} for i in range(ROWS - 1)], **place)
+    publish(config, ({"i": i} for i in range(ROWS)), **place | {"publication_id": "2"})
+    assert attempts == [True, True]
+    assert len(read(place["topic"])) == 2 * ROWS - 1
+
+
+@pytest.mark.kafka
+def test_where_others_write_it_is_published_again_with_reports(attempts, place, read, monkeypatch):
+    config = place.pop("config")
+    ends = publication.end_offsets
+    found_ends = []
+
+    def seen(*args):
+        found_ends.append(ends(*args))
+        return found_ends[-1]
+
+    monkeypatch.setattr(publication, "end_offsets", seen)
+    # Slow enough for the other to come between.
+    slow = KafkaProducerConfig(bootstrap_servers=config.producer.servers, linger_ms=300, batch_size=2_000_000)
+    config = config.model_copy(update={"producer": slow})
+    with another_writer(slow.servers, place["topic"], 0.01):
+        found = publish(config, [{"i": i} for i in range(ROWS)], **place)
+    assert attempts == [False, True]
+    # Seen half-way, before the rest was sent.
+    assert len(found_ends) == 2
+    assert_exact(found, read, place["topic"])
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("late", [False, True])
+def test_another_record_at_any_time_is_seen(attempts, place, read, late):
+    """One record of somebody else, before the check half-way or after it."""
+    config = place.pop("config")
+    at = ROWS * 3 // 4 if late else 100
+    other = confluent_kafka.Producer({"bootstrap.servers": config.producer.servers})
+
+    class Rows(list):
+        """Writes to the topic, once, while it is being read."""
+
+        written = False
+
+        def __getitem__(self, where):
+            if isinstance(where, slice) and where.stop > at and not self.written:
+                self.written = True
+                other.produce(place["topic"], b"other")
+                assert other.flush(10) == 0
+            return super().__getitem__(where)
+
+    found = publish(config, Rows({"i": i} for i in range(ROWS)), **place)
+    assert attempts == [False, True]
+    assert_exact(found, read, place["topic"])
+    # Only the first attempt's part before the check was sent in vain, or all of it.
+    everything = read(place["topic"], "read_uncommitted")
+    assert len(everything) in (range(2 * ROWS + 1, 2 * ROWS + 2) if late else range(ROWS + ROWS // 2, 2 * ROWS))
+
+
+@pytest.mark.kafka
+def test_a_transaction_that_was_aborted_meanwhile_is_no_part_of_it(attempts, place, read):
+    config = place.pop("config")
+    other = confluent_kafka.Producer(
+        {"bootstrap.servers": config.producer.servers, "transactional.id": f"other-{uuid.uuid4().hex}"}
+    )
+    other.init_transactions(20)
+    other.begin_transaction()
+    other.produce(place["topic"], b"other", partition=0)
+    other.flush(10)
+
+    class Rows(list):
+        ended = False
+
+        def __getitem__(self, where):
+            if isinstance(where, slice) and where.stop > ROWS // 4 and not self.ended:
+                self.ended = True
+                other.abort_transaction(20)
+            return super().__getitem__(where)
+
+    found = publish(config, Rows({"i": i} for i in range(ROWS)), **place)
+    # The marker that ends it has an offset too.
+    assert attempts == [False, True]
+    assert_exact(found, read, place["topic"])
+
+
+@pytest.mark.kafka
+def test_without_reports_a_record_that_the_broker_refuses_still_fails_it(attempts, place, read, kafka_topic):
+    config = place.pop("config")
+    place["topic"] = kafka_topic(partitions=1, config={"max.message.bytes": "2000"})
+    incompressible = bytes(itertools.islice(itertools.cycle(range(256)), 256)).hex()
+    rows = [{"i": i} for i in range(ROWS - 1)] + [{"i": ROWS, "text": "".join(map(str, range(9000))) + incompressible}]
+    with pytest.raises(KafkaError) as raised:
+        publish(config, rows, **place)
+    assert raised.value.code == "MSG_SIZE_TOO_LARGE"
+    assert raised.value.counts == {"MSG_SIZE_TOO_LARGE": sum(raised.value.counts.values())}
+    assert attempts == [False]
+    assert read(place["topic"]) == []
+
+
+@pytest.mark.kafka
+def test_a_writer_without_reports_knows_its_limits(place, kafka_topic):
+    config = place.pop("config")
+    other = kafka_topic(partitions=1)
+    refused = pytest.raises(KafkaConfigError, match="not the publication's own topic")
+    with refused, PublicationWriter(config, reports=False, **place) as writer:
+        writer.send({"i": 1}, topic=other)
+    refused = pytest.raises(OtherWriterError, match="2 offsets were given for its 1 records")
+    with refused, PublicationWriter(config, reports=False, **place) as writer:
+        writer.send({"i": 1})
+        producer = confluent_kafka.Producer({"bootstrap.servers": config.producer.servers})
+        producer.produce(place["topic"], b"other")
+        producer.flush(10)
+    with PublicationWriter(config, reports=False, **place) as writer:
+        writer.send({"i": 1})
+    assert writer.publication.records == 1
