@@ -50,7 +50,10 @@ class Connection:
         self._latched: confluent_kafka.KafkaError | None = None
         self._transport: confluent_kafka.KafkaError | None = None
         self._oauth_error: Exception | None = None
+        self._all_down = False
         self.fatal: confluent_kafka.KafkaError | None = None
+        self.silent = False
+        """Whether the last that was asked of the cluster had no answer in time."""
         self._admin: AdminClient | None = None
 
     @property
@@ -63,13 +66,16 @@ class Connection:
             self.fatal = self.fatal or error
         elif error.name() in LATCHED_CODES:
             self._latched = error
-        elif error.name() != "_ALL_BROKERS_DOWN" or self._transport is None:  # which says less than what came before it
-            self._transport = error
+        else:
+            self._all_down = self._all_down or error.name() == "_ALL_BROKERS_DOWN"
+            if self._transport is None or error.name() != "_ALL_BROKERS_DOWN":  # which says less than what came before
+                self._transport = error
         logger.debug("%s: %s", self.name, self.config.redact(str(error)))
 
     def connected(self) -> None:
         """Forget why a broker could not be reached: one has answered."""
         self._latched = self._transport = self._oauth_error = None
+        self._all_down = self.silent = False
 
     def note(self, raised: BaseException | None) -> None:
         """Remember a fatal error that a client's poll raised instead of calling back.
@@ -185,6 +191,7 @@ class Connection:
 
     def unreachable(self, seconds: float) -> KafkaError:
         """The error for a cluster that gave no answer in this time."""
+        self.silent = True
         hidden = self._hidden_cause()
         if hidden is not None:
             return hidden
@@ -251,7 +258,7 @@ class Connection:
                         self.connected()
                         return result
                     self._serve_errors()
-                    if time.monotonic() >= deadline:
+                    if time.monotonic() >= deadline or self._locked_out:
                         raise self.unreachable(timeout)
             except confluent_kafka.KafkaException as exception:
                 self._serve_errors()
@@ -264,6 +271,14 @@ class Connection:
                         raise self.unreachable(timeout) from None
                     raise self.cause(error, culprit) from None
             time.sleep(0.1)
+
+    @property
+    def _locked_out(self) -> bool:
+        """Whether no broker lets us in, for a reason that waiting does not mend.
+
+        librdkafka tells at once that one does not, but goes on trying. Another broker might: it is heard first.
+        """
+        return self._all_down and self._latched is not None and remedy_of(self._latched.name()) is Remedy.FAIL
 
     def _serve_errors(self) -> None:
         """The error callback of an admin client is called from its poll only."""

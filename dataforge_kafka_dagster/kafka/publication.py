@@ -76,6 +76,8 @@ _DIAGNOSIS_SECONDS: Final = 0.5
 _ABORT_SECONDS: Final = 5.0
 # For an interrupt, and where the broker is the trouble: what is left open, the next attempt or the broker aborts.
 _HASTY_ABORT_SECONDS: Final = 0.5
+# Where nobody has answered the last request either.
+_VAIN_ABORT_SECONDS: Final = 0.05
 
 
 class OtherWriterError(KafkaError):
@@ -881,8 +883,11 @@ class PublicationWriter:
     def _abandon(self, error: BaseException) -> None:
         if self._span is not None:
             self._span.fail(error)
-        hasty = not isinstance(error, Exception) or (isinstance(error, KafkaError) and error.remedy is Remedy.RETRY)
-        self.abort(_HASTY_ABORT_SECONDS if hasty else _ABORT_SECONDS)
+        passing = isinstance(error, KafkaError) and error.remedy is Remedy.RETRY
+        if passing and self._connection.silent:
+            self.abort(_VAIN_ABORT_SECONDS)
+        else:
+            self.abort(_HASTY_ABORT_SECONDS if passing or not isinstance(error, Exception) else _ABORT_SECONDS)
 
     def _close(self) -> None:
         # Neither is closed: a producer with an open transaction waits for minutes for a dead broker, a consumer for its
