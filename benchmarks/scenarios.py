@@ -19,20 +19,29 @@ from typing import Any
 
 import confluent_kafka
 import dagster as dg
+import narwhals as nw
 import orjson
 import pandas as pd
 import polars as pl
 import psutil
 import pyarrow as pa
+from confluent_kafka.schema_registry import SchemaRegistryClient
+from confluent_kafka.schema_registry.avro import AvroSerializer
+from confluent_kafka.schema_registry.json_schema import JSONSerializer
+from confluent_kafka.serialization import MessageField, SerializationContext
 
 from benchmarks import speed
 from benchmarks.report import progress, table
+from dataforge_kafka_dagster import KafkaSchema
 from dataforge_kafka_dagster.kafka.config import PublicationConfig, publication_options
+from dataforge_kafka_dagster.kafka.schema_types import avro_of_frame
 from dataforge_kafka_dagster.local import LocalKafka
+from dataforge_kafka_dagster.local_registry import LocalSchemaRegistry
 
 MEMORY_BAR_MB = 50
 SMALL_BAR = 1.5
 IMPORT_BAR_SECONDS = 0.15
+FORMATS = ("avro", "json_schema", "protobuf")
 
 
 def rows(count: int) -> Iterator[dict[str, Any]]:
@@ -285,6 +294,67 @@ def _reader(form: Any, lengths: list[int]) -> dg.AssetsDefinition:
     return dg.asset(back, io_manager_key="nowhere")
 
 
+def schemas(kafka: LocalKafka, *, quick: bool) -> dict[str, Any]:
+    """Values with a schema of a registry, beside JSON without one and loops with confluent-kafka's serializers."""
+    frame = speed.flights(1)[: 500 if quick else 100_000]
+    dicts = frame.to_dicts()
+    few = dicts[: len(dicts) // 20]
+    avro = avro_of_frame(nw.from_native(frame), "Flight")
+    given = {form: KafkaSchema(format=form).with_avro(avro) for form in ("avro", "json_schema")}
+    servers = kafka.bootstrap_servers
+    with LocalSchemaRegistry() as registry:
+        client = SchemaRegistryClient({"url": registry.url})
+
+        def ours(rows: Any, schema: Any) -> Callable[[str], float]:
+            options = {"metadata": {"kafka/value_schema": schema}, "schema_registry_url": registry.url}
+            return lambda topic: speed.publish_in_step(servers, topic, lambda: rows, len(rows), **options)
+
+        def by_hand(
+            rows: list[dict[str, Any]], make: Callable[..., Any], schema: KafkaSchema
+        ) -> Callable[[str], float]:
+            return lambda topic: _serializer_loop(servers, topic, rows, make(client, schema.text))
+
+        runs: dict[str, tuple[int, Callable[[str], float]]] = {
+            "hand-written loop, AvroSerializer": (len(few), by_hand(few, AvroSerializer, given["avro"])),
+            "hand-written loop, JSONSerializer": (
+                len(few),
+                by_hand(few, lambda its, text: JSONSerializer(text, its), given["json_schema"]),
+            ),
+            "**polars frame, JSON without a schema**": (len(frame), ours(frame, None)),
+            **{f"**polars frame, {form}**": (len(frame), ours(frame, form)) for form in FORMATS},
+            **{f"**dict rows, {form}**": (len(dicts), ours(dicts, its.to_metadata())) for form, its in given.items()},
+        }
+        rates: dict[str, list[float]] = collections.defaultdict(list)
+        for _ in range(1 if quick else 5):
+            for name, (count, run) in runs.items():
+                topic = speed.new_topic(kafka)
+                rates[name].append(count / run(topic))
+                speed.check_count(servers, topic, count, transactional=name.startswith("**"))
+                speed.drop_topic(kafka, topic)
+    plain = statistics.median(rates["**polars frame, JSON without a schema**"])
+    lines = []
+    for name, found in rates.items():
+        median = statistics.median(found)
+        spread = f"{min(found):,.0f} to {max(found):,.0f}"
+        lines.append([name, f"{runs[name][0]:,}", f"{median:,.0f}", spread, f"{median / plain:.2f}"])
+    columns = ["work", "records", "records/s, median", "lowest to highest", "of the speed without a schema"]
+    return _said("Schemas, flights", columns, lines)
+
+
+def _serializer_loop(servers: str, topic: str, rows: list[dict[str, Any]], serialize: Callable[..., Any]) -> float:
+    """Seconds of the loop that confluent-kafka's documentation shows: no transaction, a callback and a poll a record."""
+    producer = confluent_kafka.Producer({"bootstrap.servers": servers, "enable.idempotence": True, "log_level": 0})
+    context = SerializationContext(topic, MessageField.VALUE)
+    errors: list[Any] = []
+    began = time.perf_counter()
+    for row in rows:
+        producer.produce(topic, serialize(row, context), on_delivery=lambda error, _: error and errors.append(error))
+        producer.poll(0)
+    if producer.flush(speed.WAIT) or errors:
+        raise RuntimeError(f"not all were delivered: {errors[:1]}")
+    return time.perf_counter() - began
+
+
 def imports(_kafka: LocalKafka, *, quick: bool) -> dict[str, Any]:
     """The package's import after Dagster's, and what it takes along."""
     code = (
@@ -331,6 +401,7 @@ ALL: dict[str, Callable[..., dict[str, Any]]] = {
     "memory": memory,
     "import": imports,
     "read": read,
+    "schemas": schemas,
     "partitions": partitions,
     "growth": growth,
 }

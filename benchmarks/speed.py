@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -277,10 +277,17 @@ def resources(servers: str, **options: Any) -> dict[str, Any]:
 QUIET = {"loggers": {"console": {"config": {"log_level": "ERROR"}}}}
 
 
-def publish_in_step(servers: str, topic: str, make: Callable[[], Any], records: int, **options: Any) -> float:
+def publish_in_step(
+    servers: str,
+    topic: str,
+    make: Callable[[], Any],
+    records: int,
+    metadata: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> float:
     """Materialize an asset that returns this; the seconds that its step spent in the IO manager."""
 
-    @dg.asset(metadata={"kafka/topic": topic})
+    @dg.asset(metadata={"kafka/topic": topic} | dict(metadata or {}))
     def published() -> dg.Output[Any]:
         return dg.Output(make())
 

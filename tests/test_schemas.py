@@ -16,7 +16,7 @@ import narwhals as nw
 import pandas as pd
 import polars as pl
 import pytest
-from confluent_kafka.schema_registry import Schema
+from confluent_kafka.schema_registry import Schema, SchemaReference
 from google.protobuf import descriptor_pb2
 from pydantic import BaseModel, Field, ValidationError
 
@@ -344,6 +344,7 @@ def test_what_cannot_be_derived_says_what_to_give(registry):
         (KafkaSchema(text="{"), "no avro schema"),
         (KafkaSchema(text='{"type": "recor"}'), "recor"),
         (KafkaSchema(format="json_schema", text='{"type": 3}'), "no json_schema schema"),
+        (KafkaSchema(format="json_schema", text='{"$ref": "http://localhost:1/x.json"}'), "neither in the schema nor"),
         (KafkaSchema(format="protobuf", text="message Flight {"), "schema.proto:1"),
         (KafkaSchema(format="protobuf", text='syntax = "proto3"; message A {} message B {}'), "the messages A, B"),
         (KafkaSchema(file="missing.avsc"), "missing.avsc"),
@@ -416,6 +417,19 @@ def test_a_record_that_does_not_fit_json_schema_or_protobuf_names_index_and_fiel
         with pytest.raises(InvalidRecordError) as caught:
             encoder(registry, given, f"t{cases.index((given, row, field))}")([row], 7)
         assert (caught.value.index, caught.value.field) == (7, field), str(caught.value)
+
+
+def test_a_json_schema_that_refers_to_another_subject_is_checked_with_it(registry):
+    client = registry.client
+    client.register_schema("place", Schema('{"type": "object", "properties": {"lat": {"type": "number"}}}', "JSON"))
+    text = '{"type": "object", "properties": {"origin": {"$ref": "place.json"}}}'
+    client.register_schema("flights-value", Schema(text, "JSON", [SchemaReference("place.json", "place", 1)]))
+    encode = encoder(registry, KafkaSchema(format="json_schema", use_latest_version=True))
+    good, bad = {"origin": {"lat": 1.5}}, {"origin": {"lat": "north"}}
+    assert SchemaDecoder(registry)(encode([good])[0], "json_schema") == good
+    with pytest.raises(InvalidRecordError) as caught:
+        encode([good, bad])
+    assert (caught.value.index, caught.value.field) == (1, "origin.lat")
 
 
 def test_a_nested_field_that_does_not_fit_is_named_by_its_path(registry):

@@ -386,21 +386,19 @@ class SchemaEncoder:
             descriptor = self._message_of(schema).DESCRIPTOR
             return base64.b64encode(descriptor.file.serialized_pb).decode(), descriptor.full_name
         text = cast("str", schema.read())
+        if self.form == "json_schema":
+            self._json_check(text)
+            return text, _record_name(json.loads(text), self.form)
         try:
+            from fastavro import parse_schema  # noqa: PLC0415  (optional)
+
             parsed = json.loads(text)
-            if self.form == "avro":
-                from fastavro import parse_schema  # noqa: PLC0415  (optional)
-
-                parse_schema(parsed)
-            else:
-                from jsonschema.validators import validator_for  # noqa: PLC0415  (optional)
-
-                validator_for(parsed).check_schema(parsed)
+            parse_schema(parsed)
         except ImportError:
             raise
         except Exception as error:
             raise self._bad_schema(error) from error
-        if self.form == "avro" and isinstance(parsed, str):
+        if isinstance(parsed, str):
             parsed = _as_mapping(parsed)
             text = json.dumps(parsed)
         return text, _record_name(parsed, self.form)
@@ -487,9 +485,31 @@ class SchemaEncoder:
         from confluent_kafka.schema_registry.json_schema import JSONSerializer  # noqa: PLC0415  (optional)
 
         schema, more = self._known_schema()
-        conf, client = _conf(self._schema) | more, self._registry.client
+        # What a data contract's rules change, and what refers to other subjects, the serializer has to check itself.
+        check = None if more or schema.references else self._json_check(schema.schema_str)
+        conf, client = _conf(self._schema) | more | {"validate": check is None}, self._registry.client
         serialize = self._build(lambda: JSONSerializer(schema, client, conf=conf, json_encode=orjson.dumps))
-        return lambda row: serialize(_json_values(row))
+
+        def encode(row: Any) -> bytes:
+            value = _json_values(row)
+            if check is not None:
+                check(value)
+            return serialize(value)
+
+        return encode
+
+    def _json_check(self, text: str) -> Callable[[Any], None]:
+        """Raises if a value does not fit: a compiled check, a hundred times as fast as the serializer's own."""
+        import jsonschema_rs  # noqa: PLC0415  (optional)
+
+        def fetch(address: str) -> Any:
+            raise ValueError(f"{address} is neither in the schema nor one of its references in the registry")
+
+        try:
+            validator = jsonschema_rs.validator_for(json.loads(text), validate_formats=False, retriever=fetch)
+        except Exception as error:
+            raise self._bad_schema(error) from error
+        return cast("Callable[[Any], None]", validator.validate)
 
     def _protobuf_serializer(self) -> Callable[[Any], bytes]:
         from confluent_kafka.schema_registry.protobuf import ProtobufSerializer  # noqa: PLC0415  (optional)
@@ -619,6 +639,8 @@ class SchemaEncoder:
         """The field at fault, if it can be told, and what is wrong with it."""
         if isinstance(error, _FieldError):
             return error.field, error.cause
+        if hasattr(error, "instance_path"):
+            return ".".join(map(str, error.instance_path)) or None, str(getattr(error, "message", error))
         if self.form == "json_schema" and error.__context__ is not None and hasattr(error.__context__, "absolute_path"):
             failed: Any = error.__context__
             return ".".join(map(str, failed.absolute_path)) or None, failed.message
