@@ -2,7 +2,8 @@
 
 A program: reads one JSON line per run from its standard input, and writes JSON lines: ``{"pid", "at"}`` when a run is in
 its phase, ``{"pid", "left"}`` with the threads and sockets that are left when it has ended, and ``{"pid", "exit",
-"when"}`` when its process is gone, by the clock of `time.monotonic`.
+"when", "starved"}`` when its process is gone, by the clock of `time.monotonic`. ``starved``, of a run in its phase too,
+is how long its main thread has waited for a processor in its life.
 """
 
 import contextlib
@@ -71,6 +72,17 @@ def _say(**line):
     os.write(1, json.dumps({"pid": os.getpid()} | line).encode() + b"\n")
 
 
+def starved(pid):
+    """How long the main thread of a process has been ready to run, but had no processor, in its life: seconds.
+
+    https://www.kernel.org/doc/html/latest/scheduler/sched-stats.html#proc-pid-schedstat; 0 on other systems.
+    """
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+    except FileNotFoundError:
+        return 0.0
+
+
 def _sockets():
     found = []
     for fd in Path("/proc/self/fd").iterdir():
@@ -101,7 +113,7 @@ def _run(*, phase, servers, topic, prefix, go, itself=None):
         if here != phase or told:
             return
         told.append(here)
-        _say(at=here, when=time.monotonic())
+        _say(at=here, when=time.monotonic(), starved=starved(os.getpid()))
         if itself:
             os.kill(os.getpid(), itself)
             return
@@ -200,11 +212,13 @@ def _main():
                 return
             children[pid] = line
         while children:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is None:
                 break
+            when, waited = time.monotonic(), starved(ended.si_pid)
+            pid, status = os.waitpid(ended.si_pid, 0)
             del children[pid]
-            _say(pid=pid, exit=os.waitstatus_to_exitcode(status), when=time.monotonic())
+            _say(pid=pid, exit=os.waitstatus_to_exitcode(status), when=when, starved=waited)
 
 
 if __name__ == "__main__":

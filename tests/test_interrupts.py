@@ -9,15 +9,16 @@ import uuid
 import confluent_kafka
 import pytest
 from conftest import read_topic
-from interrupting import PHASES, RECORDS, Interrupted
+from interrupting import PHASES, RECORDS, Interrupted, starved
 
 from dataforge_kafka_dagster.local import LocalKafka
 
 pytestmark = pytest.mark.kafka
 
-# Two seconds are promised; a busy machine gets the rest.
+# Two seconds are promised. The time that a run waits for a processor is not counted: on a busy machine that is most of it.
+# What librdkafka's own threads wait for one, and pages that a forked process has to copy, get the rest.
 _PROMISED = 2.0
-_LEEWAY = float(os.environ.get("INTERRUPT_LEEWAY", "4.0"))
+_LEEWAY = float(os.environ.get("INTERRUPT_LEEWAY", "1.0"))
 _SIGNALS = itertools.cycle([signal.SIGTERM, signal.SIGINT])
 
 
@@ -34,9 +35,12 @@ def broker():
 
 
 def _end_in_time(runs, signalled, *, alone=False):
-    """Every run of these (by pid, when it was signalled) was interrupted and its process is gone in time.
+    """Every run of these was interrupted and its process is gone in time; how long each took, less its waits for a processor.
 
-    ``alone``: it had no thread and no socket left before that.
+    Args:
+        runs: The runs' parent.
+        signalled: By pid, when it was signalled, and how long it had waited for a processor in its life till then.
+        alone: It had no thread and no socket left before that.
     """
     waits = []
     for said in runs.wait("left", signalled):
@@ -44,7 +48,8 @@ def _end_in_time(runs, signalled, *, alone=False):
         assert said["ended"] in {"DagsterExecutionInterruptedError", "KeyboardInterrupt"}
     for said in runs.wait("exit", signalled):
         assert said["exit"] == 0
-        waits.append(said["when"] - signalled[said["pid"]])
+        when, waited = signalled[said["pid"]]
+        waits.append(said["when"] - when - (said["starved"] - waited))
     assert max(waits) < _PROMISED + _LEEWAY
     return waits
 
@@ -63,7 +68,7 @@ def interrupt_live(runs, servers, topic, phase):
     prefix = f"i{uuid.uuid4().hex[:8]}"
     runs.start(phase=phase, servers=servers, topic=topic, prefix=prefix, go="", itself=next(_SIGNALS))
     (at,) = runs.wait("at", 1)
-    return _end_in_time(runs, {at["pid"]: at["when"]}, alone=True)
+    return _end_in_time(runs, {at["pid"]: (at["when"], at["starved"])}, alone=True)
 
 
 def interrupt_without_broker(runs, broker, phase, folder, trouble, count):
@@ -80,7 +85,7 @@ def interrupt_without_broker(runs, broker, phase, folder, trouble, count):
         time.sleep(0.5)
         signalled = {}
         for pid in pids:
-            signalled[pid] = time.monotonic()
+            signalled[pid] = (time.monotonic(), starved(pid))
             os.kill(pid, next(_SIGNALS))
         waits = _end_in_time(runs, signalled)
     finally:
@@ -109,11 +114,11 @@ def test_a_run_that_waits_for_a_frozen_broker_ends_when_cancelled(phase, runs, b
 @pytest.mark.faults
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_run_that_is_cancelled_ends_aborted_twenty_times(phase, runs, broker, record_property):
+def test_a_run_that_is_cancelled_ends_aborted_twenty_times(phase, runs, broker, say):
     topic = f"interrupted-{uuid.uuid4().hex[:8]}"
     broker.create_topic(topic)
     waits = [wait for _ in range(20) for wait in interrupt_live(runs, broker.bootstrap_servers, topic, phase)]
-    record_property("longest", round(max(waits), 2))
+    say(f"{phase}, broker well: {max(waits):.2f} s at most")
     _no_record_visible(broker.bootstrap_servers, topic, settled=True)
 
 
@@ -122,9 +127,9 @@ def test_a_run_that_is_cancelled_ends_aborted_twenty_times(phase, runs, broker, 
 @pytest.mark.parametrize("trouble", ["paused", "dead"])
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_run_that_waits_for_a_broker_that_is_away_ends_when_cancelled_twenty_times(
-    phase, trouble, runs, broker, tmp_path, record_property
+    phase, trouble, runs, broker, tmp_path, say
 ):
     # Four at a time, since a broker takes seconds to come back.
     waits = [w for _ in range(5) for w in interrupt_without_broker(runs, broker, phase, tmp_path, trouble, 4)]
     assert len(waits) == 20
-    record_property("longest", round(max(waits), 2))
+    say(f"{phase}, broker {trouble}: {max(waits):.2f} s at most")

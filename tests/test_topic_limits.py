@@ -137,5 +137,5 @@ def test_settings_that_do_not_come_are_done_without(kafka_bootstrap_servers, kaf
     monkeypatch.setattr(topics, "_ask_for_settings", lambda *_: Never())
     monkeypatch.setattr(topics, "_SETTINGS_SECONDS", 0.1)
     connection = Connection(KafkaProducerConfig(bootstrap_servers=kafka_bootstrap_servers))
-    found = topics.look_at_topic(connection, kafka_topic(), 30, write=True)
+    found = topics.check_topic_exists(connection, kafka_topic(), None, 30)
     assert (found.partitions, found.max_bytes) == (1, None)
