@@ -238,9 +238,9 @@ class Connection:
         """
         return self.answer(lambda: _spawn(call), timeout, culprit)
 
-    def aside(self, call: Callable[[], object]) -> None:
-        """Start a call that has a deadline of its own, and whose answer nobody waits for."""
-        _spawn(call)
+    def aside(self, call: Callable[[], T]) -> concurrent.futures.Future[T]:
+        """Start a call that has a deadline of its own, in a thread, and go on."""
+        return _spawn(call)
 
     def answer(self, ask: Callable[[], concurrent.futures.Future[T]], timeout: float, culprit: str) -> T:
         """The answer to a request, asked again while the error can be retried.

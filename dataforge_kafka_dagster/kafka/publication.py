@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime as dt
@@ -319,27 +320,25 @@ class PublicationWriter:
             # What it answers does not count yet: it finds the group's coordinator while the producer connects.
             anchor = [TopicPartition(self.topic, 0)]
             connection.aside(functools.partial(self._ledger_group(0).committed, anchor, _WARM_SECONDS))
+        options: dict[str, Any] = {"statistics.interval.ms": _STATISTICS_MS, "stats_cb": self._statistics.take}
+        options |= publication_options(config, self._transactional_id)
+        if not self._reports:
+            options["delivery.report.only.error"] = True
+        self._compressed = options.get("compression.codec", options["compression.type"]) != "none"
+        connected = self._connect(options)
         timeout = config.producer.connect_timeout
         self._add_topic(self.topic, timeout)
         if self._dead_topic is not None:
             found = check_topic_exists(connection, self._dead_topic, self._create_topic, timeout)
             self._dead_track = _Track(self._dead_topic, found)
-        options: dict[str, Any] = {"statistics.interval.ms": _STATISTICS_MS, "stats_cb": self._statistics.take}
-        options |= publication_options(config, self._transactional_id)
         # The largest batch is the topic's too: the broker refuses a larger one whole, and librdkafka does not split it.
-        limits = [track.max_bytes for track in self._all_tracks if track.max_bytes]
-        options["batch.size"] = min([int(options["batch.size"]), *limits])
-        self._compressed = options.get("compression.codec", options["compression.type"]) != "none"
-        if not self._reports:
-            options["delivery.report.only.error"] = True
-        producer = self._producer = connection.producer(options)
+        largest = min((track.max_bytes for track in self._all_tracks if track.max_bytes), default=None)
+        if largest is not None and largest < int(options["batch.size"]):
+            connected = self._connect(options | {"batch.size": largest})
         if not self._exactly_once:
             return
-        # The first answer comes over the bootstrap connection, which librdkafka then closes; if init_transactions asks
-        # for its coordinator at that moment, it waits half a second to ask again.
-        with contextlib.suppress(KafkaException):
-            for _ in range(2):
-                producer.list_topics(self.topic, SLICE)
+        concurrent.futures.wait([connected], 2 * SLICE)
+        producer = self._live_producer()
         name = f"transactional id {self._transactional_id!r}, {connection.name}"
         try:
             connection.resume(producer.init_transactions, config.producer.delivery_timeout, name)
@@ -363,6 +362,19 @@ class PublicationWriter:
             return
         producer.begin_transaction()
         self._in_transaction = True
+
+    def _connect(self, options: dict[str, Any]) -> concurrent.futures.Future[None]:
+        """Make the producer, and let it connect while the topic is looked at."""
+        producer = self._producer = self._connection.producer(options)
+
+        def connect() -> None:
+            # The first answer comes over the bootstrap connection, which librdkafka then closes; if init_transactions
+            # asks for its coordinator at that moment, it waits half a second to ask again.
+            with contextlib.suppress(KafkaException):
+                for _ in range(2):
+                    producer.list_topics(self.topic, SLICE)
+
+        return self._connection.aside(connect)
 
     def encoders(self, topic: str | None = None) -> Encoders:
         """How the values and keys of a topic become bytes; a schema that is given is looked up or registered.
