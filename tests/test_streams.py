@@ -125,6 +125,13 @@ def test_a_query_that_fails_is_refused_before_anything_is_connected():
         chunks(pl.LazyFrame({"a": ["x"]}).select(pl.col("a").cast(pl.Int64)))
 
 
+@pytest.mark.parametrize("version", ["1.36.1", "1.9.0", "0.20.31"])
+def test_an_older_polars_that_hides_the_failure_of_a_query_is_refused(version, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda _: version)
+    with pytest.raises(InvalidRecordError, match=f"polars {version} .* Use polars 1.37 or later"):
+        chunks(pl.LazyFrame({"a": [1]}))
+
+
 @pytest.mark.parametrize("library", ["pyarrow"])
 def test_what_is_missing_is_named(library, monkeypatch, tmp_path):
     import sys

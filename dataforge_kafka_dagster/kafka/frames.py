@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 # Kinds of numpy's data types whose pandas columns polars takes as they are; "O" (object) is looked into.
 _NUMPY_KINDS: Final = "biufM"
+_EXACT_POLARS: Final = (2, 1)
 
 
 def open_frame(native: Any, fields: Sequence[str]) -> nw.DataFrame[Any] | None:
@@ -176,8 +177,11 @@ def _in_polars(native: Any) -> pl.DataFrame | None:
 
 @functools.cache
 def _json_is_exact() -> bool:
-    """Whether this polars writes JSON as it should: before 2.0 it loses values of arrays, before 1.37 of decimals."""
-    return int(importlib.metadata.version("polars").partition(".")[0]) >= 2  # noqa: PLR2004
+    """Whether this polars writes JSON as it should.
+
+    Before 2.0 it loses values of arrays, before 1.37 of decimals; 2.0 mixes null and the struct of nulls inside arrays.
+    """
+    return tuple(map(int, importlib.metadata.version("polars").split(".")[:2])) >= _EXACT_POLARS
 
 
 @functools.cache

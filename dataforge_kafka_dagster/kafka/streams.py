@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import importlib
+import importlib.metadata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -19,6 +20,7 @@ from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
 _ROWS: Final = 10_000
 _FILES: Final = (".ndjson", ".jsonl", ".csv", ".parquet")
 _GZIP: Final = ".gz"
+_LEAST_POLARS: Final = (1, 37)
 
 
 class Stream(NamedTuple):
@@ -87,9 +89,11 @@ def _library(name: str, what: str) -> Any:
 
 
 def _lazy_frame(frame: Any) -> Iterator[Any]:
-    if not hasattr(frame, "collect_batches"):
+    # Before 1.37 the batches of a query that fails just end, as if there were no more.
+    found = importlib.metadata.version("polars")
+    if tuple(map(int, found.split(".")[:2])) < _LEAST_POLARS:
         raise InvalidRecordError(
-            "polars LazyFrame", "this polars cannot give it bit by bit", "Use polars 1.34 or later, or collect() it"
+            "polars LazyFrame", f"polars {found} cannot give it bit by bit", "Use polars 1.37 or later, or collect() it"
         )
     yield from frame.collect_batches(chunk_size=_ROWS, lazy=True)
 
