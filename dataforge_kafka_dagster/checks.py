@@ -1,5 +1,6 @@
 """Asset checks: what an asset published last is still in Kafka, whole."""
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, Literal
 
@@ -141,7 +142,10 @@ def _build_check(
     resource_key: str,
     timeout: float,
 ) -> dg.AssetChecksDefinition:
-    options: dict[str, Any] = {} if spec.partitions_def is None else {"partitions_def": spec.partitions_def}
+    options: dict[str, Any] = {}
+    # Before Dagster 1.12, a check has the Dagster partitions of its run without being told.
+    if spec.partitions_def is not None and "partitions_def" in inspect.signature(dg.asset_check).parameters:
+        options["partitions_def"] = spec.partitions_def
 
     @dg.asset_check(
         asset=spec.key,

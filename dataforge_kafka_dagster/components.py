@@ -242,7 +242,8 @@ def _scaffold(request: dg.ScaffoldRequest[Any], attributes: str) -> None:
         dg.scaffold_component(request, {})
         return
     text = f"type: {request.type_name}\n\nattributes:\n{attributes}\n"
-    if request.append:
+    # Dagster 1.11 never appends.
+    if getattr(request, "append", False):
         with request.target_path.open("a", encoding="utf-8") as file:
             file.write(f"---\n{text}")
     else:

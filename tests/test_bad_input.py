@@ -340,14 +340,21 @@ def _send(config, topic, output, key=None):
             writer.send(value)
 
 
+def _context(metadata):
+    """The context of an output; given resources that are built already, it makes no Dagster instance of its own."""
+    return dg.OutputContext(
+        step_key="made",
+        name="result",
+        asset_key=dg.AssetKey("made"),
+        definition_metadata=metadata,
+        resources=ScopedResourcesBuilder().build(None),
+    )
+
+
 def _handle(config, topic, output, key=None):
     manager = KafkaIOManager(kafka=KafkaProducerResource(bootstrap_servers=config.producer.bootstrap_servers))
     metadata = {"kafka/topic": topic} | ({} if key is None else {"kafka/key": key})
-    # Given resources that are built already, the context makes no Dagster instance of its own.
-    context = dg.build_output_context(
-        name="result", asset_key="made", definition_metadata=metadata, resources=ScopedResourcesBuilder().build(None)
-    )
-    manager.handle_output(context, output)
+    manager.handle_output(_context(metadata), output)
 
 
 def _writer(config, topic, key=None):
@@ -559,10 +566,7 @@ def _refused(servers, output, metadata=None, **options):
     """The Failure of a step with this output."""
     manager = KafkaIOManager(kafka=KafkaProducerResource(bootstrap_servers=servers), **options)
     metadata = {"kafka/topic": "made"} | metadata if metadata is not None else {}
-    # Given resources that are built already, the context makes no Dagster instance of its own.
-    context = dg.build_output_context(
-        name="result", asset_key="made", definition_metadata=metadata, resources=ScopedResourcesBuilder().build(None)
-    )
+    context = _context(metadata)
     began = time.monotonic()
     with pytest.raises(dg.Failure) as caught:
         manager.handle_output(context, output)

@@ -1,5 +1,4 @@
 import datetime as dt
-import inspect
 import uuid
 
 import dagster as dg
@@ -17,10 +16,6 @@ from dataforge_kafka_dagster import (
 pytestmark = pytest.mark.kafka
 
 PREFIX = f"test-{uuid.uuid4().hex[:8]}"
-
-partitioned_checks = pytest.mark.skipif(
-    "partitions_def" not in inspect.signature(dg.asset_check).parameters, reason="this Dagster has no such checks"
-)
 
 
 @pytest.fixture
@@ -164,7 +159,6 @@ def test_what_was_never_materialized_fails_with_what_to_do(resources, kafka_topi
     assert "it was never materialized. Materialize it first" in str(event.event_specific_data.user_failure_data)
 
 
-@partitioned_checks
 def test_a_run_for_a_dagster_partition_checks_that_one(resources, kafka_topic, admin, instance):
     topic, days = kafka_topic(), dg.StaticPartitionsDefinition(["mon", "tue"])
     asset = _rows(topic, partitions_def=days)

@@ -236,7 +236,7 @@ def test_the_asset_is_as_its_attributes_say():
           tags: {tier: gold}
           deps: [raw/flights]
           metadata: {note: hello, dagster/uri: elsewhere}
-          automation_condition: "{{ dg.AutomationCondition.eager() }}"
+          automation_condition: "{{ automation_condition.eager() }}"
         topic: flights
         key: [carrier, flight]
         create_topic: {partitions: 6}

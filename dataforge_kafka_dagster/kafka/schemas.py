@@ -940,7 +940,8 @@ class SchemaDecoder:
             schema = self._registry.client.get_schema(int(found.id or 0), fmt="serialized")
             files = self._imported(schema)
             cls = message_class(_file_of_text(schema.schema_str or ""), place[1], files)
-            self._messages[place] = ProtobufDeserializer(cls)
+            # The class is known, so no subject is needed; confluent-kafka 2.13 asks for one all the same.
+            self._messages[place] = ProtobufDeserializer(cls, {"subject.name.strategy": lambda _context, _name: None})
         return message_to_dict(self._messages[place](data))
 
     def _imported(self, schema: Any) -> list[Any]:
