@@ -137,7 +137,8 @@ class KafkaIOManager(dg.ConfigurableIOManager):
             with writer:
                 writer.send_chunks(encoded if upsert is None else upsert.remember(encoded))
                 if upsert is not None:
-                    writer.send_tombstones(upsert.tombstones(writer.topic_ids))
+                    untold = writer.predecessor(upsert.replaces)
+                    writer.send_tombstones(upsert.tombstones(writer.topic_ids, [untold] if untold else []))
             return writer.commit()
 
         with self.kafka.errors_in_dagster(context, topic):

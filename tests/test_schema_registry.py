@@ -231,6 +231,36 @@ def test_a_check_of_what_publishes_from_its_body_asks_for_the_topic_of_its_key(k
     assert _schema_check(alerts, {"kafka": kafka}, instance)[:2] == (True, "alerts-key")
 
 
+def test_an_upsert_deletes_keys_with_a_schema(kafka, kafka_topic, read, registry, instance):
+    topic = kafka_topic(partitions=2)
+
+    def upsert(*names):
+        @dg.asset(
+            metadata={
+                "kafka/topic": topic,
+                "kafka/key": ["name", "n"],
+                "kafka/write_mode": "upsert",
+                "kafka/value_schema": "avro",
+                "kafka/key_schema": "avro",
+            }
+        )
+        def places():
+            return pl.DataFrame({"name": names, "n": [1] * len(names), "text": ["any"] * len(names)})
+
+        return metadata_of(run(kafka, places, instance=instance), "places")
+
+    upsert("a", "b", "c")
+    assert upsert("b", "d")["kafka/tombstones"] == 2
+    decode = AvroDeserializer(registry)
+    table = {}
+    for record in read(topic):
+        key = decode(record.key, None)
+        assert key["n"] == 1
+        table[key["name"]] = record.value
+    assert {name for name, value in table.items() if value is None} == {"a", "c"}
+    assert {decode(value, None)["name"] for value in table.values() if value is not None} == {"b", "d"}
+
+
 def test_a_compatible_schema_becomes_the_next_version(kafka, kafka_topic, instance):
     topic = kafka_topic()
 

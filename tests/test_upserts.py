@@ -7,7 +7,7 @@ import pytest
 from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource, KafkaRecord
+from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource, KafkaRecord, io_manager
 from dataforge_kafka_dagster.kafka.upserts import Upsert
 
 pytestmark = pytest.mark.kafka
@@ -178,9 +178,26 @@ def test_a_replayed_upsert_says_what_it_had_deleted(publish, kafka_topic, read, 
 
     publication = Publication.from_dict(said)
     (entries,) = _encode_ledger(publication)
-    header = _find_header(entries, publication.publication_id)
-    decoded = _decode_ledger(header, entries, publication.transactional_id, publication.publication_id)
+    key, header = _find_header(entries)
+    decoded = _decode_ledger(key, header, entries, publication.transactional_id, publication.publication_id)
     assert decoded.tombstones == 2
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["the first publication", "a later publication"])
+def test_what_was_committed_and_never_told_is_replaced_too(publish, kafka_topic, read, monkeypatch, first):
+    """As after a kill between the commit and the materialization."""
+    topic = kafka_topic(partitions=2)
+    if not first:
+        publish(topic, _rows("a", "b"))
+    with monkeypatch.context() as broken:
+        broken.setattr(io_manager, "publication_metadata", lambda *_: 1 / 0)
+        assert publish(topic, _rows("b", "untold"), fail=True)
+    assert _table(read(topic)) == {"b": 1, "untold": 1}
+    said = publish(topic, _rows("b", v=2))
+    assert _table(read(topic)) == {"b": 2}
+    assert said["kafka/tombstones"] == (1 if first else 2)
+    # Now it is told, and the ledger names the same publication as Dagster does.
+    assert publish(topic, _rows("c"))["kafka/tombstones"] == 1
 
 
 @pytest.mark.parametrize(("mode", "reason"), [("upsrt", "Use append or upsert"), ("merge", "there is no such mode")])

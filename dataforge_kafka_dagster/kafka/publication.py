@@ -20,9 +20,9 @@ import operator
 import re
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import confluent_kafka
 import orjson
@@ -268,6 +268,7 @@ class PublicationWriter:
         self._statistics = Statistics()
         self._span: PublicationSpan | None = None
         self._groups: dict[int, confluent_kafka.Consumer] = {}
+        self._last: tuple[str, dict[str, Any]] | None = None
         self._tracks: dict[str, _Track] = {}
         self._form: ValueFormat | None = None
         self._records = 0
@@ -923,12 +924,38 @@ class PublicationWriter:
 
     def _read_ledger(self) -> Publication | None:
         """What the last publication with this transactional id was, if it is this one."""
-        anchor = self._committed(0, {self.topic: 1})
-        header = _find_header(anchor, self._publication_id)
-        if header is None:
+        self._last = _find_header(self._committed(0, {self.topic: 1}))
+        if self._last is None or self._last[0] != _ledger_key(self._publication_id):
             return None
+        done = self._in_ledger(*self._last, self._publication_id)
+        found = sum(offsets.records for offsets in done.offsets)
+        if found != done.records:
+            raise KafkaError(
+                f"ledger group {self._transactional_id!r}",
+                f"it names {done.records} records, but the offsets of {found}",
+                "Somebody changed the group's offsets: start a new run, which publishes again",
+            )
+        return done
+
+    def _in_ledger(self, key: str, header: Mapping[str, Any], publication_id: str) -> Publication:
         entries = [entry for number in range(header["groups"]) for entry in self._committed(number, header["places"])]
-        return _decode_ledger(header, entries, self._transactional_id, self._publication_id)
+        return _decode_ledger(key, header, entries, self._transactional_id, publication_id)
+
+    def predecessor(self, known: Iterable[str]) -> Publication | None:
+        """What was committed last with this transactional id, if the ledger has it and it is none of the known.
+
+        Its attempt ended before it could tell anybody: it was killed after its commit. Its id is not known.
+
+        Args:
+            known: Publication ids.
+
+        Raises:
+            KafkaError: The broker does not answer.
+        """
+        keys = {_ledger_key(publication_id) for publication_id in (self._publication_id, *known)}
+        if self._last is None or self._last[0] in keys:
+            return None
+        return dataclasses.replace(self._in_ledger(*self._last, ""), topic_ids=self.topic_ids)
 
     def _committed(self, number: int, places: Mapping[str, int]) -> list[TopicPartition]:
         """The ledger's entries in the first so many Kafka partitions of each topic.
@@ -1208,35 +1235,32 @@ def _split(runs: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
     return pieces
 
 
-def _find_header(entries: Iterable[TopicPartition], publication_id: str) -> dict[str, Any] | None:
-    for entry in _own_entries(entries, publication_id):
-        header = entry[1].get("h")
-        if header is not None:
-            return cast("dict[str, Any]", header)
+def _find_header(entries: Iterable[TopicPartition]) -> tuple[str, dict[str, Any]] | None:
+    """The key of the publication in the ledger, and what the ledger says of it as a whole."""
+    for _, content in _ledger_entries(entries):
+        if "p" in content and "h" in content:
+            return content["p"], content["h"]
     return None
 
 
-def _own_entries(entries: Iterable[TopicPartition], publication_id: str) -> list[tuple[TopicPartition, dict[str, Any]]]:
-    key = _ledger_key(publication_id)
-    own = []
+def _ledger_entries(entries: Iterable[TopicPartition]) -> Iterator[tuple[TopicPartition, dict[str, Any]]]:
     for entry in entries:
         try:
             content = orjson.loads(entry.metadata or "null")
         except ValueError:
             continue
-        if isinstance(content, dict) and content.get("p") == key:
-            own.append((entry, content))
-    return own
+        if isinstance(content, dict):
+            yield entry, content
 
 
 def _decode_ledger(
-    header: Mapping[str, Any], entries: Iterable[TopicPartition], transactional_id: str, publication_id: str
+    key: str, header: Mapping[str, Any], entries: Iterable[TopicPartition], transactional_id: str, publication_id: str
 ) -> Publication:
     runs: dict[tuple[str, int], list[tuple[int, int]]] = collections.defaultdict(list)
-    for entry, content in _own_entries(entries, publication_id):
-        if "r" in content:
+    for entry, content in _ledger_entries(entries):
+        if content.get("p") == key and "r" in content:
             runs[entry.topic, entry.partition] += _unpack(content["r"])
-    publication = Publication(
+    return Publication(
         publication_id,
         transactional_id,
         header["topic"],
@@ -1251,11 +1275,3 @@ def _decode_ledger(
         tombstones=header["tombstones"],
         schemas=tuple(RegisteredSchema(*schema) for schema in header.get("schemas", ())),
     )
-    found = sum(offsets.records for offsets in publication.offsets)
-    if found != publication.records:
-        raise KafkaError(
-            f"ledger group {transactional_id!r}",
-            f"it names {publication.records} records, but the offsets of {found}",
-            "Somebody changed the group's offsets: start a new run, which publishes again",
-        )
-    return publication

@@ -56,20 +56,26 @@ class Upsert:
             self._records += len(chunk.values)
             yield chunk
 
-    def tombstones(self, topic_ids: Mapping[str, str]) -> Iterator[Chunk]:
+    @property
+    def replaces(self) -> list[str]:
+        """Ids of the publications that this one replaces."""
+        return [publication.publication_id for publication in self._previous]
+
+    def tombstones(self, topic_ids: Mapping[str, str], more: Sequence[Publication] = ()) -> Iterator[Chunk]:
         """The records that delete each other key, each in the Kafka partition where that key is.
 
         Records that compaction has removed are not missed: a later record has their key, or it is deleted already.
 
         Args:
             topic_ids: Kafka's own ids of the topics as they are now: one that was made anew holds nothing to delete.
+            more: Publications that it replaces too.
 
         Raises:
             KafkaError: The last publications could not be read.
         """
         keys: list[bytes] = []
         extras: list[Extra] = []
-        for publication in self._previous:
+        for publication in (*self._previous, *more):
             if publication.topic_ids.get(self._topic) != topic_ids.get(self._topic):
                 continue
             for record in read_publication(self._config, publication, self._timeout, partial=True):
