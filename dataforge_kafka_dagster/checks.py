@@ -9,7 +9,7 @@ import dagster as dg
 from dataforge_kafka_dagster.history import last_published, name_of
 from dataforge_kafka_dagster.io_manager import KafkaIOManager, topic_of
 from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError
-from dataforge_kafka_dagster.kafka.publication import Publication
+from dataforge_kafka_dagster.kafka.ledger import Publication
 from dataforge_kafka_dagster.kafka.schemas import KafkaSchema, check_compatible
 from dataforge_kafka_dagster.kafka.verification import Missing, find_missing
 from dataforge_kafka_dagster.resource import KafkaProducerResource

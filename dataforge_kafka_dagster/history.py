@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import dagster as dg
 
 from dataforge_kafka_dagster.kafka.errors import KafkaError
-from dataforge_kafka_dagster.kafka.publication import Publication
+from dataforge_kafka_dagster.kafka.ledger import Publication
 from dataforge_kafka_dagster.resource import PUBLICATION_METADATA
 
 

@@ -12,7 +12,8 @@ from dataforge_kafka_dagster.identity import Identity, output_identity
 from dataforge_kafka_dagster.kafka.cloudevents import CloudEventHeaders
 from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, check_topic
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError
-from dataforge_kafka_dagster.kafka.publication import Publication, settle
+from dataforge_kafka_dagster.kafka.ledger import Publication
+from dataforge_kafka_dagster.kafka.publication import settle
 from dataforge_kafka_dagster.kafka.reader import ReadRecord, read_publication
 from dataforge_kafka_dagster.kafka.records import KafkaRecord, key_fields
 from dataforge_kafka_dagster.kafka.registry import SchemaRegistry, SchemaRegistryConfig

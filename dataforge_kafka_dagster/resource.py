@@ -27,8 +27,9 @@ from dataforge_kafka_dagster.kafka.config import (
 )
 from dataforge_kafka_dagster.kafka.connection import logger
 from dataforge_kafka_dagster.kafka.errors import KafkaError
+from dataforge_kafka_dagster.kafka.ledger import Publication, make_transactional_id
 from dataforge_kafka_dagster.kafka.producer import DataForgeKafkaProducer, DeliveryCallback, RecordMetadata
-from dataforge_kafka_dagster.kafka.publication import Publication, PublicationWriter, make_transactional_id
+from dataforge_kafka_dagster.kafka.publication import PublicationWriter
 from dataforge_kafka_dagster.kafka.schemas import KafkaSchema
 from dataforge_kafka_dagster.kafka.serialization import Headers
 

@@ -14,7 +14,8 @@ from dataforge_kafka_dagster import KafkaError, KafkaIOManager, KafkaProducerCon
 from dataforge_kafka_dagster.kafka.config import PublicationConfig
 from dataforge_kafka_dagster.kafka.dead_letters import dead_letter
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError
-from dataforge_kafka_dagster.kafka.publication import Publication, PublicationWriter
+from dataforge_kafka_dagster.kafka.ledger import Publication
+from dataforge_kafka_dagster.kafka.publication import PublicationWriter
 
 
 class _Rude:

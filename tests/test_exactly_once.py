@@ -23,7 +23,8 @@ from dagster._core.execution.api import ReexecutionOptions, execute_run
 
 from dataforge_kafka_dagster import KafkaProducerConfig
 from dataforge_kafka_dagster.kafka.config import PublicationConfig
-from dataforge_kafka_dagster.kafka.publication import PublicationWriter, make_transactional_id
+from dataforge_kafka_dagster.kafka.ledger import make_transactional_id
+from dataforge_kafka_dagster.kafka.publication import PublicationWriter
 
 pytestmark = pytest.mark.kafka
 

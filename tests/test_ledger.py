@@ -10,14 +10,16 @@ from hypothesis import strategies as st
 
 from dataforge_kafka_dagster import KafkaProducerConfig
 from dataforge_kafka_dagster.kafka.config import PublicationConfig
-from dataforge_kafka_dagster.kafka.publication import (
+from dataforge_kafka_dagster.kafka.ledger import (
     PartitionOffsets,
     Publication,
+    decode_ledger,
+    encode_ledger,
+    find_header,
+    ledger_key,
+)
+from dataforge_kafka_dagster.kafka.publication import (
     PublicationWriter,
-    _decode_ledger,
-    _encode_ledger,
-    _find_header,
-    _ledger_key,
 )
 from dataforge_kafka_dagster.kafka.reader import read_publication
 
@@ -46,14 +48,14 @@ def _publication(offsets):
 @given(st.dictionaries(st.tuples(st.sampled_from(["t", "other"]), st.integers(0, 4)), runs, max_size=4))
 def test_any_ledger_comes_back(places):
     publication = _publication([_offsets(*place, steps) for place, steps in sorted(places.items())])
-    groups = _encode_ledger(publication)
+    groups = encode_ledger(publication)
     entries = [entry for group in groups for entry in group]
     assert max(len(entry.metadata.encode()) for entry in entries) < LARGEST_METADATA
-    key, header = _find_header(groups[0])
+    key, header = find_header(groups[0])
     assert header["groups"] == len(groups)
-    assert _decode_ledger(key, header, entries, "id", "run/asset") == publication
-    assert key != _ledger_key("another run/asset")
-    assert _decode_ledger(_ledger_key("another"), header, entries, "id", "run/asset").offsets == ()
+    assert decode_ledger(key, header, entries, "id", "run/asset") == publication
+    assert key != ledger_key("another run/asset")
+    assert decode_ledger(ledger_key("another"), header, entries, "id", "run/asset").offsets == ()
 
 
 @pytest.mark.kafka
@@ -77,7 +79,7 @@ def test_a_publication_of_thousands_of_runs_is_found_and_read_again(kafka_bootst
             assert other.flush(10) == 0
     made = publication.commit()
     assert sum(len(offsets.runs) for offsets in made.offsets) == 2 * ROUNDS
-    assert len(_encode_ledger(made)) >= 2
+    assert len(encode_ledger(made)) >= 2
 
     with writer("long") as again:
         again.send({"i": "never"})

@@ -9,7 +9,7 @@ import dagster as dg
 import pytest
 
 from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource
-from dataforge_kafka_dagster.kafka.publication import make_transactional_id
+from dataforge_kafka_dagster.kafka.ledger import make_transactional_id
 
 LONG = ["x" * 499 + end for end in "ab"]
 ODD = ["Zürich/東京 🛫", "Zürich/東京 🛬", "a b", "a-b", "a.b", "../..", " ", "a'\"\\;"]

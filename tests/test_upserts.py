@@ -174,12 +174,12 @@ def test_a_replayed_upsert_says_what_it_had_deleted(publish, kafka_topic, read, 
     first = publish(topic, _rows("c"))
     said = first["kafka/publication"]
     assert said["tombstones"] == first["kafka/tombstones"] == 2
-    from dataforge_kafka_dagster.kafka.publication import Publication, _decode_ledger, _encode_ledger, _find_header
+    from dataforge_kafka_dagster.kafka.ledger import Publication, decode_ledger, encode_ledger, find_header
 
     publication = Publication.from_dict(said)
-    (entries,) = _encode_ledger(publication)
-    key, header = _find_header(entries)
-    decoded = _decode_ledger(key, header, entries, publication.transactional_id, publication.publication_id)
+    (entries,) = encode_ledger(publication)
+    key, header = find_header(entries)
+    decoded = decode_ledger(key, header, entries, publication.transactional_id, publication.publication_id)
     assert decoded.tombstones == 2
 
 

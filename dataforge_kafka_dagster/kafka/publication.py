@@ -7,31 +7,27 @@ attempt fences the last one (`init_transactions`), then reads the ledger, and pu
 
 from __future__ import annotations
 
-import base64
-import collections
 import concurrent.futures
 import contextlib
 import dataclasses
 import datetime as dt
 import functools
-import hashlib
 import itertools
 import operator
-import re
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final
 
 import confluent_kafka
-import orjson
 from confluent_kafka import KafkaException, TopicPartition
 from typing_extensions import Self
 
 from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, PublicationConfig, check_topic, publication_options
 from dataforge_kafka_dagster.kafka.connection import SLICE, Connection, logger, timed_out
 from dataforge_kafka_dagster.kafka.dead_letters import dead_letter
+from dataforge_kafka_dagster.kafka.deliveries import Track, headers_size
 from dataforge_kafka_dagster.kafka.errors import (
     FENCED_CODES,
     InvalidRecordError,
@@ -40,12 +36,18 @@ from dataforge_kafka_dagster.kafka.errors import (
     Remedy,
     fix_for,
 )
+from dataforge_kafka_dagster.kafka.ledger import (
+    Publication,
+    decode_ledger,
+    encode_ledger,
+    find_header,
+    group_id,
+    ledger_key,
+)
 from dataforge_kafka_dagster.kafka.records import PLAIN, Chunk, Extra, KafkaRecord, encode_record, key_fields
 from dataforge_kafka_dagster.kafka.schemas import (
     KafkaSchema,
-    RegisteredSchema,
     SchemaEncoders,
-    SchemaFormat,
     schema_encoders,
 )
 from dataforge_kafka_dagster.kafka.serialization import (
@@ -59,13 +61,8 @@ from dataforge_kafka_dagster.kafka.serialization import (
 from dataforge_kafka_dagster.kafka.sources import BadRecordTaker, chunks, is_repeatable
 from dataforge_kafka_dagster.kafka.statistics import Statistics
 from dataforge_kafka_dagster.kafka.telemetry import PublicationSpan
-from dataforge_kafka_dagster.kafka.topics import Topic, check_topic_exists, end_offsets, replica_trouble
+from dataforge_kafka_dagster.kafka.topics import check_topic_exists, end_offsets, replica_trouble
 
-_LEDGER_VERSION: Final = 1
-# Brokers refuse more than offset.metadata.max.bytes, 4096 by default.
-_LEDGER_BYTES: Final = 3500
-_LEDGER_SCHEMA_BYTES: Final = 800
-_ID_BYTES: Final = 180
 _PROGRESS_SECONDS: Final = 5.0
 # Fewer records are not worth the requests that take the place of their delivery reports.
 _MANY: Final = 20_000
@@ -83,127 +80,6 @@ _VAIN_ABORT_SECONDS: Final = 0.05
 
 class OtherWriterError(KafkaError):
     """Somebody else wrote to the topic during a publication without delivery reports, which `settle` repeats."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PartitionOffsets:
-    """The records of a publication in one Kafka partition.
-
-    Attributes:
-        topic: The topic.
-        partition: Kafka partition, from 0.
-        runs: (first offset, last offset) of each unbroken run, both inclusive, in order. Other writers' records, and
-            the markers that end transactions, lie between runs.
-    """
-
-    topic: str
-    partition: int
-    runs: tuple[tuple[int, int], ...]
-
-    @property
-    def first(self) -> int:
-        """Offset of the first record."""
-        return self.runs[0][0]
-
-    @property
-    def last(self) -> int:
-        """Offset of the last record."""
-        return self.runs[-1][1]
-
-    @property
-    def records(self) -> int:
-        """Number of records."""
-        return sum(last - first + 1 for first, last in self.runs)
-
-
-@dataclasses.dataclass(frozen=True)
-class Publication:
-    """What was published, and where it is.
-
-    Attributes:
-        publication_id: Names the work: the same for every attempt at it.
-        transactional_id: Names the publisher: the same for every publication of one output and Dagster partition.
-        topic: The topic, or the first of several.
-        records: Number of records.
-        bytes: Bytes of their values and keys, before compression.
-        value_format: "json", "string" or "bytes"; with a schema "avro", "json_schema" or "protobuf"; None if there is
-            no value.
-        offsets: Where they are, by topic and Kafka partition.
-        replayed: True if an earlier attempt had published it, so that this one published nothing.
-        seconds: Time this attempt took, from connecting to commit.
-        tombstones: How many of the records an upsert added, to delete keys.
-        statistics: What librdkafka measured, by name: `Statistics.summary`; empty if it took no second.
-        topic_ids: Kafka's own id of each topic, which another one of the same name does not have.
-        dead_letters: Number of records that could not be published and went to the dead-letter topic instead; they are
-            not among `records`, `bytes` and `offsets`.
-        dead_letter_topic: That topic; None if bad records end a publication.
-        schemas: The schemas of its values and keys, as the registry knows them.
-    """
-
-    publication_id: str
-    transactional_id: str
-    topic: str
-    records: int
-    bytes: int
-    value_format: ValueFormat | None
-    offsets: tuple[PartitionOffsets, ...]
-    replayed: bool
-    seconds: float
-    topic_ids: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    dead_letters: int = 0
-    dead_letter_topic: str | None = None
-    tombstones: int = 0
-    schemas: tuple[RegisteredSchema, ...] = ()
-    statistics: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-    @property
-    def key_format(self) -> SchemaFormat | None:
-        """The format of its keys if they have a schema, else None: they are text."""
-        return next((schema.format for schema in self.schemas if schema.part == "key"), None)
-
-    @property
-    def topics(self) -> tuple[str, ...]:
-        """The topics that hold its records, and its own first."""
-        return tuple(dict.fromkeys((self.topic, *(offsets.topic for offsets in self.offsets))))
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready values, offsets as "first offset, length, gap, length, ..." of runs; `from_dict` reads them."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "offsets"}
-        places: dict[str, dict[str, str]] = collections.defaultdict(dict)
-        for offsets in self.offsets:
-            places[offsets.topic][str(offsets.partition)] = " ".join(map(str, _pack(offsets.runs)))
-        schemas = [dataclasses.asdict(schema) for schema in self.schemas]
-        return fields | {"offsets": dict(places), "schemas": schemas}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Publication:
-        """What `to_dict` wrote.
-
-        Raises:
-            KeyError: A value is missing.
-        """
-        names = (f.name for f in dataclasses.fields(cls) if f.name not in {"offsets", "schemas"})
-        schemas = tuple(RegisteredSchema(**schema) for schema in values.get("schemas", ()))
-        offsets = tuple(
-            PartitionOffsets(topic, int(partition), _unpack([int(number) for number in packed.split()]))
-            for topic, partitions in values["offsets"].items()
-            for partition, packed in partitions.items()
-        )
-        return cls(**{name: values[name] for name in names}, offsets=offsets, schemas=schemas)
-
-
-def make_transactional_id(prefix: str, name: Sequence[str], partition: Sequence[str] = ()) -> str:
-    """A transactional id (and ledger group): readable in front, unique by a hash behind, at most 249 characters.
-
-    Args:
-        prefix: Of the deployment; grant ACLs by it.
-        name: Of the publisher: asset key and output, or job and step.
-        partition: The Dagster partition keys; any text.
-    """
-    exact = "\0".join([*(f"n{part}" for part in name), *(f"p{part}" for part in partition)])
-    digest = hashlib.sha256(exact.encode()).digest()[:15]
-    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", ".".join([*name, *partition]))[: _ID_BYTES - len(prefix)]
-    return f"{prefix}.{readable}.{base64.b32encode(digest).decode().lower()}"
 
 
 class PublicationWriter:
@@ -269,14 +145,14 @@ class PublicationWriter:
         self._span: PublicationSpan | None = None
         self._groups: dict[int, confluent_kafka.Consumer] = {}
         self._last: tuple[str, dict[str, Any]] | None = None
-        self._tracks: dict[str, _Track] = {}
+        self._tracks: dict[str, Track] = {}
         self._form: ValueFormat | None = None
         self._records = 0
         self._tombstones = 0
         self._bytes = 0
         self._dead_letters = 0
         self._dead_topic = self._dead_topic_of(on_bad_record or config.on_bad_record)
-        self._dead_track: _Track | None = None
+        self._dead_track: Track | None = None
         self._compressed = True
         self._reports = reports or not self._exactly_once or self._dead_topic is not None
         self._ends_before: list[int] | None = None
@@ -331,7 +207,7 @@ class PublicationWriter:
         self._add_topic(self.topic, timeout)
         if self._dead_topic is not None:
             found = check_topic_exists(connection, self._dead_topic, self._create_topic, timeout)
-            self._dead_track = _Track(self._dead_topic, found)
+            self._dead_track = Track(self._dead_topic, found)
         # The largest batch is the topic's too: the broker refuses a larger one whole, and librdkafka does not split it.
         largest = min((track.max_bytes for track in self._all_tracks if track.max_bytes), default=None)
         if largest is not None and largest < int(options["batch.size"]):
@@ -393,11 +269,11 @@ class PublicationWriter:
             self._encoders[topic] = schema_encoders(self._config.schema_registry, topic, *self._schemas)
         return self._encoders[topic]
 
-    def _add_topic(self, topic: str, timeout: float) -> _Track:
+    def _add_topic(self, topic: str, timeout: float) -> Track:
         track = self._tracks.get(topic)
         if track is None:
             found = check_topic_exists(self._connection, topic, self._create_topic, timeout)
-            track = self._tracks[topic] = _Track(topic, found)
+            track = self._tracks[topic] = Track(topic, found)
         return track
 
     def send(
@@ -537,7 +413,7 @@ class PublicationWriter:
             else:
                 return
 
-    def _produce_each(self, chunk: Chunk, topic: str, track: _Track) -> None:
+    def _produce_each(self, chunk: Chunk, topic: str, track: Track) -> None:
         keys, extras = chunk.keys or itertools.repeat(None), chunk.extras or itertools.repeat(PLAIN)
         for index, (value, key, extra) in enumerate(zip(chunk.values, keys, extras, strict=False), self._position):
             try:
@@ -548,7 +424,7 @@ class PublicationWriter:
                 self._bury_sent(value, key, index, error)
 
     def _check_record(
-        self, track: _Track, index: int, value: bytes | str | None, key: bytes | str | None, extra: Extra
+        self, track: Track, index: int, value: bytes | str | None, key: bytes | str | None, extra: Extra
     ) -> None:
         """Refuse what the topic is known to refuse, which ends a transaction if it is sent."""
         topic = track.topic
@@ -576,7 +452,7 @@ class PublicationWriter:
                 "Give another timestamp (milliseconds since the epoch), or raise that setting of the topic",
                 index=index,
             )
-        size = text_size([value, key]) + _headers_size(extra.headers or ())
+        size = text_size([value, key]) + headers_size(extra.headers or ())
         if track.max_bytes is None or size <= track.max_bytes:
             return
         if not self._compressed:
@@ -702,7 +578,7 @@ class PublicationWriter:
         )
 
     @property
-    def _all_tracks(self) -> list[_Track]:
+    def _all_tracks(self) -> list[Track]:
         return [*self._tracks.values(), *([self._dead_track] if self._dead_track else [])]
 
     def _failure(self) -> KafkaError | None:
@@ -808,7 +684,7 @@ class PublicationWriter:
         """Kafka's own id of each topic that this publication goes to."""
         return {track.topic: track.topic_id for track in self._tracks.values() if track.topic_id is not None}
 
-    def _ends(self, track: _Track) -> list[int]:
+    def _ends(self, track: Track) -> list[int]:
         """The offset that each Kafka partition's next record would get."""
         timeout = self._config.producer.delivery_timeout
         return end_offsets(self._connection, track.topic, track.partitions, timeout)
@@ -855,7 +731,7 @@ class PublicationWriter:
         timeout = self._config.producer.delivery_timeout
         name = f"commit of {publication.records} records to {', '.join(self._tracks)!r}"
         try:
-            for number, entries in enumerate(_encode_ledger(publication)):
+            for number, entries in enumerate(encode_ledger(publication)):
                 metadata = self._ledger_group(number).consumer_group_metadata()
                 send_offsets = functools.partial(producer.send_offsets_to_transaction, entries, metadata, timeout)
                 # It ignores its time-out while a broker does not answer.
@@ -924,8 +800,8 @@ class PublicationWriter:
 
     def _read_ledger(self) -> Publication | None:
         """What the last publication with this transactional id was, if it is this one."""
-        self._last = _find_header(self._committed(0, {self.topic: 1}))
-        if self._last is None or self._last[0] != _ledger_key(self._publication_id):
+        self._last = find_header(self._committed(0, {self.topic: 1}))
+        if self._last is None or self._last[0] != ledger_key(self._publication_id):
             return None
         done = self._in_ledger(*self._last, self._publication_id)
         found = sum(offsets.records for offsets in done.offsets)
@@ -939,7 +815,7 @@ class PublicationWriter:
 
     def _in_ledger(self, key: str, header: Mapping[str, Any], publication_id: str) -> Publication:
         entries = [entry for number in range(header["groups"]) for entry in self._committed(number, header["places"])]
-        return _decode_ledger(key, header, entries, self._transactional_id, publication_id)
+        return decode_ledger(key, header, entries, self._transactional_id, publication_id)
 
     def predecessor(self, known: Iterable[str]) -> Publication | None:
         """What was committed last with this transactional id, if the ledger has it and it is none of the known.
@@ -952,7 +828,7 @@ class PublicationWriter:
         Raises:
             KafkaError: The broker does not answer.
         """
-        keys = {_ledger_key(publication_id) for publication_id in (self._publication_id, *known)}
+        keys = {ledger_key(publication_id) for publication_id in (self._publication_id, *known)}
         if self._last is None or self._last[0] in keys:
             return None
         return dataclasses.replace(self._in_ledger(*self._last, ""), topic_ids=self.topic_ids)
@@ -979,110 +855,15 @@ class PublicationWriter:
                 raise
             return found
 
-        name = f"ledger group {_group_id(self._transactional_id, number)!r}"
+        name = f"ledger group {group_id(self._transactional_id, number)!r}"
         return self._connection.in_thread(read, self._config.producer.delivery_timeout, name)
 
     def _ledger_group(self, number: int) -> confluent_kafka.Consumer:
         """The consumer that stands for one of the ledger's groups, made when first asked for."""
         if number not in self._groups:
-            options = {"group.id": _group_id(self._transactional_id, number), "enable.auto.commit": False}
+            options = {"group.id": group_id(self._transactional_id, number), "enable.auto.commit": False}
             self._groups[number] = self._connection.consumer(options)
         return self._groups[number]
-
-
-class _Track:
-    """Delivery reports of one topic, collapsed into runs of offsets.
-
-    Attributes:
-        max_bytes: The largest batch that it takes, after compression; None if that is not known.
-        compacted: Whether it takes only records with a key.
-        timestamps: How old and how far ahead a timestamp may be, milliseconds; None if it may be anything.
-        report: The delivery callback: it records and never raises. A function, which Python calls faster than a method.
-        first_failure: Its error, the record's key, and the record's position if it is known.
-    """
-
-    def __init__(self, topic: str, found: Topic) -> None:
-        self.topic = topic
-        self.partitions = found.partitions
-        self.topic_id = found.id
-        self.failures: collections.Counter[str] = collections.Counter()
-        self.max_bytes = found.max_bytes
-        self.compacted = found.compacted
-        self.timestamps = found.timestamps
-        self._blameless = False
-        self.first_failure: tuple[confluent_kafka.KafkaError, bytes | None, int | None] | None = None
-        self._starts: dict[int, list[int]] = {}
-        self._ends: dict[int, list[int]] = {}
-        self._next: dict[int, int] = {}
-        self.report = self.reporter()
-
-    def may_refuse(self, chunk: Chunk) -> bool:
-        """Whether a record of some is to be looked at by itself: the topic may refuse it."""
-        if self.compacted and (chunk.keys is None or None in chunk.keys):
-            return True
-        headers = 0
-        if chunk.extras is not None:
-            all_headers, partitions, timestamps = zip(*chunk.extras, strict=True)
-            given = [timestamp for timestamp in timestamps if timestamp]
-            if given and not (self.age_fits(min(given)) and self.age_fits(max(given))):
-                return True
-            if max(partitions) >= self.partitions:
-                return True
-            headers = max(map(_headers_size, filter(None, all_headers)), default=0)
-        if self.max_bytes is None or chunk.size + headers * len(chunk.values) <= self.max_bytes:
-            return False
-        # A character may take four bytes.
-        longest = sum(max(map(len, filter(None, texts or ())), default=0) for texts in chunk[:2])
-        return 4 * longest + headers > self.max_bytes
-
-    def age_fits(self, timestamp: int) -> bool:
-        """Whether the topic takes a timestamp, in milliseconds."""
-        if self.timestamps is None:
-            return True
-        return -self.timestamps[1] <= round(time.time() * 1000) - timestamp <= self.timestamps[0]
-
-    def reporter(self, index: int | None = None) -> Callable[[confluent_kafka.KafkaError | None, Any], None]:
-        """A delivery callback, which knows the record's position if it is of one record only."""
-        following = self._next
-
-        def report(err: confluent_kafka.KafkaError | None, msg: Any) -> None:
-            if err is None:
-                partition = msg.partition()
-                offset = msg.offset()
-                if following.get(partition) != offset:
-                    self._begin(partition, offset)
-                following[partition] = offset + 1
-            else:
-                # Said of the records beside the one at fault.
-                blameless = err.name() == "_INVALID_DIFFERENT_RECORD"
-                self.failures[err.name()] += 1
-                if self.first_failure is None or (not blameless and self._blameless):
-                    self.first_failure, self._blameless = (err, msg.key(), index), blameless
-
-        return report
-
-    def _begin(self, partition: int, offset: int) -> None:
-        if partition in self._next:
-            self._ends.setdefault(partition, []).append(self._next[partition] - 1)
-        self._starts.setdefault(partition, []).append(offset)
-
-    def set_ranges(self, before: Sequence[int], after: Sequence[int]) -> None:
-        """Take all offsets from some ends to others, by Kafka partition, for delivered."""
-        for partition, (start, end) in enumerate(zip(before, after, strict=True)):
-            if start < end:
-                self._starts[partition], self._next[partition] = [start], end
-
-    @property
-    def offsets(self) -> tuple[PartitionOffsets, ...]:
-        """What was delivered so far, by Kafka partition."""
-        return tuple(
-            PartitionOffsets(
-                self.topic,
-                partition,
-                tuple(zip(starts, [*self._ends.get(partition, ()), self._next[partition] - 1], strict=True)),
-            )
-            for partition, starts in sorted(self._starts.items())
-        )
 
 
 def publish(
@@ -1145,133 +926,9 @@ def _log_progress(records: int, size: int, seconds: float) -> None:
     logger.info("Published %d records, %.1f MB, in %.0f s; not committed yet", records, size / 1e6, seconds)
 
 
-def _headers_size(headers: Iterable[tuple[str, bytes | None]]) -> int:
-    return sum(len(name) + len(text or b"") for name, text in headers)
-
-
 def _shown(key: bytes | str | None) -> str:
     return f" (key {key[:100]!r})" if key else ""
 
 
 def _as_bytes(key: bytes | str | None) -> bytes | None:
     return key.encode() if isinstance(key, str) else key
-
-
-def _pack(runs: Iterable[tuple[int, int]]) -> list[int]:
-    """Runs of offsets as [first offset, length, gap, length, gap, length, ...]."""
-    packed: list[int] = []
-    end = 0
-    for first, last in runs:
-        packed += (first - end, last - first + 1)
-        end = last + 1
-    return packed
-
-
-def _unpack(packed: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    runs, end = [], 0
-    for gap, length in zip(packed[::2], packed[1::2], strict=True):
-        first = end + gap
-        end = first + length
-        runs.append((first, end - 1))
-    return tuple(runs)
-
-
-def _group_id(transactional_id: str, number: int) -> str:
-    return f"{transactional_id}.{number}" if number else transactional_id
-
-
-def _ledger_key(publication_id: str) -> str:
-    return base64.b32encode(hashlib.sha256(publication_id.encode()).digest()[:15]).decode().lower()
-
-
-def _encode_ledger(publication: Publication) -> list[list[TopicPartition]]:
-    """The ledger as offsets to commit, a list per consumer group; more than one only for thousands of runs."""
-    key = _ledger_key(publication.publication_id)
-    groups: list[dict[tuple[str, int], dict[str, Any]]] = [{(publication.topic, 0): {"p": key}}]
-    ends = {(publication.topic, 0): 0}
-    for offsets in publication.offsets:
-        place = (offsets.topic, offsets.partition)
-        ends[place] = offsets.last + 1
-        for number, some in enumerate(_split(offsets.runs)):
-            if number == len(groups):
-                groups.append({})
-            groups[number].setdefault(place, {"p": key})["r"] = _pack(some)
-    groups[0][publication.topic, 0]["h"] = {
-        "v": _LEDGER_VERSION,
-        "groups": len(groups),
-        "places": {topic: 1 + max(p for t, p in ends if t == topic) for topic, _ in ends},
-        "topic": publication.topic,
-        "records": publication.records,
-        "bytes": publication.bytes,
-        "format": publication.value_format,
-        "dead": [publication.dead_letters, publication.dead_letter_topic],
-        "tombstones": publication.tombstones,
-    }
-    schemas = [dataclasses.astuple(schema) for schema in publication.schemas]
-    # What a replay then does not tell, the ids in the records do.
-    if len(orjson.dumps(schemas)) < _LEDGER_SCHEMA_BYTES:
-        groups[0][publication.topic, 0]["h"]["schemas"] = schemas
-    return [
-        [
-            TopicPartition(topic, partition, ends[topic, partition], orjson.dumps(entry).decode())
-            for (topic, partition), entry in group.items()
-        ]
-        for group in groups
-    ]
-
-
-def _split(runs: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """Runs, cut where their packed text would outgrow one entry."""
-    pieces: list[list[tuple[int, int]]] = [[]]
-    size = 0
-    end = 0
-    for first, last in runs:
-        size += len(f"{first - end},{last - first + 1},")
-        if size > _LEDGER_BYTES - 400 - _LEDGER_SCHEMA_BYTES:
-            pieces.append([])
-            size = 2 * len(f"{last},")
-        pieces[-1].append((first, last))
-        end = last + 1
-    return pieces
-
-
-def _find_header(entries: Iterable[TopicPartition]) -> tuple[str, dict[str, Any]] | None:
-    """The key of the publication in the ledger, and what the ledger says of it as a whole."""
-    for _, content in _ledger_entries(entries):
-        if "p" in content and "h" in content:
-            return content["p"], content["h"]
-    return None
-
-
-def _ledger_entries(entries: Iterable[TopicPartition]) -> Iterator[tuple[TopicPartition, dict[str, Any]]]:
-    for entry in entries:
-        try:
-            content = orjson.loads(entry.metadata or "null")
-        except ValueError:
-            continue
-        if isinstance(content, dict):
-            yield entry, content
-
-
-def _decode_ledger(
-    key: str, header: Mapping[str, Any], entries: Iterable[TopicPartition], transactional_id: str, publication_id: str
-) -> Publication:
-    runs: dict[tuple[str, int], list[tuple[int, int]]] = collections.defaultdict(list)
-    for entry, content in _ledger_entries(entries):
-        if content.get("p") == key and "r" in content:
-            runs[entry.topic, entry.partition] += _unpack(content["r"])
-    return Publication(
-        publication_id,
-        transactional_id,
-        header["topic"],
-        header["records"],
-        header["bytes"],
-        header["format"],
-        tuple(PartitionOffsets(topic, partition, tuple(found)) for (topic, partition), found in sorted(runs.items())),
-        replayed=True,
-        seconds=0.0,
-        dead_letters=header["dead"][0],
-        dead_letter_topic=header["dead"][1],
-        tombstones=header["tombstones"],
-        schemas=tuple(RegisteredSchema(*schema) for schema in header.get("schemas", ())),
-    )

@@ -14,7 +14,7 @@ from confluent_kafka import TopicPartition
 from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig
 from dataforge_kafka_dagster.kafka.connection import SLICE, Connection
 from dataforge_kafka_dagster.kafka.errors import KafkaError, Remedy, remedy_of
-from dataforge_kafka_dagster.kafka.publication import PartitionOffsets, Publication
+from dataforge_kafka_dagster.kafka.ledger import PartitionOffsets, Publication
 
 _BATCH: Final = 5_000
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
-from dataforge_kafka_dagster.kafka.publication import Publication
+from dataforge_kafka_dagster.kafka.ledger import Publication
 from dataforge_kafka_dagster.kafka.reader import read_publication
 from dataforge_kafka_dagster.kafka.records import Chunk, Extra
 

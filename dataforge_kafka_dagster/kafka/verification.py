@@ -12,7 +12,7 @@ from confluent_kafka import TopicPartition
 from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig
 from dataforge_kafka_dagster.kafka.connection import Connection
 from dataforge_kafka_dagster.kafka.errors import KafkaError
-from dataforge_kafka_dagster.kafka.publication import PartitionOffsets, Publication
+from dataforge_kafka_dagster.kafka.ledger import PartitionOffsets, Publication
 from dataforge_kafka_dagster.kafka.reader import read_publication
 from dataforge_kafka_dagster.kafka.topics import look_at_topic
 

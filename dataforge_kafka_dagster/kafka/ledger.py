@@ -1,0 +1,278 @@
+"""What a publication was, and its ledger: that, as the metadata of consumer-group offsets.
+
+Its transaction commits the ledger with the records, so that one exists exactly if the others do.
+"""
+
+from __future__ import annotations
+
+import base64
+import collections
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import orjson
+from confluent_kafka import TopicPartition
+
+from dataforge_kafka_dagster.kafka.schemas import RegisteredSchema, SchemaFormat
+from dataforge_kafka_dagster.kafka.serialization import ValueFormat
+
+_LEDGER_VERSION: Final = 1
+# Brokers refuse more than offset.metadata.max.bytes, 4096 by default.
+_LEDGER_BYTES: Final = 3500
+_LEDGER_SCHEMA_BYTES: Final = 800
+_ID_BYTES: Final = 180
+
+
+@dataclasses.dataclass(frozen=True)
+class PartitionOffsets:
+    """The records of a publication in one Kafka partition.
+
+    Attributes:
+        topic: The topic.
+        partition: Kafka partition, from 0.
+        runs: (first offset, last offset) of each unbroken run, both inclusive, in order. Other writers' records, and
+            the markers that end transactions, lie between runs.
+    """
+
+    topic: str
+    partition: int
+    runs: tuple[tuple[int, int], ...]
+
+    @property
+    def first(self) -> int:
+        """Offset of the first record."""
+        return self.runs[0][0]
+
+    @property
+    def last(self) -> int:
+        """Offset of the last record."""
+        return self.runs[-1][1]
+
+    @property
+    def records(self) -> int:
+        """Number of records."""
+        return sum(last - first + 1 for first, last in self.runs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Publication:
+    """What was published, and where it is.
+
+    Attributes:
+        publication_id: Names the work: the same for every attempt at it.
+        transactional_id: Names the publisher: the same for every publication of one output and Dagster partition.
+        topic: The topic, or the first of several.
+        records: Number of records.
+        bytes: Bytes of their values and keys, before compression.
+        value_format: "json", "string" or "bytes"; with a schema "avro", "json_schema" or "protobuf"; None if there is
+            no value.
+        offsets: Where they are, by topic and Kafka partition.
+        replayed: True if an earlier attempt had published it, so that this one published nothing.
+        seconds: Time this attempt took, from connecting to commit.
+        tombstones: How many of the records an upsert added, to delete keys.
+        statistics: What librdkafka measured, by name: `Statistics.summary`; empty if it took no second.
+        topic_ids: Kafka's own id of each topic, which another one of the same name does not have.
+        dead_letters: Number of records that could not be published and went to the dead-letter topic instead; they are
+            not among `records`, `bytes` and `offsets`.
+        dead_letter_topic: That topic; None if bad records end a publication.
+        schemas: The schemas of its values and keys, as the registry knows them.
+    """
+
+    publication_id: str
+    transactional_id: str
+    topic: str
+    records: int
+    bytes: int
+    value_format: ValueFormat | None
+    offsets: tuple[PartitionOffsets, ...]
+    replayed: bool
+    seconds: float
+    topic_ids: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    dead_letters: int = 0
+    dead_letter_topic: str | None = None
+    tombstones: int = 0
+    schemas: tuple[RegisteredSchema, ...] = ()
+    statistics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def key_format(self) -> SchemaFormat | None:
+        """The format of its keys if they have a schema, else None: they are text."""
+        return next((schema.format for schema in self.schemas if schema.part == "key"), None)
+
+    @property
+    def topics(self) -> tuple[str, ...]:
+        """The topics that hold its records, and its own first."""
+        return tuple(dict.fromkeys((self.topic, *(offsets.topic for offsets in self.offsets))))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready values, offsets as "first offset, length, gap, length, ..." of runs; `from_dict` reads them."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "offsets"}
+        places: dict[str, dict[str, str]] = collections.defaultdict(dict)
+        for offsets in self.offsets:
+            places[offsets.topic][str(offsets.partition)] = " ".join(map(str, _pack(offsets.runs)))
+        schemas = [dataclasses.asdict(schema) for schema in self.schemas]
+        return fields | {"offsets": dict(places), "schemas": schemas}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Publication:
+        """What `to_dict` wrote.
+
+        Raises:
+            KeyError: A value is missing.
+        """
+        names = (f.name for f in dataclasses.fields(cls) if f.name not in {"offsets", "schemas"})
+        schemas = tuple(RegisteredSchema(**schema) for schema in values.get("schemas", ()))
+        offsets = tuple(
+            PartitionOffsets(topic, int(partition), _unpack([int(number) for number in packed.split()]))
+            for topic, partitions in values["offsets"].items()
+            for partition, packed in partitions.items()
+        )
+        return cls(**{name: values[name] for name in names}, offsets=offsets, schemas=schemas)
+
+
+def make_transactional_id(prefix: str, name: Sequence[str], partition: Sequence[str] = ()) -> str:
+    """A transactional id (and ledger group): readable in front, unique by a hash behind, at most 249 characters.
+
+    Args:
+        prefix: Of the deployment; grant ACLs by it.
+        name: Of the publisher: asset key and output, or job and step.
+        partition: The Dagster partition keys; any text.
+    """
+    exact = "\0".join([*(f"n{part}" for part in name), *(f"p{part}" for part in partition)])
+    digest = hashlib.sha256(exact.encode()).digest()[:15]
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", ".".join([*name, *partition]))[: _ID_BYTES - len(prefix)]
+    return f"{prefix}.{readable}.{base64.b32encode(digest).decode().lower()}"
+
+
+def _pack(runs: Iterable[tuple[int, int]]) -> list[int]:
+    """Runs of offsets as [first offset, length, gap, length, gap, length, ...]."""
+    packed: list[int] = []
+    end = 0
+    for first, last in runs:
+        packed += (first - end, last - first + 1)
+        end = last + 1
+    return packed
+
+
+def _unpack(packed: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    runs, end = [], 0
+    for gap, length in zip(packed[::2], packed[1::2], strict=True):
+        first = end + gap
+        end = first + length
+        runs.append((first, end - 1))
+    return tuple(runs)
+
+
+def group_id(transactional_id: str, number: int) -> str:
+    """The consumer group that holds a part of a publisher's ledger; nearly always there is one part, number 0."""
+    return f"{transactional_id}.{number}" if number else transactional_id
+
+
+def ledger_key(publication_id: str) -> str:
+    """What stands for a publication id in the ledger: short, whatever the id's length."""
+    return base64.b32encode(hashlib.sha256(publication_id.encode()).digest()[:15]).decode().lower()
+
+
+def encode_ledger(publication: Publication) -> list[list[TopicPartition]]:
+    """The ledger as offsets to commit, a list per consumer group; more than one only for thousands of runs."""
+    key = ledger_key(publication.publication_id)
+    groups: list[dict[tuple[str, int], dict[str, Any]]] = [{(publication.topic, 0): {"p": key}}]
+    ends = {(publication.topic, 0): 0}
+    for offsets in publication.offsets:
+        place = (offsets.topic, offsets.partition)
+        ends[place] = offsets.last + 1
+        for number, some in enumerate(_split(offsets.runs)):
+            if number == len(groups):
+                groups.append({})
+            groups[number].setdefault(place, {"p": key})["r"] = _pack(some)
+    groups[0][publication.topic, 0]["h"] = {
+        "v": _LEDGER_VERSION,
+        "groups": len(groups),
+        "places": {topic: 1 + max(p for t, p in ends if t == topic) for topic, _ in ends},
+        "topic": publication.topic,
+        "records": publication.records,
+        "bytes": publication.bytes,
+        "format": publication.value_format,
+        "dead": [publication.dead_letters, publication.dead_letter_topic],
+        "tombstones": publication.tombstones,
+    }
+    schemas = [dataclasses.astuple(schema) for schema in publication.schemas]
+    # What a replay then does not tell, the ids in the records do.
+    if len(orjson.dumps(schemas)) < _LEDGER_SCHEMA_BYTES:
+        groups[0][publication.topic, 0]["h"]["schemas"] = schemas
+    return [
+        [
+            TopicPartition(topic, partition, ends[topic, partition], orjson.dumps(entry).decode())
+            for (topic, partition), entry in group.items()
+        ]
+        for group in groups
+    ]
+
+
+def _split(runs: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Runs, cut where their packed text would outgrow one entry."""
+    pieces: list[list[tuple[int, int]]] = [[]]
+    size = 0
+    end = 0
+    for first, last in runs:
+        size += len(f"{first - end},{last - first + 1},")
+        if size > _LEDGER_BYTES - 400 - _LEDGER_SCHEMA_BYTES:
+            pieces.append([])
+            size = 2 * len(f"{last},")
+        pieces[-1].append((first, last))
+        end = last + 1
+    return pieces
+
+
+def find_header(entries: Iterable[TopicPartition]) -> tuple[str, dict[str, Any]] | None:
+    """The key of the publication in the ledger, and what the ledger says of it as a whole."""
+    for _, content in _ledger_entries(entries):
+        if "p" in content and "h" in content:
+            return content["p"], content["h"]
+    return None
+
+
+def _ledger_entries(entries: Iterable[TopicPartition]) -> Iterator[tuple[TopicPartition, dict[str, Any]]]:
+    for entry in entries:
+        try:
+            content = orjson.loads(entry.metadata or "null")
+        except ValueError:
+            continue
+        if isinstance(content, dict):
+            yield entry, content
+
+
+def decode_ledger(
+    key: str, header: Mapping[str, Any], entries: Iterable[TopicPartition], transactional_id: str, publication_id: str
+) -> Publication:
+    """The publication that `encode_ledger` wrote.
+
+    Args:
+        key: Stands for its id, from `find_header`.
+        header: What is said of it as a whole, from `find_header`.
+        entries: All entries of its groups.
+        transactional_id: Its publisher.
+        publication_id: Its id.
+    """
+    runs: dict[tuple[str, int], list[tuple[int, int]]] = collections.defaultdict(list)
+    for entry, content in _ledger_entries(entries):
+        if content.get("p") == key and "r" in content:
+            runs[entry.topic, entry.partition] += _unpack(content["r"])
+    return Publication(
+        publication_id,
+        transactional_id,
+        header["topic"],
+        header["records"],
+        header["bytes"],
+        header["format"],
+        tuple(PartitionOffsets(topic, partition, tuple(found)) for (topic, partition), found in sorted(runs.items())),
+        replayed=True,
+        seconds=0.0,
+        dead_letters=header["dead"][0],
+        dead_letter_topic=header["dead"][1],
+        tombstones=header["tombstones"],
+        schemas=tuple(RegisteredSchema(*schema) for schema in header.get("schemas", ())),
+    )
