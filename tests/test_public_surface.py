@@ -86,7 +86,7 @@ def test_arguments_and_attributes_of_public_things_are_documented():
         if inspect.isfunction(thing) and "Args:" in text:
             for parameter in set(inspect.signature(thing).parameters) - {"self", "cls"}:
                 assert f"{parameter}:" in text, f"{name}: {parameter}"
-        public = name.rpartition(".")[2] in NAMES or ".kafka.publication" in name
+        public = name.rpartition(".")[2] in NAMES or ".kafka.ledger" in name
         for field in getattr(thing, "__dataclass_fields__", {}) if public else ():
             assert f"{field}:" in text, f"{name}.{field}"
 
