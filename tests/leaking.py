@@ -6,7 +6,18 @@ import dagster as dg
 
 from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource
 
-SECRETS = ("PASSWORD", "WRONG", "RAW", "KEY", "KEY_PASSWORD", "OAUTH_CONFIG", "TOKEN")
+SECRETS = (
+    "PASSWORD",
+    "WRONG",
+    "RAW",
+    "KEY",
+    "KEY_PASSWORD",
+    "OAUTH_CONFIG",
+    "TOKEN",
+    "REGISTRY_PASSWORD",
+    "REGISTRY_TOKEN",
+    "REGISTRY_KEY_PASSWORD",
+)
 
 
 def variable(name):
@@ -37,6 +48,8 @@ _CERTIFICATE = {
     "ssl_certificate_location": _env("CERTIFICATE"),
 }
 
+_REGISTRY = {**_SASL, "sasl_password": _env("PASSWORD"), "schema_registry_url": _env("REGISTRY")}
+
 RESOURCES = {
     "kafka": _resource(**_SASL, sasl_password=_env("PASSWORD")),
     "locked_out": _resource(**_SASL, sasl_password=_env("WRONG"), connect_timeout=4),
@@ -48,6 +61,16 @@ RESOURCES = {
     "with_token": _resource(**_OAUTH, sasl_oauthbearer_callback="secured:canary_token"),
     "without_token": _resource(
         **_OAUTH, sasl_oauthbearer_callback="secured:quoting_token", sasl_oauthbearer_config=_env("OAUTH_CONFIG")
+    ),
+    "with_registry_password": _resource(
+        **_REGISTRY, schema_registry_username="user", schema_registry_password=_env("REGISTRY_PASSWORD")
+    ),
+    "with_registry_token": _resource(**_REGISTRY, schema_registry_token=_env("REGISTRY_TOKEN")),
+    "with_registry_key": _resource(
+        **_REGISTRY,
+        schema_registry_ssl_certificate_location=_env("CERTIFICATE"),
+        schema_registry_ssl_key_location=_env("ENCRYPTED_KEY"),
+        schema_registry_client_config={"ssl.key.password": _env("REGISTRY_KEY_PASSWORD")},
     ),
 }
 
@@ -63,10 +86,10 @@ def read(rows: list) -> None:
 
 
 def _op(name, needs, **options):
-    @dg.op(name=name, required_resource_keys={needs}, **options)
+    @dg.op(name=name, required_resource_keys={needs})
     def run(context) -> None:
         resource = getattr(context.resources, needs)
-        with resource.publishing(context, topic=os.environ[variable("TOPIC")]) as publication:
+        with resource.publishing(context, topic=os.environ[variable("TOPIC")], **options) as publication:
             publication.send({"from": name})
 
     return run
@@ -107,6 +130,9 @@ def in_one_process() -> None:
     _op("use_certificate", "certified")()
     _op("fail_at_key", "locked_key")()
     _op("fail_at_token", "without_token")()
+    _op("fail_at_registry_password", "with_registry_password", value_schema="latest")()
+    _op("fail_at_registry_token", "with_registry_token", value_schema="latest")()
+    _op("fail_at_registry_key", "with_registry_key", value_schema="latest")()
     fail_at_topic()
     leak()
 

@@ -2,8 +2,10 @@
 
 import base64
 import collections
+import http.server
 import json
 import pickle
+import threading
 import traceback
 import uuid
 from pathlib import Path
@@ -61,8 +63,39 @@ def topic(secured):
     return "secrets"
 
 
+class _Quoting(http.server.BaseHTTPRequestHandler):
+    """A Schema Registry that refuses everybody and quotes what it was given, as it came and decoded."""
+
+    def do_GET(self):
+        given = self.headers.get("Authorization", "")
+        kind, _, what = given.partition(" ")
+        plain = base64.b64decode(what).decode() if kind == "Basic" else what
+        quoted = f"no access for {given}, which is {plain}"
+        body = json.dumps({"error_code": 401, "message": quoted}).encode()
+        self.send_response(401)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET  # noqa: N815
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def quoting_registry():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Quoting) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join(10)
+
+
 @pytest.fixture
-def secrets(secured, topic, monkeypatch):
+def secrets(secured, topic, quoting_registry, monkeypatch):
     """The environment of `leaking`; its secrets by name."""
     made = secured.certificates
     canary = {name: f"{name.lower()}-{uuid.uuid4().hex}" for name in leaking.SECRETS}
@@ -71,6 +104,7 @@ def secrets(secured, topic, monkeypatch):
         "SERVERS": secured.kafka.servers_of("SASL"),
         "TLS_SERVERS": secured.kafka.servers_of("MUTUAL_TLS"),
         "TOPIC": topic,
+        "REGISTRY": quoting_registry,
         "PROTOCOL": "PLAINTEXT",
         "CA": str(made.ca),
         "CERTIFICATE": str(made.client),
@@ -113,8 +147,21 @@ RUNS = {
     ),
     "in_one_process": (
         {"use_certificate", "leak"},
-        {"fail_at_key", "fail_at_token", "fail_at_topic"},
-        [b"ssl.key.location failed", b"no token for ***", b"no-such-topic"],
+        {
+            "fail_at_key",
+            "fail_at_token",
+            "fail_at_topic",
+            "fail_at_registry_password",
+            "fail_at_registry_token",
+            "fail_at_registry_key",
+        },
+        [
+            b"ssl.key.location failed",
+            b"no token for ***",
+            b"no-such-topic",
+            b"no access for Basic ***",
+            b"for Bearer ***",
+        ],
     ),
     "not_even_started": (set(), set(), [b"sasl_password would be ignored"]),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,7 +63,9 @@ class SchemaRegistryConfig(BaseModel):
 
     def redact(self, text: str) -> str:
         """The text without any secret of this config."""
-        for secret in {self.password, self.token, *self.client_config.values()} - {None, ""}:
+        # As it goes over the wire, where a registry or a proxy may quote it.
+        basic = base64.b64encode(f"{self.username}:{self.password}".encode()).decode()
+        for secret in {self.password, basic, self.token, *self.client_config.values()} - {None, ""}:
             if len(str(secret)) > 3:  # noqa: PLR2004  (numbers and switches are no secrets)
                 text = text.replace(str(secret), "***")
         return text
