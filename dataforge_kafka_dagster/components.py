@@ -15,7 +15,16 @@ from typing import Annotated, Any, Final, Literal
 
 import dagster as dg
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, WrapValidator, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    WrapValidator,
+    create_model,
+    field_validator,
+    model_validator,
+)
 from typing_extensions import Self
 
 from dataforge_kafka_dagster.failures import failure_of
@@ -35,6 +44,7 @@ from dataforge_kafka_dagster.kafka.config import (
     import_function,
 )
 from dataforge_kafka_dagster.kafka.errors import KafkaConfigError
+from dataforge_kafka_dagster.kafka.schemas import KafkaSchema
 from dataforge_kafka_dagster.resource import KafkaProducerResource
 
 T = typing.TypeVar("T", bound=BaseModel)
@@ -60,6 +70,7 @@ _OF_SERVERS: Final = {"type": ["string", "array"], "items": {"type": "string"}}
 _OF_FIELDS: Final = {"type": ["string", "array", "null"], "items": {"type": "string"}, "minItems": 1}
 _OF_TOPIC_SPEC: Final = KafkaTopicSpec.model_json_schema() | {"type": ["object", "null"]}
 _TOPIC: Final = r"^[A-Za-z0-9._-]{1,249}$"
+_SCHEMA: Final = r"^(avro|json_schema|protobuf|latest|.+\.(avsc|json|proto))$"
 _FUNCTION: Final = r"^\w+(\.\w+)*:\w+$"
 
 
@@ -311,6 +322,22 @@ class _Asset(dg.Resolvable, dg.Model):
 _AssetAttributes: Any = typing.get_args(dg.ResolvedAssetSpec)[1].model_field_type
 
 
+_OF_SCHEMA_OPTIONS: Final = KafkaSchema.model_json_schema()
+_OF_SCHEMA_OPTIONS["properties"]["text"] = {"type": ["string", "object", "array", "null"]}
+_Schema = Annotated[
+    str | dict[str, Any] | None,
+    WithJsonSchema(
+        _or_template(
+            {
+                "if": {"type": "object"},
+                "then": _OF_SCHEMA_OPTIONS,
+                "else": {"type": ["string", "object", "null"], "pattern": _SCHEMA},
+            }
+        )
+    ),
+]
+
+
 class _TopicAttributes(_Attributes):
     # One of both.
     model_config = ConfigDict(
@@ -333,6 +360,17 @@ class _TopicAttributes(_Attributes):
     create_topic: Annotated[KafkaTopicSpec | None, WithJsonSchema(_OF_TOPIC_SPEC)] = Field(
         default=None, description="How to create the topic if it is missing; the resource's create_topics if left out."
     )
+    value_schema: _Schema = Field(
+        default=None,
+        description=(
+            "Schema of the values: 'avro', 'json_schema' or 'protobuf' (derived from the records), 'latest' (the"
+            " registry's), a file (.avsc, .json, .proto; relative to this folder), or options of KafkaSchema."
+        ),
+    )
+    key_schema: _Schema = Field(default=None, description="Schema of the keys; as value_schema.")
+    write_mode: Annotated[Literal["append", "upsert"] | None, WithJsonSchema({"enum": [*WRITE_MODES, None]})] = Field(
+        default=None, description="'append' or 'upsert'; the IO manager's if left out."
+    )
     path: Annotated[str | None, WithJsonSchema({"type": ["string", "null"]})] = Field(
         default=None,
         description=(
@@ -350,6 +388,16 @@ class _TopicAttributes(_Attributes):
         ),
     )
     io_manager_key: str = Field(default="kafka_io", description="Name of the KafkaIOManager.")
+
+    @field_validator("value_schema", "key_schema")
+    @classmethod
+    def _is_schema(cls, given: Any) -> Any:
+        if given is not None and not _is_template(given):
+            try:
+                KafkaSchema.parse(given)
+            except KafkaConfigError as error:
+                raise ValueError(str(error)) from None
+        return given
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -388,6 +436,9 @@ class KafkaTopicComponent(dg.Component, dg.Resolvable):
         topic: The topic; the IO manager's if None.
         key: Field that is the record's key, or several.
         create_topic: How to create the topic if it is missing; the resource's ``create_topics`` if None.
+        value_schema: Schema of the values, its file relative to the component's folder; the IO manager's if None.
+        key_schema: Schema of the keys, likewise.
+        write_mode: "append" or "upsert"; the IO manager's if None.
         io_manager_key: Name of the `KafkaIOManager`.
     """
 
@@ -396,6 +447,9 @@ class KafkaTopicComponent(dg.Component, dg.Resolvable):
     topic: str | None = None
     key: str | list[str] | None = None
     create_topic: KafkaTopicSpec | None = None
+    value_schema: KafkaSchema | None = None
+    key_schema: KafkaSchema | None = None
+    write_mode: str | None = None
     io_manager_key: str = "kafka_io"
 
     @classmethod
@@ -411,6 +465,8 @@ class KafkaTopicComponent(dg.Component, dg.Resolvable):
             KafkaConfigError: There is no such function, or the topic's name is illegal.
         """
         attributes = typing.cast("_TopicAttributes", model)
+        schemas = [_resolved(context, given) for given in (attributes.value_schema, attributes.key_schema)]
+        value_schema, key_schema = (None if given is None else KafkaSchema.parse(given) for given in schemas)
         topic = _resolved(context, attributes.topic)
         source = _resolved(context, attributes.path)
         if source is None:
@@ -422,6 +478,9 @@ class KafkaTopicComponent(dg.Component, dg.Resolvable):
             topic=None if topic is None else check_topic(topic),
             key=_resolved(context, attributes.key),
             create_topic=attributes.create_topic,
+            value_schema=value_schema,
+            key_schema=key_schema,
+            write_mode=attributes.write_mode,
             io_manager_key=_resolved(context, attributes.io_manager_key),
         )
 
@@ -429,16 +488,22 @@ class KafkaTopicComponent(dg.Component, dg.Resolvable):
         """The asset as definitions."""
         source = self.source
         if callable(source):
-            return dg.Definitions(assets=[self._build_asset(source)])
+            return dg.Definitions(assets=[self._build_asset(context, source)])
         folder = context.path
 
         def path(asset_context: dg.AssetExecutionContext) -> Path:
             return folder / (_filled(source, asset_context.partition_key) if _PARTITION_KEY in source else source)
 
-        return dg.Definitions(assets=[self._build_asset(path)])
+        return dg.Definitions(assets=[self._build_asset(context, path)])
 
-    def _build_asset(self, function: Callable[..., Any]) -> dg.AssetsDefinition:
-        named: dict[str, Any] = {"kafka/topic": self.topic, "kafka/key": self.key}
+    def _build_asset(self, context: dg.ComponentLoadContext, function: Callable[..., Any]) -> dg.AssetsDefinition:
+        named: dict[str, Any] = {"kafka/topic": self.topic, "kafka/key": self.key, "kafka/write_mode": self.write_mode}
+        for name, schema in {"kafka/value_schema": self.value_schema, "kafka/key_schema": self.key_schema}.items():
+            if schema is not None:
+                options = schema.to_metadata()
+                if schema.file is not None:
+                    options["file"] = str(context.path / schema.file)
+                named[name] = options
         if self.create_topic is not None:
             named["kafka/create_topic"] = self.create_topic.model_dump(exclude_unset=True)
         if self.topic is not None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import dagster as dg
 import pytest
 import yaml
+from confluent_kafka.schema_registry import SchemaRegistryClient
+from confluent_kafka.schema_registry.avro import AvroDeserializer
 from dagster.components.core.package_entry import discover_entry_point_package_objects
 from jsonschema import Draft202012Validator
 from pydantic import ValidationError
@@ -172,6 +174,26 @@ BAD_TOPICS = [
     ),
     ("{asset: {key: a}, function: 'a:b', topic: a b}", "topic", "'a b' does not match '^[A-Za-z0-9._-]{1,249}$'"),
     ("{asset: {key: a}, function: 'a:b', key: 3}", "key", "3 is not of type 'string', 'array', 'null'"),
+    (
+        "{asset: {key: a}, function: 'a:b', write_mode: up}",
+        "write_mode",
+        "'up' is not one of ['append', 'upsert', None]",
+    ),
+    (
+        "{asset: {key: a}, function: 'a:b', value_schema: 3}",
+        "value_schema",
+        "3 is not of type 'string', 'object', 'null'",
+    ),
+    (
+        "{asset: {key: a}, function: 'a:b', key_schema: avvro}",
+        "key_schema",
+        "'avvro' does not match '^(avro|json_schema|protobuf|latest|.+\\\\.(avsc|json|proto))$'",
+    ),
+    (
+        "{asset: {key: a}, function: 'a:b', value_schema: {format: thrift}}",
+        "value_schema.format",
+        "'thrift' is not one of ['avro', 'json_schema', 'protobuf']",
+    ),
     ("{asset: {key: a}, function: a.b}", "function", "'a.b' does not match '^\\\\w+(\\\\.\\\\w+)*:\\\\w+$'"),
 ]
 
@@ -342,6 +364,48 @@ def test_a_partition_key_cannot_lead_out_of_the_folder_of_the_path(path, key, fo
         assert given == []
     else:
         assert given == [tmp_path / found]
+
+
+@pytest.mark.kafka
+def test_schemas_and_upserts_are_attributes_too(
+    kafka_bootstrap_servers, schema_registry_url, kafka_topic, read, tmp_path
+):
+    topic = kafka_topic()
+    fields = [{"name": name, "type": "string"} for name in ("code", "name")]
+    (tmp_path / "place.avsc").write_text(json.dumps({"type": "record", "name": "Place", "fields": fields}))
+    (tmp_path / "places.csv").write_text("code,name\nJFK,Kennedy\nLGA,La Guardia\n")
+    cluster = _component(
+        KafkaResourceComponent,
+        f"{{bootstrap_servers: '{kafka_bootstrap_servers}', schema_registry_url: '{schema_registry_url}'}}",
+    )
+    text = f"""
+        asset: {{key: places}}
+        topic: {topic}
+        key: code
+        value_schema: place.avsc
+        key_schema: {{text: {{type: string}}}}
+        write_mode: upsert
+        path: places.csv
+    """
+    context = type("Context", (), {"path": tmp_path})()
+    assets = _component(KafkaTopicComponent, text).build_defs(context).assets
+    with dg.DagsterInstance.ephemeral() as instance:
+        resources = cluster.build_defs(context).resources
+        assert dg.materialize(assets, resources=resources, instance=instance).success
+        (tmp_path / "places.csv").write_text("code,name\nJFK,Kennedy\n")
+        result = dg.materialize(assets, resources=resources, instance=instance)
+    said = result.asset_materializations_for_node("places")[0].metadata
+    assert said["kafka/tombstones"].value == 1
+    assert (said["kafka/value_format"].value, said["kafka/key_format"].value) == ("avro", "avro")
+    decode = AvroDeserializer(SchemaRegistryClient({"url": schema_registry_url}))
+    table = {decode(record.key, None): record.value and decode(record.value, None) for record in read(topic)}
+    assert table == {"JFK": {"code": "JFK", "name": "Kennedy"}, "LGA": None}
+
+
+def test_a_schema_whose_options_do_not_go_together_is_refused_with_its_reason():
+    text = "{asset: {key: a}, function: 'test_components:day', value_schema: {text: '{}', file: a.avsc}}"
+    with pytest.raises(ValidationError, match="text and file name the same thing"):
+        _component(KafkaTopicComponent, text)
 
 
 def _run(*command, cwd, **env):
