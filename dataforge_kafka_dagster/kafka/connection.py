@@ -40,6 +40,9 @@ logger: Final = logging.getLogger("dataforge_kafka_dagster")
 
 SLICE: Final = 0.25
 """Longest time, seconds, that a call holds back a signal."""
+# Of librdkafka's log: the share of a client's time that it may take, and the seconds that it may be ahead of that.
+_LOG_SHARE: Final = 0.25
+_LOG_SECONDS: Final = 2.0
 
 
 class Connection:
@@ -308,14 +311,32 @@ def _keep_answer(call: Callable[[], T], future: concurrent.futures.Future[T]) ->
 
 
 class _Quiet(logging.Logger):
-    """librdkafka's log, at debug level: what matters of it reaches the user as an error with its cause."""
+    """librdkafka's log, at debug level: what matters of it reaches the user as an error with its cause.
+
+    librdkafka hands its lines over in the calls that wait for a broker, which do not look at their time-outs between
+    two lines. Lines that come faster than they can be kept, as with debug=all where Dagster stores them, are dropped.
+    """
 
     def __init__(self, name: str) -> None:
         super().__init__(f"{logger.name}.{name}")
         self.parent = logger
+        self._spent, self._dropped = 0.0, 0
+        self._last = time.monotonic()
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        began = time.monotonic()
+        self._spent = max(0.0, self._spent - (began - self._last) * _LOG_SHARE)
+        self._last = began
+        if self._spent > _LOG_SECONDS:
+            self._dropped += 1
+            return
+        if self._dropped:
+            dropped, self._dropped = self._dropped, 0
+            super().log(
+                logging.DEBUG, "%d lines of librdkafka were dropped: they came faster than they are kept", dropped
+            )
         super().log(min(level, logging.DEBUG), msg, *args, **kwargs)
+        self._spent += time.monotonic() - began
 
 
 def timed_out(culprit: str, seconds: float, code: str = "_TIMED_OUT") -> KafkaTimeoutError:
