@@ -9,6 +9,7 @@ import uuid
 
 import dagster as dg
 import pytest
+from confluent_kafka.admin import AdminClient
 from conftest import read_topic
 
 from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource
@@ -165,8 +166,16 @@ def test_a_broker_that_goes_in_mid_publication(how, instance, say):
 
 @pytest.fixture(scope="module")
 def three_brokers():
-    with LocalKafka(brokers=3, startup_timeout=180) as kafka:
+    # Kafka gives a broker that is silent for nine seconds up; here, one that freezes for ten is surely given up.
+    with LocalKafka(brokers=3, startup_timeout=180, config={"broker.session.timeout.ms": "5000"}) as kafka:
         yield kafka
+
+
+def _leaders(kafka, topic):
+    partitions = (
+        AdminClient({"bootstrap.servers": kafka.bootstrap_servers}).list_topics(topic, 30).topics[topic].partitions
+    )
+    return {number: partition.leader for number, partition in partitions.items()}
 
 
 @pytest.mark.faults
@@ -203,7 +212,9 @@ def test_two_of_three_brokers_away(three_brokers, instance, say):
 def test_a_broker_of_three_that_freezes_for_ten_seconds(three_brokers, instance, say):
     kafka, topic = three_brokers, f"frozen-{uuid.uuid4().hex[:6]}"
     kafka.create_topic(topic, partitions=6)
-    paused = []
+    paused, before = [], _leaders(kafka, topic)
+    led = {number for number, leader in before.items() if leader == 1}
+    assert led, "the broker that freezes leads no Kafka partition: it proves nothing"
 
     def freeze():
         kafka.pause_broker(1)
@@ -222,6 +233,10 @@ def test_a_broker_of_three_that_freezes_for_ten_seconds(three_brokers, instance,
         assert time.monotonic() - began > 5, "the freeze did not hold it up: it proves nothing"
     finally:
         paused[0].join()
+    after = _leaders(kafka, topic)
+    moved = {number for number in led if after[number] != 1}
+    say(f"{len(moved)} of its {len(led)} Kafka partitions had another leader afterwards")
+    assert moved, "no leader moved"
     (event,) = result.get_asset_materialization_events()
     assert event.materialization.metadata["dagster/row_count"].value == 20_000
     assert len(read_topic(kafka.bootstrap_servers, topic)) == 20_000
