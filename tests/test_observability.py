@@ -188,6 +188,20 @@ def test_ids_go_on_from_chunk_to_chunk():
     assert len({dict(extra.headers)["ce_id"] for extra in made}) == 1000
 
 
+def test_records_that_are_put_aside_leave_the_others_their_ids_in_each_attempt():
+    rows = [{"i": object() if i in {1, 400} else i} for i in range(600)]
+
+    def attempt():
+        bad = []
+        encoded = chunks(rows, on_bad=lambda row, index, error: bad.append(index))
+        made = [e for chunk in CloudEventHeaders(EVENT, "p").add(encoded) for e in chunk.extras]
+        return bad, [dict(extra.headers)["ce_id"] for extra in made]
+
+    bad, ids = attempt()
+    assert (bad, len(set(ids))) == ([1, 400], 598)
+    assert attempt() == (bad, ids)
+
+
 def test_a_records_own_headers_and_kafka_partition_stay():
     record = KafkaRecord("text", key="k", headers={"trace": "1"}, partition=0, timestamp=5)
     (chunk,) = CloudEventHeaders(EVENT | {"datacontenttype": "text/csv"}, "p").add(chunks([record]))
@@ -225,3 +239,19 @@ def test_the_cloudevents_package_reads_what_was_published(kafka_bootstrap_server
     assert {event.get_type() for event in events} == {"com.example.flight"}
     assert {event.get_subject() for event in events} == {"JFK"}
     assert len({event.get_id() for event in events}) == 2
+
+
+@pytest.mark.kafka
+def test_events_go_beside_a_dead_letter_topic(kafka_bootstrap_servers, kafka_topic, read, instance):
+    topic, dead = kafka_topic(), kafka_topic()
+
+    @dg.asset(metadata={"kafka/topic": topic, "kafka/on_bad_record": dead, "kafka/cloudevents": EVENT})
+    def rows():
+        return [{"i": 0}, {"i": object()}, {"i": "x" * 2_000_000}, {"i": 3}]
+
+    result = dg.materialize([rows], resources=_manager(kafka_bootstrap_servers), instance=instance)
+    assert result.asset_materializations_for_node("rows")[0].metadata["kafka/dead_letter_records"].value == 2
+    events = [from_binary_event(KafkaMessage(dict(r.headers), r.key, r.value)) for r in read(topic)]
+    assert [event.get_data() for event in events] == [{"i": 0}, {"i": 3}]
+    assert len({event.get_id() for event in events}) == 2
+    assert [dict(record.headers)["dead-letter.index"] for record in read(dead)] == [b"1", b"2"]
