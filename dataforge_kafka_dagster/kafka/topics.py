@@ -136,7 +136,7 @@ def _timestamps(known: dict[str, str]) -> tuple[int, int] | None:
 
 
 def _ask_for_settings(connection: Connection, topic: str, timeout: float) -> concurrent.futures.Future[Any]:
-    from confluent_kafka.admin._config import ConfigResource  # noqa: PLC0415  (slow to import)
+    from confluent_kafka.admin import ConfigResource  # type: ignore[attr-defined]  # noqa: PLC0415  (slow to import)
 
     resource = ConfigResource(ConfigResource.Type.TOPIC, topic)
     asked: dict[ConfigResource, concurrent.futures.Future[Any]] = connection.admin.describe_configs(
