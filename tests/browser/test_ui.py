@@ -1,6 +1,7 @@
 """The Dagster UI as a person uses it, in Chromium: `make test-browser`."""
 
 import pytest
+from confluent_kafka.schema_registry import SchemaRegistryClient
 from conftest import read_topic
 from screenshots import chromium_page, fail, launch_partition, open_when_shown, running_ui
 
@@ -35,6 +36,17 @@ def test_a_day_launched_by_hand_shows_its_rows_and_the_offsets_that_kafka_has(ui
         there[record.partition] = (first, record.offset, count + 1)
     assert len(records) == 842
     assert shown == there
+
+
+def test_a_topic_with_a_schema_shows_which_one_the_registry_keeps(ui, page):
+    for asset, shown in (("flights", "last offset"), ("carrier_delays", "kafka/value_subject")):
+        launch_partition(page, ui.url, asset, "2013-01-02")
+        open_when_shown(page, f"{ui.url}/assets/{asset}?partition=2013-01-02", shown)
+    text = page.inner_text("body")
+    assert "carrier-delays-value" in text
+    registered = SchemaRegistryClient({"url": ui.registry}).get_latest_version("carrier-delays-value")
+    row = page.locator("tr", has_text="kafka/value_schema_id").last
+    assert row.locator("td").all_inner_texts()[-1] == str(registered.schema_id)
 
 
 def test_a_failure_says_in_the_ui_what_to_do(ui, page):
