@@ -351,6 +351,11 @@ def _publications(context: dg.InputContext) -> Iterator[Publication]:
         return
     asset_key = context.asset_key
     asked: list[str | None] = list(context.asset_partition_keys) if context.has_asset_partitions else [None]
+    if len(asked) > 1:
+        # Dagster 1.11 gives them in no order.
+        keys = context.asset_partitions_def.get_partition_keys(dynamic_partitions_store=context.instance)
+        places = {key: place for place, key in enumerate(keys)}
+        asked.sort(key=lambda key: places.get(key or "", 0))
     lenient = bool((context.definition_metadata or {}).get("allow_missing_partitions"))
     seen = set()
     for partition in asked:

@@ -173,9 +173,7 @@ def test_a_run_for_a_dagster_partition_checks_that_one(resources, kafka_topic, a
 
 
 def test_freshness_is_dagsters_own(resources, kafka_topic, instance):
-    policy = dg.FreshnessPolicy.time_window(fail_window=dt.timedelta(hours=24))
-    asset = _rows(kafka_topic(), freshness_policy=policy)
-    assert next(iter(asset.specs)).freshness_policy == policy
+    asset = _rows(kafka_topic())
     checks = dg.build_last_update_freshness_checks(assets=[asset], lower_bound_delta=dt.timedelta(hours=1))
     result = dg.materialize([asset, *checks], resources=resources, instance=instance)
     (evaluation,) = result.get_asset_check_evaluations()
