@@ -198,13 +198,13 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                 continue  # something else had stored it, and not in Kafka
             if last is None or last.publication is None:
                 continue
-            if not set(last.partitions) <= set(asked):
-                raise KafkaError(
-                    name_of(context.asset_key, partition),
-                    f"it was published together with {len(last.partitions) - 1} other Dagster partitions, whose keys"
-                    " cannot be told from its own",
-                    "Materialize all of them in one run, or return a mapping from partition key to records",
-                )
+            _refuse_others(
+                name_of(context.asset_key, partition),
+                last.partitions,
+                asked,
+                "Its keys cannot be told from theirs: materialize all of them in one run, or return a mapping from"
+                " partition key to records",
+            )
             previous[last.publication.publication_id] = last.publication
         return Upsert(config.producer, list(previous.values()), target.topic, self.read_timeout)
 
@@ -367,14 +367,21 @@ def _publications(context: dg.InputContext) -> Iterator[Publication]:
         publication, covered = last
         if publication is None or publication.publication_id in seen:
             continue
-        if not set(covered) <= {key for key in asked if key is not None}:
-            raise KafkaError(
-                name_of(asset_key, partition),
-                f"it was published together with {len(covered) - 1} other Dagster partitions in one publication",
-                "Read them all, or return a mapping from partition key to records from the upstream asset",
-            )
+        _refuse_others(
+            name_of(asset_key, partition),
+            covered,
+            asked,
+            "Read them all, or return a mapping from partition key to records from the upstream asset",
+        )
         seen.add(publication.publication_id)
         yield publication
+
+
+def _refuse_others(name: str, covered: Sequence[str], asked: Sequence[str | None], fix: str) -> None:
+    """Refuse a publication that holds more Dagster partitions than are asked for."""
+    if not set(covered) <= set(asked):
+        cause = f"it was published together with {len(covered) - 1} other Dagster partitions in one publication"
+        raise KafkaError(name, cause, fix)
 
 
 def _publication_of_op(context: dg.InputContext) -> Publication:

@@ -812,7 +812,7 @@ def _download(folder: Path, name: str, coordinates: str, progress: Callable[[str
         if process.returncode or damaged or not jars:
             raise LocalKafkaError(
                 f"Could not fetch {name} from Maven Central. Is there a way to the internet (HTTPS_PROXY)? "
-                f"{'Damaged: ' if damaged else ''}{', '.join(damaged)}\n{_tail(output.read(), 5)}"
+                f"{'Damaged: ' if damaged else ''}{', '.join(damaged)}\n{_tail(output.read(), 1)}"
             )
     (folder / "jars").mkdir()
     for jar in jars:

@@ -211,10 +211,20 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
     ) -> RecordMetadata:
         """Send one record and wait until it is delivered; see `DataForgeKafkaProducer.send_sync`.
 
+        Args:
+            topic: The topic.
+            value: Mapping, dataclass or pydantic model (sent as JSON), str (UTF-8), bytes, or None (a tombstone).
+            key: str, bytes, int, date, UUID, or a mapping or list of those.
+            headers: Mapping or (name, value) pairs of str to str, bytes or None.
+            partition: Kafka partition, from 0; None lets the key decide.
+            timestamp: Milliseconds since the epoch or an aware datetime; None is now.
+
         Returns:
             Where the record is.
 
         Raises:
+            NoBrokersAvailable: It is the first, and no broker answered within connect_timeout.
+            KafkaTimeoutError: Not delivered within delivery_timeout; it may have been written.
             KafkaError: It was not delivered.
         """
         return self.producer.send_sync(topic, value, key, headers, partition, timestamp)
@@ -233,8 +243,22 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
 
         Call `flush` before the step ends: Dagster does not fail a run for what is lost after it.
 
+        Args:
+            topic: The topic.
+            value: As for `send_sync`, and so are key, headers, partition and timestamp.
+            key: See value.
+            headers: See value.
+            partition: See value.
+            timestamp: See value.
+            callback: Called with ``(err, msg)`` when the record is delivered or has failed.
+
         Returns:
             A future of the `RecordMetadata`, or of the `KafkaError`.
+
+        Raises:
+            NoBrokersAvailable: It is the first, and no broker answered within connect_timeout.
+            KafkaTimeoutError: The buffer stayed full for delivery_timeout.
+            KafkaError: The record was refused at once, for instance as too large.
         """
         return self.producer.send_async(topic, value, key, headers, partition, timestamp, callback)
 

@@ -164,6 +164,7 @@ print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_held_whole(python, tmp_path):
     """The frames are of a quarter of a gigabyte each; what the readers hold of them stays below half of one."""
     table = pl.select(n=pl.int_range(500_000)).with_columns(s="x" * 500 + pl.col("n").cast(pl.String))

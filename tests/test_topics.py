@@ -1,5 +1,6 @@
 """The look at a topic before a publication, and its creation where that is asked for."""
 
+import json
 import threading
 import uuid
 
@@ -19,7 +20,7 @@ from dataforge_kafka_dagster import (
 )
 from dataforge_kafka_dagster.kafka.config import PublicationConfig
 from dataforge_kafka_dagster.kafka.connection import Connection
-from dataforge_kafka_dagster.kafka.publication import PublicationWriter
+from dataforge_kafka_dagster.kafka.publication import PublicationWriter, publish
 from dataforge_kafka_dagster.kafka.topics import check_topic_exists
 from dataforge_kafka_dagster.local import LocalKafka
 
@@ -248,3 +249,22 @@ def test_a_broker_that_creates_topics_by_itself_creates_none_for_us(instance):
 def test_the_look_at_a_topic_counts_its_kafka_partitions(kafka_bootstrap_servers, kafka_topic):
     connection = Connection(KafkaProducerConfig(bootstrap_servers=kafka_bootstrap_servers))
     assert check_topic_exists(connection, kafka_topic(partitions=5), None, 30).partitions == 5
+
+
+@pytest.mark.kafka
+def test_the_core_alone_makes_the_topic_and_takes_a_bad_record_aside(
+    kafka_bootstrap_servers, new_topic, kafka_topic, read
+):
+    dead = kafka_topic()
+    publication = publish(
+        PublicationConfig(producer=KafkaProducerConfig(bootstrap_servers=kafka_bootstrap_servers)),
+        [{"i": 0}, {"i": {1}}, {"i": 2}],
+        transactional_id=f"core-{new_topic}",
+        publication_id=new_topic,
+        topic=new_topic,
+        create_topic=KafkaTopicSpec(partitions=1),
+        on_bad_record=dead,
+    )
+    assert (publication.records, publication.dead_letters) == (2, 1)
+    assert [json.loads(record.value)["i"] for record in read(new_topic)] == [0, 2]
+    assert [record.value for record in read(dead)] == [b"{'i': {1}}"]

@@ -244,7 +244,10 @@ class KafkaProducerConfig(KafkaOptions):
     """Options of a producer, with the names and defaults of the DataForge Kafka Producer Module.
 
     The options that every Kafka client shares (servers, security) are named as librdkafka's, with underscores for dots.
-    Each is checked when the config is made; a `pydantic.ValidationError` names option, value and what is allowed.
+    Sizes are in bytes, time-outs in seconds, and what ends in ``_ms`` in milliseconds.
+
+    Raises:
+        pydantic.ValidationError: An option is unknown or not allowed; it names option, value and what is allowed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)

@@ -304,8 +304,15 @@ def _count_only(_err: object, _msg: object) -> None:
 def create_kafka_producer(config_dict: Mapping[str, Any]) -> DataForgeKafkaProducer:
     """A connected producer from a mapping of `KafkaProducerConfig`'s options.
 
+    Args:
+        config_dict: Options by name; the documented defaults stand for those that are missing.
+
+    Returns:
+        The producer; close it, or use it in a with block.
+
     Raises:
         pydantic.ValidationError: An option is unknown or its value not allowed.
-        NoBrokersAvailable: No broker answered within connect_timeout.
+        NoBrokersAvailable: No broker answered within connect_timeout, or none let us in.
+        KafkaConfigError: librdkafka refuses an option.
     """
     return DataForgeKafkaProducer(KafkaProducerConfig(**config_dict))

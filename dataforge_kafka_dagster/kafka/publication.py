@@ -876,14 +876,36 @@ def publish(
     key: str | Sequence[str] | None = None,
     value_schema: KafkaSchema | None = None,
     key_schema: KafkaSchema | None = None,
+    create_topic: KafkaTopicSpec | None = None,
+    on_bad_record: str | None = None,
     on_progress: Callable[[int, int, float], object] | None = None,
 ) -> Publication:
     """Publish an output's records in one publication, and say where they are.
 
-    Takes what `PublicationWriter` takes, and raises what it raises.
+    A list or frame of many records is sent without delivery reports first, and with them if another writer is seen.
+
+    Args:
+        config: Cluster, guarantee and deadlines.
+        output: A record or many, in any form that `KafkaIOManager` takes; a generator is streamed.
+        transactional_id: Names the publisher, see `make_transactional_id`.
+        publication_id: Names the work, the same for each attempt at it.
+        topic: Where the records go.
+        key: Field or column that is the key of records that have none; several make a JSON object.
+        value_schema: The schema of values; None goes by their type: JSON, text or bytes.
+        key_schema: The schema of keys; None writes them as text.
+        create_topic: How to create its topics if they are missing; the config's create_topics if None.
+        on_bad_record: 'fail' or a dead-letter topic; the config's on_bad_record if None.
+        on_progress: Called every 5 seconds or so with records, bytes and seconds so far.
 
     Returns:
         The publication; `Publication.replayed` if an earlier attempt had published it.
+
+    Raises:
+        NoBrokersAvailable: No broker answered within connect_timeout, or none let us in.
+        FencedError: Another attempt took over.
+        InvalidRecordError: The output or a record of it cannot be published.
+        KafkaError: The topic does not exist, an ACL is missing, a record was refused, a deadline passed. Nothing of the
+            publication is visible, unless the error says that its outcome is not known.
     """
 
     def attempt(reports: bool) -> Publication:
@@ -895,6 +917,8 @@ def publish(
             key=key,
             value_schema=value_schema,
             key_schema=key_schema,
+            create_topic=create_topic,
+            on_bad_record=on_bad_record,
             on_progress=on_progress,
             reports=reports,
         ) as writer:
