@@ -71,13 +71,13 @@ def check(told, event, deadline, *said):
 
 
 def test_a_broker_that_is_not_there(closed_port, instance):
-    told = fail(instance, closed_port, "t", connect_timeout=1)
-    check(told, RETRY, 1, closed_port, "Connection refused", "bootstrap_servers")
+    told = fail(instance, closed_port, "t", connect_timeout=0.5)
+    check(told, RETRY, 0.5, closed_port, "Connection refused", "bootstrap_servers")
 
 
 def test_a_host_that_does_not_exist(instance):
-    told = fail(instance, "no-such-host.invalid:9092", "t", connect_timeout=2)
-    check(told, RETRY, 2, "no-such-host.invalid", "_RESOLVE", "host names")
+    told = fail(instance, "no-such-host.invalid:9092", "t", connect_timeout=1)
+    check(told, RETRY, 1, "no-such-host.invalid", "_RESOLVE", "host names")
 
 
 @pytest.fixture
@@ -102,8 +102,8 @@ def not_kafka():
 
 @pytest.mark.parametrize("manner", ["mute", "rude"])
 def test_a_port_of_another_service(manner, not_kafka, instance):
-    told = fail(instance, not_kafka[manner], "t", connect_timeout=1.5)
-    check(told, RETRY, 1.5, not_kafka[manner], "no answer in 1.5 s", "bootstrap_servers")
+    told = fail(instance, not_kafka[manner], "t", connect_timeout=0.5)
+    check(told, RETRY, 0.5, not_kafka[manner], "no answer in 0.5 s", "bootstrap_servers")
 
 
 @pytest.mark.kafka
