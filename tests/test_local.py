@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -472,7 +473,10 @@ def test_an_unknown_listener_has_no_servers():
 def test_the_command_runs_until_it_is_interrupted(number):
     port = next(local._free_ports())
     command = [sys.executable, "-m", "dataforge_kafka_dagster.local", "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # Where the tests run in a shell's background, they and their children ignore Ctrl-C.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, preexec_fn=heed) as process:  # noqa: PLW1509  (it makes one system call)
         try:
             lines = [process.stdout.readline() for _ in range(3)]
             assert f"127.0.0.1:{port}" in lines[0]
