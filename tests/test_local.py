@@ -471,6 +471,15 @@ def test_an_unknown_listener_has_no_servers():
 @pytest.mark.kafka
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_runs_until_it_is_interrupted(number):
+    # A shell starts what runs in the background with SIGINT ignored, and a child would ignore it too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        _interrupt_the_command(number)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupt_the_command(number):
     port = next(local._free_ports())
     command = [sys.executable, "-m", "dataforge_kafka_dagster.local", "--port", str(port)]
     # Where the tests run in a shell's background, they and their children ignore Ctrl-C.
