@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import logging
 import threading
 import time
@@ -40,6 +41,8 @@ logger: Final = logging.getLogger("dataforge_kafka_dagster")
 
 SLICE: Final = 0.25
 """Longest time, seconds, that a call holds back a signal."""
+
+_END_SECONDS: Final = 6.0
 # Of librdkafka's log: the share of a client's time that it may take, and the seconds that it may be ahead of that.
 _LOG_SHARE: Final = 0.25
 _LOG_SECONDS: Final = 2.0
@@ -165,8 +168,12 @@ class Connection:
             self._admin = self._client(AdminClient, client_options(self.config))
         return self._admin
 
-    def close(self) -> None:
-        """Let go of the admin client."""
+    def close(self, *clients: object) -> None:
+        """Let go of the admin client, and of others of this cluster that nobody else holds."""
+        if self.silent:
+            # A client that reaches no broker takes until 5 s after its start to end, and the interpreter waits with it
+            # (librdkafka 2.16 with a short reconnect.backoff.ms): let that time pass beside.
+            self.aside(functools.partial(_keep, [self._admin, *clients], _END_SECONDS))
         self._admin = None
 
     def cause(self, error: confluent_kafka.KafkaError, culprit: str) -> KafkaError:
@@ -287,6 +294,11 @@ class Connection:
         """The error callback of an admin client is called from its poll only."""
         if self._admin is not None:
             self._admin.poll(0)
+
+
+def _keep(things: list[object], seconds: float) -> None:
+    time.sleep(seconds)
+    things.clear()
 
 
 def _is_fatal(error: confluent_kafka.KafkaError) -> bool:

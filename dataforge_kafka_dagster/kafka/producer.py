@@ -165,6 +165,9 @@ class DataForgeKafkaProducer:
         """Let librdkafka call back, by its poll or flush."""
         try:
             wait(seconds)
+        except SystemError:
+            # confluent-kafka 2.16 now and then: the callbacks were called, and their errors are with their records.
+            logger.debug("librdkafka's callbacks ended in a SystemError", exc_info=True)
         except Exception as error:
             self._connection.note(error)
             # With a fatal error every record fails, and its report says why.

@@ -781,10 +781,10 @@ class PublicationWriter:
     def _close(self) -> None:
         # Neither is closed: a producer with an open transaction waits for minutes for a dead broker, a consumer for its
         # coordinator.
+        self._connection.close(self._producer, *self._groups.values())
         self._producer = None
         self._groups.clear()
         self._in_transaction = False
-        self._connection.close()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
