@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import threading
+import time
 import uuid
 
 import confluent_kafka
@@ -142,11 +143,16 @@ def test_where_others_write_it_is_published_again_with_reports(attempts, place, 
         return found_ends[-1]
 
     monkeypatch.setattr(publication, "end_offsets", seen)
-    # Slow enough for the other to come between.
-    slow = KafkaProducerConfig(bootstrap_servers=config.producer.servers, linger_ms=300, batch_size=2_000_000)
-    config = config.model_copy(update={"producer": slow})
-    with another_writer(slow.servers, place["topic"], 0.01):
-        found = publish(config, [{"i": i} for i in range(ROWS)], **place)
+
+    class Slow(list):
+        """So that the other comes between."""
+
+        def __getitem__(self, where):
+            time.sleep(0.05)
+            return super().__getitem__(where)
+
+    with another_writer(config.producer.servers, place["topic"], 0.01):
+        found = publish(config, Slow({"i": i} for i in range(ROWS)), **place)
     assert attempts == [False, True]
     # Seen half-way, before the rest was sent.
     assert len(found_ends) == 2
