@@ -276,14 +276,19 @@ def read(kafka: LocalKafka, *, quick: bool) -> dict[str, Any]:
                 seconds[f"**load_input, {name}**"].append(speed.seconds_in_io_manager.pop())
                 if not lengths == [found] == [len(frame)]:
                     raise RuntimeError(f"{name}: {lengths} records read, {found} by hand, {len(frame)} published")
+    rates = {name: (len(frame), [len(frame) / one for one in took]) for name, took in seconds.items()}
+    return _rates_said("Reading back", rates, next(iter(rates)), "times the hand-written consumer")
+
+
+def _rates_said(title: str, rates: dict[str, tuple[int, list[float]]], base: str, ratio: str) -> dict[str, Any]:
+    """A table of works by their number of records and records a second of each round, beside one of them."""
+    unit = statistics.median(rates[base][1])
     lines = []
-    slowest = statistics.median(next(iter(seconds.values())))
-    for name, took in seconds.items():
-        median = statistics.median(took)
-        spread = f"{len(frame) / max(took):,.0f} to {len(frame) / min(took):,.0f}"
-        lines.append([name, f"{len(frame):,}", f"{len(frame) / median:,.0f}", spread, f"{slowest / median:.2f}"])
-    columns = ["work", "records", "records/s, median", "lowest to highest", "times the hand-written consumer"]
-    return _said("Reading back", columns, lines)
+    for name, (records, found) in rates.items():
+        median = statistics.median(found)
+        spread = f"{min(found):,.0f} to {max(found):,.0f}"
+        lines.append([name, f"{records:,}", f"{median:,.0f}", spread, f"{median / unit:.2f}"])
+    return _said(title, ["work", "records", "records/s, median", "lowest to highest", ratio], lines)
 
 
 def _reader(form: Any, lengths: list[int]) -> dg.AssetsDefinition:
@@ -329,14 +334,9 @@ def schemas(kafka: LocalKafka, *, quick: bool) -> dict[str, Any]:
                 rates[name].append(count / run(topic))
                 speed.check_count(servers, topic, count, transactional=name.startswith("**"))
                 speed.drop_topic(kafka, topic)
-    plain = statistics.median(rates["**polars frame, JSON without a schema**"])
-    lines = []
-    for name, found in rates.items():
-        median = statistics.median(found)
-        spread = f"{min(found):,.0f} to {max(found):,.0f}"
-        lines.append([name, f"{runs[name][0]:,}", f"{median:,.0f}", spread, f"{median / plain:.2f}"])
-    columns = ["work", "records", "records/s, median", "lowest to highest", "of the speed without a schema"]
-    return _said("Schemas, flights", columns, lines)
+    measured = {name: (runs[name][0], found) for name, found in rates.items()}
+    base = "**polars frame, JSON without a schema**"
+    return _rates_said("Schemas, flights", measured, base, "of the speed without a schema")
 
 
 def _serializer_loop(servers: str, topic: str, rows: list[dict[str, Any]], serialize: Callable[..., Any]) -> float:

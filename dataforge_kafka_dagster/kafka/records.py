@@ -229,9 +229,7 @@ class RowEncoder:
             keys = [serialize_key(key, index) for index, key in enumerate(found, start)]
         self._form = form
         values = self._values(inner, start)
-        extras = [_extra(row, index) for index, row in enumerate(rows, start)]
-        plain = extras.count(PLAIN) == len(extras)
-        return Chunk(values, keys, None if plain else extras, text_size(values) + text_size(keys), form)
+        return _chunk(values, keys, [_extra(row, index) for index, row in enumerate(rows, start)], form)
 
     def _mixed_records(self, rows: Sequence[KafkaRecord], start: int) -> Chunk:
         values, keys, extras = [], [], []
@@ -250,10 +248,19 @@ class RowEncoder:
             values.append(value)
             keys.append(key)
             extras.append(extra)
-        plain = all(extra == PLAIN for extra in extras)
         form = self._encoders.form if any(value is not None for value in values) else None
-        size = text_size(values) + text_size(keys)
-        return Chunk(values, keys, None if plain else extras, size, form or self._form)
+        return _chunk(values, keys, extras, form or self._form)
+
+
+def _chunk(
+    values: Sequence[bytes | str | None],
+    keys: Sequence[bytes | str | None] | None,
+    extras: list[Extra],
+    form: ValueFormat | None,
+) -> Chunk:
+    """The encoded parts of some `KafkaRecord`s together; without extras if no record has one."""
+    plain = extras.count(PLAIN) == len(extras)
+    return Chunk(values, keys, None if plain else extras, text_size(values) + text_size(keys), form)
 
 
 def key_of(row: Any, fields: Sequence[str], index: int | None = None) -> Any:
