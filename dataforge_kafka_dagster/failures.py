@@ -25,6 +25,7 @@ def failure_of(error: KafkaError, *, topic: str | None = None, brokers: str | No
         "kafka/errors_by_code": dg.MetadataValue.json(error.counts) if error.counts else None,
         "kafka/undelivered_records": sum(error.counts.values()) or None,
         "kafka/record_index": error.index,
+        "kafka/record_among": None if error.among is None else "{} to {}".format(*error.among),
         "kafka/record_key": None if error.key is None else error.key[:_LONGEST_KEY].decode(errors="backslashreplace"),
         "kafka/field": error.field if isinstance(error, InvalidRecordError) else None,
     }

@@ -6,7 +6,8 @@ import pytest
 from confluent_kafka import KafkaError as Code
 from mock_cluster import ADD_PARTITIONS, END_TXN, PRODUCE, TXN_OFFSETS, MockCluster
 
-from dataforge_kafka_dagster import KafkaError, KafkaProducerConfig
+from dataforge_kafka_dagster import KafkaError, KafkaProducerConfig, KafkaRecord
+from dataforge_kafka_dagster.failures import failure_of
 from dataforge_kafka_dagster.kafka import publication
 from dataforge_kafka_dagster.kafka.config import PublicationConfig
 from dataforge_kafka_dagster.kafka.errors import FencedError, Remedy
@@ -105,3 +106,48 @@ def test_too_few_replicas_for_good_ends_at_the_deadline(cluster):
     assert time.monotonic() - began < 15
     assert caught.value.remedy is Remedy.RETRY
     assert caught.value.counts
+
+
+@pytest.fixture
+def refusing(cluster, monkeypatch):
+    """Publishes to a topic whose leaders take so many batches of 50 records, and then no more; gives the error."""
+
+    def refusing(taken, partitions, reports):
+        monkeypatch.setattr(publication, "check_topic_exists", lambda *_: Topic(partitions, None))
+        cluster.create_topic("few", partitions)
+        codes = [0] * taken + [Code.NOT_ENOUGH_REPLICAS] * 10_000
+        raw = {"batch.num.messages": "50", "max.in.flight": "1", "linger.ms": "300"}
+        producer = KafkaProducerConfig(
+            bootstrap_servers=cluster.bootstrap_servers, connect_timeout=10, delivery_timeout=2, librdkafka_config=raw
+        )
+        writer = PublicationWriter(
+            PublicationConfig(producer=producer),
+            transactional_id="mock",
+            publication_id="p",
+            topic="few",
+            reports=reports,
+        )
+        with pytest.raises(KafkaError) as caught, writer:
+            cluster.fail_next(PRODUCE, *codes)
+            writer.send_all(KafkaRecord(f"{i}", key=f"k{i}") for i in range(1000))
+        assert caught.value.code == "_MSG_TIMED_OUT", caught.value
+        return caught.value
+
+    return refusing
+
+
+@pytest.mark.parametrize(("partitions", "taken", "reports"), [(1, 3, True), (1, 3, False), (4, 0, False)])
+def test_the_first_record_that_was_not_delivered_in_time_is_named(partitions, taken, reports, refusing):
+    error, delivered = refusing(taken, partitions, reports), 50 * taken
+    assert (error.index, error.key, error.among) == (delivered, f"k{delivered}".encode(), None)
+    assert error.culprit.startswith(f"record {delivered} (key b'k{delivered}'), topic 'few': ")
+    assert failure_of(error).metadata["kafka/record_index"].value == delivered
+
+
+def test_of_several_kafka_partitions_that_took_some_records_it_is_told_between_which_it_is(refusing):
+    error = refusing(1, 4, False)
+    first, last = error.among
+    assert (error.index, first) == (None, 0)
+    assert int(error.key[1:]) <= last < 128
+    assert error.culprit.startswith(f"one of records 0 to {last} (key {error.key!r}), topic 'few': ")
+    assert failure_of(error).metadata["kafka/record_among"].value == f"0 to {last}"

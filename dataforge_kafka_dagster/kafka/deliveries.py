@@ -3,15 +3,57 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import confluent_kafka
 
 from dataforge_kafka_dagster.kafka.ledger import PartitionOffsets
 from dataforge_kafka_dagster.kafka.records import Chunk
 from dataforge_kafka_dagster.kafka.topics import Topic
+
+_PURGED: Final = frozenset({"_PURGE_QUEUE", "_PURGE_INFLIGHT"})
+# Said of a record, or of the batch that it is in; all other codes could have met any record.
+_OF_RECORDS: Final = frozenset(
+    {"INVALID_RECORD", "INVALID_TIMESTAMP", "MSG_SIZE_TOO_LARGE", "RECORD_LIST_TOO_LARGE", "_INVALID_DIFFERENT_RECORD"}
+)
+
+
+@dataclasses.dataclass
+class Span:
+    """Records that were given to librdkafka one after the other.
+
+    Attributes:
+        first: Position of the first.
+        end: Position after the last.
+        key: Key of the first.
+        lost: How many of them have failed.
+        lost_key: Key of the first that failed.
+    """
+
+    first: int
+    end: int
+    key: bytes | None = None
+    lost: int = 0
+    lost_key: bytes | None = None
+
+
+class Failure(NamedTuple):
+    """One record that failed.
+
+    Attributes:
+        error: Why.
+        key: Its key.
+        span: What it was sent with.
+        before: How many of those failed before it.
+    """
+
+    error: confluent_kafka.KafkaError
+    key: bytes | None
+    span: Span
+    before: int
 
 
 class Track:
@@ -21,8 +63,9 @@ class Track:
         max_bytes: The largest batch that it takes, after compression; None if that is not known.
         compacted: Whether it takes only records with a key.
         timestamps: How old and how far ahead a timestamp may be, milliseconds; None if it may be anything.
-        report: The delivery callback: it records and never raises. A function, which Python calls faster than a method.
-        first_failure: Its error, the record's key, and the record's position if it is known.
+        failures: Records that failed, by error code.
+        first_failure: The first of them, or the first that was at fault.
+        given_up: Whether the publication has taken back what was on its way: that is not counted as failures.
     """
 
     def __init__(self, topic: str, found: Topic) -> None:
@@ -34,11 +77,12 @@ class Track:
         self.compacted = found.compacted
         self.timestamps = found.timestamps
         self._blameless = False
-        self.first_failure: tuple[confluent_kafka.KafkaError, bytes | None, int | None] | None = None
+        self.first_failure: Failure | None = None
+        self.given_up = False
+        self._first_lost: Span | None = None
         self._starts: dict[int, list[int]] = {}
         self._ends: dict[int, list[int]] = {}
         self._next: dict[int, int] = {}
-        self.report = self.reporter()
 
     def may_refuse(self, chunk: Chunk) -> bool:
         """Whether a record of some is to be looked at by itself: the topic may refuse it."""
@@ -65,8 +109,11 @@ class Track:
             return True
         return -self.timestamps[1] <= round(time.time() * 1000) - timestamp <= self.timestamps[0]
 
-    def reporter(self, index: int | None = None) -> Callable[[confluent_kafka.KafkaError | None, Any], None]:
-        """A delivery callback, which knows the record's position if it is of one record only."""
+    def reporter(self, span: Span) -> Callable[[confluent_kafka.KafkaError | None, Any], None]:
+        """The delivery callback of some records: it records and never raises.
+
+        A function, which Python calls faster than a method.
+        """
         following = self._next
 
         def report(err: confluent_kafka.KafkaError | None, msg: Any) -> None:
@@ -77,13 +124,44 @@ class Track:
                     self._begin(partition, offset)
                 following[partition] = offset + 1
             else:
-                # Said of the records beside the one at fault.
-                blameless = err.name() == "_INVALID_DIFFERENT_RECORD"
-                self.failures[err.name()] += 1
-                if self.first_failure is None or (not blameless and self._blameless):
-                    self.first_failure, self._blameless = (err, msg.key(), index), blameless
+                self._fail(err, msg.key(), span)
 
         return report
+
+    def _fail(self, err: confluent_kafka.KafkaError, key: bytes | None, span: Span) -> None:
+        code = err.name()
+        if span.lost == 0:
+            span.lost_key = key
+            if self._first_lost is None or span.first < self._first_lost.first:
+                self._first_lost = span
+        span.lost += 1
+        if self.given_up and code in _PURGED:
+            return
+        self.failures[code] += 1
+        # Said of the records beside the one at fault.
+        blameless = code == "_INVALID_DIFFERENT_RECORD"
+        if self.first_failure is None or (not blameless and self._blameless):
+            self.first_failure, self._blameless = Failure(err, key, span, span.lost - 1), blameless
+
+    def place(self, failure: Failure, *, settled: bool) -> tuple[int, int, bytes | None]:
+        """Where the first record that failed is: the first and last position that it may have, and its key.
+
+        Nothing is counted for it while records are delivered, so it is what is left: the first that was not delivered.
+
+        Args:
+            failure: The first failure.
+            settled: Whether every record has been delivered or has failed, and those of a Kafka partition in order.
+        """
+        _, key, span, before = failure
+        if failure.error.name() not in _OF_RECORDS and self._first_lost is not None:
+            span, before = self._first_lost, 0
+            key = span.lost_key
+            if settled and span.lost == span.end - span.first:
+                return span.first, span.first, span.key
+        if settled and self.partitions == 1:
+            place = span.end - span.lost + before
+            return place, place, key
+        return span.first, span.end - 1, key
 
     def _begin(self, partition: int, offset: int) -> None:
         if partition in self._next:

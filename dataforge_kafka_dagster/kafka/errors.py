@@ -35,6 +35,7 @@ class KafkaError(Exception):
         remedy: Whether trying again can help.
         counts: Undelivered records by error code, if records failed.
         index: Position of the first record that failed, from 0, if a record is at fault.
+        among: First and last position that it may have, where only that is known; index is None then.
         key: Its key as it was to be sent, if it has one.
     """
 
@@ -49,6 +50,7 @@ class KafkaError(Exception):
         self.remedy = remedy or (remedy_of(code) if code else Remedy.FAIL)
         self.counts: dict[str, int] = {}
         self.index: int | None = None
+        self.among: tuple[int, int] | None = None
         self.key: bytes | None = None
 
     def add(self, cause: str, fix: str = "") -> None:

@@ -27,7 +27,7 @@ from typing_extensions import Self
 from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, PublicationConfig, check_topic, publication_options
 from dataforge_kafka_dagster.kafka.connection import SLICE, Connection, logger, timed_out
 from dataforge_kafka_dagster.kafka.dead_letters import dead_letter
-from dataforge_kafka_dagster.kafka.deliveries import Track, headers_size
+from dataforge_kafka_dagster.kafka.deliveries import Failure, Span, Track, headers_size
 from dataforge_kafka_dagster.kafka.errors import (
     FENCED_CODES,
     InvalidRecordError,
@@ -162,6 +162,8 @@ class PublicationWriter:
         self._reported = self._began
         self._in_transaction = False
         self._committing = False
+        self._in_order = self._exactly_once or config.producer.idempotent
+        self._broken: KafkaError | None = None
 
     def _dead_topic_of(self, on_bad_record: str) -> str | None:
         if on_bad_record == "fail":
@@ -371,7 +373,7 @@ class PublicationWriter:
         if track.may_refuse(chunk):
             self._produce_each(chunk, topic, track)
         else:
-            self._produce_all(chunk, topic, track.report)
+            self._produce_all(chunk, topic, track)
         self._records += len(chunk.values) - (self._dead_letters - dead_letters)
         self._bytes += chunk.size
         self._poll(0)
@@ -385,11 +387,13 @@ class PublicationWriter:
             self._reported = now
             self._on_progress(self._records, self._bytes, now - self._began)
 
-    def _produce_all(self, chunk: Chunk, topic: str, report: Callable[[Any, Any], None]) -> None:
+    def _produce_all(self, chunk: Chunk, topic: str, track: Track) -> None:
         produce = self._live_producer().produce
         values, keys = iter(chunk.values), iter(chunk.keys or itertools.repeat(None))
         extras = None if chunk.extras is None else iter(chunk.extras)
         end = self._position + len(chunk.values)
+        span = Span(self._position, end, _as_bytes(chunk.keys[0]) if chunk.keys else None)
+        report = track.reporter(span)
         # A publication's speed hangs on these loops: the try is around them, and nothing is counted in them.
         value = key = None
         extra = PLAIN
@@ -404,12 +408,15 @@ class PublicationWriter:
                         headers, partition, timestamp = extra
                         produce(topic, value, key, partition, report, timestamp=timestamp, headers=headers)
             except BufferError:
-                index = end - operator.length_hint(values) - 1
+                index = span.end = end - operator.length_hint(values) - 1
                 record = {"value": value, "key": key, "on_delivery": report} | extra._asdict()
                 self._produce_with_room(topic, index, **record)
+                span.end = end
             except KafkaException as exception:
-                index = end - operator.length_hint(values) - 1
+                index = span.end = end - operator.length_hint(values) - 1
                 self._bury_sent(value, key, index, self._refused(exception.args[0], topic, index, key))
+                span = Span(index + 1, end)
+                report = track.reporter(span)
             else:
                 return
 
@@ -418,7 +425,7 @@ class PublicationWriter:
         for index, (value, key, extra) in enumerate(zip(chunk.values, keys, extras, strict=False), self._position):
             try:
                 self._check_record(track, index, value, key, extra)
-                report = track.reporter(index)
+                report = track.reporter(Span(index, index + 1, _as_bytes(key)))
                 self._produce_with_room(topic, index, value=value, key=key, on_delivery=report, **extra._asdict())
             except KafkaError as error:
                 self._bury_sent(value, key, index, error)
@@ -487,7 +494,8 @@ class PublicationWriter:
         error.index = index
         record = dead_letter(bad, error, self.topic, self._longest_dead_letter)
         track = self._dead_track
-        self._produce_with_room(track.topic, index, on_delivery=track.report, **record)
+        report = track.reporter(Span(index, index + 1, record["key"]))
+        self._produce_with_room(track.topic, index, on_delivery=report, **record)
         self._dead_letters += 1
 
     def _bury_sent(self, value: bytes | str | None, key: bytes | str | None, index: int, error: KafkaError) -> None:
@@ -585,28 +593,44 @@ class PublicationWriter:
         """Why this publication cannot succeed any more, if so."""
         if self._connection.fatal is not None:
             return self._explain(self._connection.fatal, f"publication to {', '.join(self._tracks)!r}")
+        if self._broken is None:
+            failed = next((track for track in self._all_tracks if track.first_failure is not None), None)
+            if failed is not None and failed.first_failure is not None:
+                self._broken = self._delivery_failure(failed, failed.first_failure)
+        return self._broken
+
+    def _delivery_failure(self, track: Track, first: Failure) -> KafkaError:
+        error = first.error
+        if error.name() == "_PURGE_QUEUE":
+            error = self._transaction_error() or error
+        place, last, key = track.place(first, settled=self._give_up() and self._in_order)
+        counts = ", ".join(f"{count} x {code}" for code, count in track.failures.items())
+        which = f"record {place}" if place == last else f"one of records {place} to {last}"
+        lost = f"{sum(track.failures.values())} records not delivered ({counts})"
+        failure = self._explain(error, f"{which}{_shown(key)}, topic {track.topic!r}: {lost}")
+        if failure.code == "_MSG_TIMED_OUT":
+            trouble = replica_trouble(self._connection, track.topic, _DIAGNOSIS_SECONDS)
+            if trouble is not None:
+                failure.add(trouble)
+        if failure.code == "MSG_SIZE_TOO_LARGE" and track.max_bytes is not None:
+            several = first.span.end - first.span.first > 1
+            failure.add(
+                f"the topic's max.message.bytes is {track.max_bytes}, for a batch of compressed records",
+                f"If no record is that large, lower batch_size to {track.max_bytes}" if several else "",
+            )
+        failure.counts, failure.key = dict(track.failures), key
+        failure.index, failure.among = (place, None) if place == last else (None, (place, last))
+        return failure
+
+    def _give_up(self) -> bool:
+        """Take back what is on its way, since nothing can be committed; whether every record was settled in time."""
+        producer = self._live_producer()
         for track in self._all_tracks:
-            if track.first_failure is not None:
-                counts = ", ".join(f"{count} x {code}" for code, count in track.failures.items())
-                culprit = f"topic {track.topic!r}: {sum(track.failures.values())} records not delivered ({counts})"
-                first, key, index = track.first_failure
-                if index is not None:
-                    culprit = f"record {index}{_shown(key)}, {culprit}"
-                if first.name() == "_PURGE_QUEUE":
-                    first = self._transaction_error() or first
-                failure = self._explain(first, culprit)
-                if failure.code == "_MSG_TIMED_OUT":
-                    trouble = replica_trouble(self._connection, track.topic, _DIAGNOSIS_SECONDS)
-                    if trouble is not None:
-                        failure.add(trouble)
-                if failure.code == "MSG_SIZE_TOO_LARGE" and track.max_bytes is not None:
-                    failure.add(
-                        f"the topic's max.message.bytes is {track.max_bytes}, for a batch of compressed records",
-                        f"If no record is that large, lower batch_size to {track.max_bytes}" if index is None else "",
-                    )
-                failure.counts, failure.key, failure.index = dict(track.failures), key, index
-                return failure
-        return None
+            track.given_up = True
+        with contextlib.suppress(Exception):  # a fatal error may come out here, in several shapes
+            producer.purge()
+            producer.flush(SLICE)
+        return len(producer) == 0
 
     def _transaction_error(self) -> confluent_kafka.KafkaError | None:
         """Why librdkafka gave up the transaction, as it does without a word when the broker refuses a Kafka partition.
