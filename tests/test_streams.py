@@ -72,7 +72,7 @@ def test_each_source_gives_its_rows_in_order(make, tmp_path):
     assert [json.loads(value) for value in values] == ROWS
     keys = [key if isinstance(key, str) else key.decode() for chunk in found for key in chunk.keys]
     assert keys == [row["s"] for row in ROWS]
-    assert len(found) > 5
+    assert len(found) >= 5
 
 
 @pytest.mark.parametrize("make", SOURCES.values(), ids=SOURCES)

@@ -25,6 +25,7 @@ from dataforge_kafka_dagster.kafka.serialization import (
     serialize_value,
     text_size,
     to_json,
+    with_null,
 )
 
 if TYPE_CHECKING:
@@ -137,9 +138,8 @@ class FrameEncoder:
             for i, row in enumerate(rows):
                 serialize_value(row, start + i)
             raise
-        for i, value in enumerate(values):
-            if b"null" in value:
-                refuse_infinite(rows[i], start + i)
+        for i in with_null(values):
+            refuse_infinite(rows[i], start + i)
         return values
 
     @staticmethod

@@ -22,6 +22,7 @@ from dataforge_kafka_dagster.kafka.serialization import (
     serialize_key,
     serialize_value,
     text_size,
+    with_null,
 )
 
 ACCEPTED: Final = (
@@ -150,8 +151,7 @@ class RowEncoder:
             for i, row in enumerate(rows):
                 serialize_value(row, start + i)
             raise
-        suspicious = [i for i, value in enumerate(values) if b"null" in value] if b"null" in b"".join(values) else ()
-        for i in suspicious:
+        for i in with_null(values):
             if not is_finite(rows[i], values[i]):
                 refuse_non_finite(rows[i], start + i)
         return values

@@ -6,12 +6,14 @@ are sent as they are. JSON is orjson's: RFC 8259, dates as RFC 3339; a Decimal i
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import datetime as dt
 import decimal
+import itertools
 import math
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, cast
 
 import orjson
@@ -114,6 +116,22 @@ def json_lines(values: Sequence[Any]) -> list[bytes]:
     """
     dumps, default, options = orjson.dumps, _jsonable, _OPTIONS
     return [dumps(value, default, options) for value in values]
+
+
+def with_null(values: Sequence[bytes]) -> Iterator[int]:
+    """Positions of the JSON texts with a null in them (perhaps inside a string), which NaN and infinity are written as.
+
+    They are looked through as one text, since a search in each costs more than to encode them.
+    """
+    joined = b"".join(values)
+    at = joined.find(b"null")
+    if at < 0:
+        return
+    ends = list(itertools.accumulate(map(len, values)))
+    while at >= 0:
+        index = bisect.bisect_right(ends, at)
+        yield index
+        at = joined.find(b"null", ends[index])
 
 
 def text_size(texts: Sequence[bytes | str | None] | None) -> int:

@@ -15,7 +15,7 @@ from dataforge_kafka_dagster.kafka.streams import open_stream
 # Rows and bytes that a chunk holds at most. Rows may grow from one to the next by any factor: few at a time bound what
 # their chunk holds, and more are not faster. A slice of a frame has a price of its own.
 _ROWS: Final = (128, 1_000_000)
-_FRAME: Final = (10_000, 4_000_000)
+_FRAME: Final = (20_000, 8_000_000)
 _CHUNK_SECONDS: Final = 0.5
 
 BadRecordTaker = Callable[[Any, int, InvalidRecordError], None]
