@@ -1,5 +1,7 @@
 """What a topic's own settings refuse: known before it is sent, by position and key; small records always fit."""
 
+import random
+import string
 import time
 import uuid
 
@@ -80,6 +82,40 @@ def test_a_large_record_that_fits_when_compressed_is_published(publish, small, k
     done = publish(small, rows, kafka_topic())
     assert (done.records, done.dead_letters) == (2, 0)
     assert len(read(small)) == 4
+
+
+def _kinds(size):
+    """Texts of many kinds, some of which zlib makes small enough for a topic and snappy and lz4 do not."""
+    chance = random.Random(7)
+    words = ["".join(chance.choices(string.ascii_lowercase, k=6)) for _ in range(500)]
+    for alphabet in ("01", "ACGT", string.digits, string.hexdigits, string.printable):
+        yield "".join(chance.choices(alphabet, k=size))
+    for things in (words, words[:5], [str(i / 7) for i in range(1000)], [f'{{"id": {i}}}' for i in range(1000)]):
+        yield " ".join(chance.choices(things, k=size // 5))[:size]
+    yield "x" * size
+    yield (f"{chance.random()}" * size)[:size]
+
+
+@pytest.mark.parametrize("codec", ["gzip", "snappy", "lz4", "zstd"])
+def test_no_record_that_the_broker_may_refuse_is_sent_if_there_is_a_dead_letter_topic(
+    codec, publish, small, kafka_topic, read
+):
+    rows = [text for size in (1.1, 1.5, 2, 3, 5, 10) for text in _kinds(int(size * LIMIT))]
+    dead = kafka_topic()
+    done = publish(small, rows, dead, compression_type=codec)
+    assert done.records + done.dead_letters == len(rows)
+    assert done.records > len(rows) / 4
+    assert done.dead_letters > len(rows) / 8
+    assert len(read(small)) == done.records
+    assert len(read(dead)) == done.dead_letters
+
+
+@pytest.mark.parametrize("codec", ["none", "snappy"])
+def test_a_record_at_the_limit_is_published_or_a_dead_letter(codec, publish, small, kafka_topic, read):
+    rows = [KafkaRecord(_noise(LIMIT - less), key=b"k", headers={"h": "v"}) for less in range(130)]
+    done = publish(small, rows, kafka_topic(), compression_type=codec)
+    assert (done.records, done.dead_letters) == (27, 103)
+    assert [len(record.value) for record in read(small)] == [LIMIT - less for less in range(103, 130)]
 
 
 def test_batches_to_a_topic_that_comes_later_are_explained(kafka_bootstrap_servers, kafka_topic, small):

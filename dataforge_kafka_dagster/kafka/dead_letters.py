@@ -27,7 +27,7 @@ def dead_letter(bad: Any, error: KafkaError, topic: str, most: int) -> dict[str,
     given, given_key = (bad.value, bad.key) if isinstance(bad, KafkaRecord) else (bad, None)
     value, key = _bytes_of(given), _bytes_of(given_key)
     headers = [
-        ("dead-letter.error", str(error)[:_LONGEST_ERROR].encode(errors="backslashreplace")),
+        ("dead-letter.error", str(error)[: min(_LONGEST_ERROR, most // 2)].encode(errors="backslashreplace")),
         ("dead-letter.code", (error.code or type(error).__name__).encode()),
         ("dead-letter.index", str(error.index).encode()),
         ("dead-letter.topic", topic.encode()),

@@ -5,13 +5,16 @@ from __future__ import annotations
 import collections
 import dataclasses
 import time
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
 import confluent_kafka
 
+from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaError
 from dataforge_kafka_dagster.kafka.ledger import PartitionOffsets
-from dataforge_kafka_dagster.kafka.records import Chunk
+from dataforge_kafka_dagster.kafka.records import Chunk, Extra
+from dataforge_kafka_dagster.kafka.serialization import text_size
 from dataforge_kafka_dagster.kafka.topics import Topic
 
 _PURGED: Final = frozenset({"_PURGE_QUEUE", "_PURGE_INFLIGHT"})
@@ -19,6 +22,18 @@ _PURGED: Final = frozenset({"_PURGE_QUEUE", "_PURGE_INFLIGHT"})
 _OF_RECORDS: Final = frozenset(
     {"INVALID_RECORD", "INVALID_TIMESTAMP", "MSG_SIZE_TOO_LARGE", "RECORD_LIST_TOO_LARGE", "_INVALID_DIFFERENT_RECORD"}
 )
+# Bytes of a batch of one record without the record's value, key and headers, at least and at most; a header adds ten at
+# most. From https://kafka.apache.org/documentation/#messageformat
+_OVERHEAD: Final = (68, 90)
+# What a record has at most when compressed: for each byte that it has by zlib at level 1 with this strategy, and for
+# each of its own. Snappy and lz4 repeat text as zlib does, but write whole bytes, as a fixed code nearly does.
+_WHOLE_BYTES: Final = (zlib.Z_FIXED, 2.5, 0.05)
+_PACKED: Final = {
+    "gzip": (zlib.Z_DEFAULT_STRATEGY, 1.05, 0.0),
+    "zstd": (zlib.Z_DEFAULT_STRATEGY, 1.05, 0.0),
+    "snappy": _WHOLE_BYTES,
+    "lz4": _WHOLE_BYTES,
+}
 
 
 @dataclasses.dataclass
@@ -59,6 +74,12 @@ class Failure(NamedTuple):
 class Track:
     """Delivery reports of one topic, collapsed into runs of offsets.
 
+    Args:
+        topic: The topic.
+        found: As it is.
+        codec: How records are compressed.
+        cautious: Whether `check` refuses what the broker may refuse; if not, only what it is sure to.
+
     Attributes:
         max_bytes: The largest batch that it takes, after compression; None if that is not known.
         compacted: Whether it takes only records with a key.
@@ -68,8 +89,10 @@ class Track:
         given_up: Whether the publication has taken back what was on its way: that is not counted as failures.
     """
 
-    def __init__(self, topic: str, found: Topic) -> None:
+    def __init__(self, topic: str, found: Topic, codec: str, *, cautious: bool) -> None:
         self.topic = topic
+        self._codec = codec
+        self._cautious = cautious
         self.partitions = found.partitions
         self.topic_id = found.id
         self.failures: collections.Counter[str] = collections.Counter()
@@ -96,12 +119,75 @@ class Track:
                 return True
             if max(partitions) >= self.partitions:
                 return True
-            headers = max(map(headers_size, filter(None, all_headers)), default=0)
-        if self.max_bytes is None or chunk.size + headers * len(chunk.values) <= self.max_bytes:
+            headers = max(map(_headers_size, filter(None, all_headers)), default=0)
+        if self.max_bytes is None or chunk.size + headers * len(chunk.values) + _OVERHEAD[1] <= self.max_bytes:
             return False
         # A character may take four bytes.
         longest = sum(max(map(len, filter(None, texts or ())), default=0) for texts in chunk[:2])
-        return 4 * longest + headers > self.max_bytes
+        return 4 * longest + headers + _OVERHEAD[1] > self.max_bytes
+
+    def check(self, index: int, value: bytes | str | None, key: bytes | str | None, extra: Extra) -> None:
+        """Refuse a record that the topic refuses, which ends a transaction if it is sent.
+
+        Raises:
+            InvalidRecordError: Its Kafka partition, key or timestamp is not what the topic takes.
+            KafkaError: It is too large.
+        """
+        topic = self.topic
+        if extra.partition >= self.partitions:
+            raise InvalidRecordError(
+                f"record {index}",
+                f"topic {topic!r} has no Kafka partition {extra.partition}",
+                f"Use 0 to {self.partitions - 1}, or None and let the key decide",
+                index=index,
+            )
+        if self.compacted and key is None:
+            raise InvalidRecordError(
+                f"record {index}",
+                f"it has no key, and topic {topic!r} is compacted: it takes no record without one",
+                "Give every record a key, such as kafka/key in the asset's metadata",
+                index=index,
+            )
+        if self.timestamps is not None and extra.timestamp and not self.age_fits(extra.timestamp):
+            age = round(time.time() * 1000) - extra.timestamp
+            which, most = ("before", self.timestamps[0]) if age > 0 else ("after", self.timestamps[1])
+            raise InvalidRecordError(
+                f"record {index}",
+                f"timestamp={extra.timestamp} is {abs(age) / 1000:.0f} s {'old' if age > 0 else 'ahead'}, topic"
+                f" {topic!r} has message.timestamp.{which}.max.ms={most}",
+                "Give another timestamp (milliseconds since the epoch), or raise that setting of the topic",
+                index=index,
+            )
+        size = self._size_if_too_large(value, key, extra)
+        if size is not None:
+            code = "MSG_SIZE_TOO_LARGE"
+            error = KafkaError(
+                f"record {index}{shown(key)}, topic {topic!r}",
+                f"it has {size}, the topic's max.message.bytes is {self.max_bytes} [{code}]",
+                "Split the record, or raise max.message.bytes on the topic",
+                code=code,
+            )
+            error.index, error.key = index, as_bytes(key)
+            raise error
+
+    def _size_if_too_large(self, value: bytes | str | None, key: bytes | str | None, extra: Extra) -> str | None:
+        """The size that a record has as a batch of its own, in words, if that is too large for the topic."""
+        headers = extra.headers or ()
+        size = text_size([value, key]) + _headers_size(headers)
+        overhead = _OVERHEAD[1] + 10 * len(headers) if self._cautious else _OVERHEAD[0]
+        if self.max_bytes is None or size + overhead <= self.max_bytes:
+            return None
+        packed = _PACKED.get(self._codec)
+        if packed is None:
+            return f"{size} bytes"
+        if not self._cautious:
+            return None  # it may fit; the broker decides
+        parts = [as_bytes(value), as_bytes(key), *(part for name, text in headers for part in (name.encode(), text))]
+        strategy, by_zlib, by_size = packed
+        packer = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, strategy)
+        shortest = len(packer.compress(b"".join(filter(None, parts)))) + len(packer.flush())
+        most = round(by_zlib * shortest + by_size * size) + overhead
+        return f"up to {most} bytes compressed by {self._codec}" if most > self.max_bytes else None
 
     def age_fits(self, timestamp: int) -> bool:
         """Whether the topic takes a timestamp, in milliseconds."""
@@ -187,6 +273,16 @@ class Track:
         )
 
 
-def headers_size(headers: Iterable[tuple[str, bytes | None]]) -> int:
+def shown(key: bytes | str | None) -> str:
+    """A key, for an error's culprit."""
+    return f" (key {key[:100]!r})" if key else ""
+
+
+def as_bytes(key: bytes | str | None) -> bytes | None:
+    """What librdkafka writes for a key or value."""
+    return key.encode() if isinstance(key, str) else key
+
+
+def _headers_size(headers: Iterable[tuple[str, bytes | None]]) -> int:
     """Bytes of a record's headers."""
     return sum(len(name) + len(text or b"") for name, text in headers)

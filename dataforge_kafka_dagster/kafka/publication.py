@@ -15,7 +15,6 @@ import functools
 import itertools
 import operator
 import time
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final
@@ -27,7 +26,7 @@ from typing_extensions import Self
 from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, PublicationConfig, check_topic, publication_options
 from dataforge_kafka_dagster.kafka.connection import SLICE, Connection, logger, timed_out
 from dataforge_kafka_dagster.kafka.dead_letters import dead_letter
-from dataforge_kafka_dagster.kafka.deliveries import Failure, Span, Track, headers_size
+from dataforge_kafka_dagster.kafka.deliveries import Failure, Span, Track, as_bytes, shown
 from dataforge_kafka_dagster.kafka.errors import (
     FENCED_CODES,
     InvalidRecordError,
@@ -44,7 +43,7 @@ from dataforge_kafka_dagster.kafka.ledger import (
     group_id,
     ledger_key,
 )
-from dataforge_kafka_dagster.kafka.records import PLAIN, Chunk, Extra, KafkaRecord, encode_record, key_fields
+from dataforge_kafka_dagster.kafka.records import PLAIN, Chunk, KafkaRecord, encode_record, key_fields
 from dataforge_kafka_dagster.kafka.schemas import (
     KafkaSchema,
     SchemaEncoders,
@@ -153,7 +152,7 @@ class PublicationWriter:
         self._dead_letters = 0
         self._dead_topic = self._dead_topic_of(on_bad_record or config.on_bad_record)
         self._dead_track: Track | None = None
-        self._compressed = True
+        self._codec = "none"
         self._reports = reports or not self._exactly_once or self._dead_topic is not None
         self._ends_before: list[int] | None = None
         self._alone = False
@@ -203,13 +202,12 @@ class PublicationWriter:
         options |= publication_options(config, self._transactional_id)
         if not self._reports:
             options["delivery.report.only.error"] = True
-        self._compressed = options.get("compression.codec", options["compression.type"]) != "none"
+        self._codec = options.get("compression.codec", options["compression.type"])
         connected = self._connect(options)
         timeout = config.producer.connect_timeout
         self._add_topic(self.topic, timeout)
         if self._dead_topic is not None:
-            found = check_topic_exists(connection, self._dead_topic, self._create_topic, timeout)
-            self._dead_track = Track(self._dead_topic, found)
+            self._dead_track = self._track(self._dead_topic, timeout)
         # The largest batch is the topic's too: the broker refuses a larger one whole, and librdkafka does not split it.
         largest = min((track.max_bytes for track in self._all_tracks if track.max_bytes), default=None)
         if largest is not None and largest < int(options["batch.size"]):
@@ -274,9 +272,12 @@ class PublicationWriter:
     def _add_topic(self, topic: str, timeout: float) -> Track:
         track = self._tracks.get(topic)
         if track is None:
-            found = check_topic_exists(self._connection, topic, self._create_topic, timeout)
-            track = self._tracks[topic] = Track(topic, found)
+            track = self._tracks[topic] = self._track(topic, timeout)
         return track
+
+    def _track(self, topic: str, timeout: float) -> Track:
+        found = check_topic_exists(self._connection, topic, self._create_topic, timeout)
+        return Track(topic, found, self._codec, cautious=self._dead_topic is not None)
 
     def send(
         self,
@@ -392,7 +393,7 @@ class PublicationWriter:
         values, keys = iter(chunk.values), iter(chunk.keys or itertools.repeat(None))
         extras = None if chunk.extras is None else iter(chunk.extras)
         end = self._position + len(chunk.values)
-        span = Span(self._position, end, _as_bytes(chunk.keys[0]) if chunk.keys else None)
+        span = Span(self._position, end, as_bytes(chunk.keys[0]) if chunk.keys else None)
         report = track.reporter(span)
         # A publication's speed hangs on these loops: the try is around them, and nothing is counted in them.
         value = key = None
@@ -424,63 +425,11 @@ class PublicationWriter:
         keys, extras = chunk.keys or itertools.repeat(None), chunk.extras or itertools.repeat(PLAIN)
         for index, (value, key, extra) in enumerate(zip(chunk.values, keys, extras, strict=False), self._position):
             try:
-                self._check_record(track, index, value, key, extra)
-                report = track.reporter(Span(index, index + 1, _as_bytes(key)))
+                track.check(index, value, key, extra)
+                report = track.reporter(Span(index, index + 1, as_bytes(key)))
                 self._produce_with_room(topic, index, value=value, key=key, on_delivery=report, **extra._asdict())
             except KafkaError as error:
                 self._bury_sent(value, key, index, error)
-
-    def _check_record(
-        self, track: Track, index: int, value: bytes | str | None, key: bytes | str | None, extra: Extra
-    ) -> None:
-        """Refuse what the topic is known to refuse, which ends a transaction if it is sent."""
-        topic = track.topic
-        if extra.partition >= track.partitions:
-            raise InvalidRecordError(
-                f"record {index}",
-                f"topic {topic!r} has no Kafka partition {extra.partition}",
-                f"Use 0 to {track.partitions - 1}, or None and let the key decide",
-                index=index,
-            )
-        if track.compacted and key is None:
-            raise InvalidRecordError(
-                f"record {index}",
-                f"it has no key, and topic {topic!r} is compacted: it takes no record without one",
-                "Give every record a key, such as kafka/key in the asset's metadata",
-                index=index,
-            )
-        if track.timestamps is not None and extra.timestamp and not track.age_fits(extra.timestamp):
-            age = round(time.time() * 1000) - extra.timestamp
-            which, most = ("before", track.timestamps[0]) if age > 0 else ("after", track.timestamps[1])
-            raise InvalidRecordError(
-                f"record {index}",
-                f"timestamp={extra.timestamp} is {abs(age) / 1000:.0f} s {'old' if age > 0 else 'ahead'}, topic"
-                f" {topic!r} has message.timestamp.{which}.max.ms={most}",
-                "Give another timestamp (milliseconds since the epoch), or raise that setting of the topic",
-                index=index,
-            )
-        size = text_size([value, key]) + headers_size(extra.headers or ())
-        if track.max_bytes is None or size <= track.max_bytes:
-            return
-        if not self._compressed:
-            how = f"it has {size} bytes"
-        elif self._dead_track is None:
-            return  # it may fit; the broker decides
-        else:
-            # An estimate: zlib packs tighter than snappy and lz4, and about as zstd does.
-            size = len(zlib.compress(value.encode() if isinstance(value, str) else value or b""))
-            if size <= track.max_bytes:
-                return
-            how = f"it has {size} bytes compressed (zlib)"
-        code = "MSG_SIZE_TOO_LARGE"
-        error = KafkaError(
-            f"record {index}{_shown(key)}, topic {topic!r}",
-            f"{how}, the topic's max.message.bytes is {track.max_bytes} [{code}]",
-            "Split the record, or raise max.message.bytes on the topic",
-            code=code,
-        )
-        error.index, error.key = index, _as_bytes(key)
-        raise error
 
     @property
     def _position(self) -> int:
@@ -552,14 +501,14 @@ class PublicationWriter:
         self, error: confluent_kafka.KafkaError, topic: str, index: int, key: bytes | str | None
     ) -> KafkaError:
         """The error for a record that librdkafka does not even take."""
-        if error.name() == "_FATAL":
-            # The next poll tells the cause.
+        if error.name() in {"_FATAL", "_STATE"}:
+            # Something has ended the producer or its transaction: the next poll tells what.
             self._poll(SLICE)
         broken = self._failure()
         if broken is not None:
             return broken
-        refused = self._explain(error, f"record {index}{_shown(key)}, topic {topic!r}")
-        refused.index, refused.key = index, _as_bytes(key)
+        refused = self._explain(error, f"record {index}{shown(key)}, topic {topic!r}")
+        refused.index, refused.key = index, as_bytes(key)
         return refused
 
     def _explain(self, error: confluent_kafka.KafkaError, culprit: str) -> KafkaError:
@@ -607,7 +556,7 @@ class PublicationWriter:
         counts = ", ".join(f"{count} x {code}" for code, count in track.failures.items())
         which = f"record {place}" if place == last else f"one of records {place} to {last}"
         lost = f"{sum(track.failures.values())} records not delivered ({counts})"
-        failure = self._explain(error, f"{which}{_shown(key)}, topic {track.topic!r}: {lost}")
+        failure = self._explain(error, f"{which}{shown(key)}, topic {track.topic!r}: {lost}")
         if failure.code == "_MSG_TIMED_OUT":
             trouble = replica_trouble(self._connection, track.topic, _DIAGNOSIS_SECONDS)
             if trouble is not None:
@@ -972,11 +921,3 @@ def settle(output: Any, attempt: Callable[[bool], Publication]) -> Publication:
 
 def _log_progress(records: int, size: int, seconds: float) -> None:
     logger.info("Published %d records, %.1f MB, in %.0f s; not committed yet", records, size / 1e6, seconds)
-
-
-def _shown(key: bytes | str | None) -> str:
-    return f" (key {key[:100]!r})" if key else ""
-
-
-def _as_bytes(key: bytes | str | None) -> bytes | None:
-    return key.encode() if isinstance(key, str) else key
