@@ -316,6 +316,27 @@ def test_a_cause_is_forgotten_once_a_broker_answers(connection):
     assert connection.cause(_theirs("_MSG_TIMED_OUT"), "topic 't'").code == "_MSG_TIMED_OUT"
 
 
+def _raising(error, cause=None):
+    def wait(_):
+        raise error from cause
+
+    return wait
+
+
+def test_what_comes_out_of_a_poll_is_remembered_told_or_raised(connection):
+    assert connection.serve(lambda _: 1, 0.1)
+    assert not connection.serve(_raising(SystemError("error return without exception set")), 0.1)
+    assert connection.fatal is None
+    with pytest.raises(ZeroDivisionError):
+        connection.serve(_raising(ZeroDivisionError()), 0.1)
+    with pytest.raises(KeyboardInterrupt):
+        connection.serve(_raising(SystemError("a result with an exception set"), KeyboardInterrupt()), 0.1)
+    fenced = confluent_kafka.KafkaException(_theirs("_FENCED"))
+    assert not connection.serve(_raising(SystemError("a result with an exception set"), fenced), 0.1)
+    assert connection.fatal.name() == "_FENCED"
+    assert not connection.serve(_raising(ZeroDivisionError()), 0.1)
+
+
 def _closed(_):
     raise LookupError("no such tenant")
 

@@ -12,7 +12,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import confluent_kafka
@@ -83,16 +83,41 @@ class Connection:
         self._latched = self._transport = self._oauth_error = None
         self._all_down = self.silent = False
 
-    def note(self, raised: BaseException | None) -> None:
-        """Remember a fatal error that a client's poll raised instead of calling back.
+    def serve(self, wait: Callable[[float], object], seconds: float) -> bool:
+        """Let a producer call back, by its poll or flush.
 
-        It comes as a KafkaException, or as the cause of another error (confluent-kafka 2.16).
+        A fatal error may come out of it instead (confluent-kafka 2.16): it is remembered, unless it comes as a
+        SystemError that does not tell it. The callbacks were called all the same.
+
+        Args:
+            wait: The producer's poll or flush.
+            seconds: Longest wait.
+
+        Returns:
+            Whether nothing came out.
+
+        Raises:
+            Exception: What came out is neither.
         """
-        while raised is not None:
-            error = raised.args[0] if raised.args else None
+        try:
+            wait(seconds)
+        except Exception as error:
+            self.note(error)
+            for behind in _chain(error):
+                if not isinstance(behind, Exception):  # an interrupt during a callback
+                    raise behind from None
+            if self.fatal is None and not isinstance(error, SystemError):
+                raise
+            logger.debug("librdkafka's callbacks ended in an error", exc_info=True)
+            return False
+        return True
+
+    def note(self, raised: BaseException) -> None:
+        """Remember a fatal error that a client raised: as a KafkaException, or as the cause of another error."""
+        for behind in _chain(raised):
+            error = behind.args[0] if behind.args else None
             if isinstance(error, confluent_kafka.KafkaError) and _is_fatal(error):
                 self.fatal = self.fatal or error
-            raised = raised.__cause__ or raised.__context__
 
     def _client(self, make: Callable[..., T], options: dict[str, Any]) -> T:
         extra: dict[str, Any] = {"error_cb": self._on_error, "logger": _Quiet("librdkafka")}
@@ -299,6 +324,13 @@ class Connection:
 def _keep(things: list[object], seconds: float) -> None:
     time.sleep(seconds)
     things.clear()
+
+
+def _chain(raised: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it came from."""
+    while raised is not None:
+        yield raised
+        raised = raised.__cause__ or raised.__context__
 
 
 def _is_fatal(error: confluent_kafka.KafkaError) -> bool:

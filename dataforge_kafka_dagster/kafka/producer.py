@@ -112,7 +112,7 @@ class DataForgeKafkaProducer:
         deadline = time.monotonic() + self.config.delivery_timeout + 5
         while not future.done():
             if self._poller is None:
-                self._serve(self._producer.poll, SLICE)
+                self._connection.serve(self._producer.poll, SLICE)
             else:
                 concurrent.futures.wait([future], SLICE)
             if time.monotonic() > deadline:
@@ -159,20 +159,7 @@ class DataForgeKafkaProducer:
     def _poll(self) -> None:
         while not self._closed.is_set():
             with contextlib.suppress(Exception):
-                self._serve(self._producer.poll, 0.1)
-
-    def _serve(self, wait: Callable[[float], object], seconds: float) -> None:
-        """Let librdkafka call back, by its poll or flush."""
-        try:
-            wait(seconds)
-        except SystemError:
-            # confluent-kafka 2.16 now and then: the callbacks were called, and their errors are with their records.
-            logger.debug("librdkafka's callbacks ended in a SystemError", exc_info=True)
-        except Exception as error:
-            self._connection.note(error)
-            # With a fatal error every record fails, and its report says why.
-            if self._connection.fatal is None:
-                raise
+                self._connection.serve(self._producer.poll, 0.1)
 
     def _produce(
         self, topic: str, record: KafkaRecord, callback: DeliveryCallback | None
@@ -215,10 +202,10 @@ class DataForgeKafkaProducer:
                 if time.monotonic() > deadline:
                     waited = self.config.delivery_timeout
                     raise self._logged(timed_out(f"topic {topic!r}, buffer_memory", waited, "_QUEUE_FULL")) from None
-                self._serve(self._producer.poll, SLICE)
+                self._connection.serve(self._producer.poll, SLICE)
             except confluent_kafka.KafkaException as exception:
                 if exception.args[0].name() == "_FATAL":
-                    self._serve(self._producer.poll, SLICE)  # tells the cause
+                    self._connection.serve(self._producer.poll, SLICE)  # tells the cause
                 error = self._connection.fatal or exception.args[0]
                 raise self._logged(self._connection.cause(error, f"topic {topic!r}")) from None
             else:
@@ -244,7 +231,7 @@ class DataForgeKafkaProducer:
         seconds = self.config.delivery_timeout + 2 if timeout is None else timeout
         deadline = time.monotonic() + seconds
         while len(self._producer):
-            self._serve(self._producer.flush, max(0.0, min(SLICE, deadline - time.monotonic())))
+            self._connection.serve(self._producer.flush, max(0.0, min(SLICE, deadline - time.monotonic())))
             left = len(self._producer)
             if left and time.monotonic() >= deadline:
                 raise self._logged(timed_out(f"{left} records not yet delivered", seconds))
@@ -275,7 +262,7 @@ class DataForgeKafkaProducer:
             self.flush(timeout)
         finally:
             self._producer.purge()
-            self._serve(self._producer.flush, SLICE)
+            self._connection.serve(self._producer.flush, SLICE)
             self._closed.set()
             if self._poller is not None and self._poller is not threading.current_thread():
                 self._poller.join(2)

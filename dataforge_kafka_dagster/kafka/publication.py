@@ -604,16 +604,12 @@ class PublicationWriter:
         self._serve(self._live_producer().poll, seconds)
 
     def _serve(self, wait: Callable[[float], object], seconds: float) -> None:
-        try:
-            wait(seconds)
-        except Exception as error:
-            self._connection.note(error)
-            # A fatal error may come out as a SystemError that does not tell it (confluent-kafka 2.16).
-            fatal = self._transaction_error() if self._in_transaction else None
-            if fatal is not None:
-                self._connection.note(KafkaException(fatal))
-            self._check()
-            raise
+        if self._connection.serve(wait, seconds):
+            return
+        fatal = self._transaction_error() if self._in_transaction else None
+        if fatal is not None:
+            self._connection.note(KafkaException(fatal))
+        self._check()
 
     def commit(self) -> Publication:
         """Wait for every record and commit; called by the end of the with block.

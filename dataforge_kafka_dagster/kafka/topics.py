@@ -31,6 +31,7 @@ class Topic(NamedTuple):
         compacted: Whether its cleanup.policy is known to compact it: then it takes no record without a key.
         timestamps: How much older and how much newer than the broker's clock a record's timestamp may be, milliseconds;
             None if it may be anything, or that is not known.
+        writable: Whether this user may write to it; true if the brokers do not tell.
     """
 
     partitions: int
@@ -38,6 +39,7 @@ class Topic(NamedTuple):
     max_bytes: int | None = None
     compacted: bool = False
     timestamps: tuple[int, int] | None = None
+    writable: bool = True
 
 
 def check_topic_exists(connection: Connection, topic: str, spec: KafkaTopicSpec | None, timeout: float) -> Topic:
@@ -69,6 +71,9 @@ def check_topic_exists(connection: Connection, topic: str, spec: KafkaTopicSpec 
             raise KafkaError(error.culprit, error.cause, _how_to_create(connection, topic), code=_UNKNOWN) from None
         _create(connection, topic, spec, deadline)
         found = _look_for(connection, topic, deadline, timeout)
+    if not found.writable:
+        culprit, code = f"topic {topic!r}, {connection.name}", "TOPIC_AUTHORIZATION_FAILED"
+        raise KafkaError(culprit, f"this user may not write to it [{code}]", fix_for(code), code=code)
     if spec is not None and found.partitions < spec.partitions:
         raise KafkaError(
             f"topic {topic!r}, {connection.name}",
@@ -80,27 +85,27 @@ def check_topic_exists(connection: Connection, topic: str, spec: KafkaTopicSpec 
     return found
 
 
-def look_at_topic(connection: Connection, topic: str, timeout: float, *, write: bool = False) -> Topic:
+def look_at_topic(connection: Connection, topic: str, timeout: float, *, settings: bool = False) -> Topic:
     """A topic as it is, by one metadata request.
 
     Args:
         connection: The cluster.
         topic: The topic.
         timeout: Longest wait, seconds.
-        write: Whether this user must be allowed to write to it; and whether to ask for its settings at the same time.
+        settings: Whether to ask for its settings at the same time; they are left out if they do not come in time.
 
     Raises:
         NoBrokersAvailable: No broker answered in time, or none let us in.
-        KafkaError: It does not exist, or this user may not do that.
+        KafkaError: It does not exist, or this user may not see it.
     """
     deadline = time.monotonic() + timeout
     culprit = f"topic {topic!r}, {connection.name}"
-    settings: list[concurrent.futures.Future[Any]] = []
+    asked: list[concurrent.futures.Future[Any]] = []
 
     def ask() -> concurrent.futures.Future[Any]:
         left = max(0.1, deadline - time.monotonic())
-        if write:
-            settings[:] = [_ask_for_settings(connection, topic, left)]
+        if settings:
+            asked[:] = [_ask_for_settings(connection, topic, left)]
         names = confluent_kafka.TopicCollection([topic])
         future: concurrent.futures.Future[Any] = connection.admin.describe_topics(
             names, include_authorized_operations=True, request_timeout=left
@@ -110,12 +115,9 @@ def look_at_topic(connection: Connection, topic: str, timeout: float, *, write: 
     description = connection.answer(ask, max(0.1, deadline - time.monotonic()), culprit)
     # Brokers that do not say what is allowed give none.
     allowed = {operation.name for operation in description.authorized_operations or ()}
-    if write and allowed and "WRITE" not in allowed:
-        code = "TOPIC_AUTHORIZATION_FAILED"
-        raise KafkaError(culprit, f"this user may not write to it [{code}]", fix_for(code), code=code)
     # The id of all zeros, which brokers give that have none.
     identifier = str(description.topic_id)
-    known = {} if not settings else _settings_of(settings[0], deadline)
+    known = _settings_of(asked[0], deadline) if asked else {}
     size = known.get("max.message.bytes")
     return Topic(
         len(description.partitions),
@@ -123,6 +125,7 @@ def look_at_topic(connection: Connection, topic: str, timeout: float, *, write: 
         None if size is None else int(size),
         "compact" in known.get("cleanup.policy", ""),
         _timestamps(known),
+        not allowed or "WRITE" in allowed,
     )
 
 
@@ -237,7 +240,7 @@ def _look_for(connection: Connection, topic: str, deadline: float, grace: float)
     given_up = min(deadline, time.monotonic() + grace)
     while True:
         try:
-            return look_at_topic(connection, topic, max(0.1, deadline - time.monotonic()), write=True)
+            return look_at_topic(connection, topic, max(0.1, deadline - time.monotonic()), settings=True)
         except KafkaError as error:
             if error.code != _UNKNOWN or time.monotonic() >= given_up:
                 raise
