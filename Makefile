@@ -33,7 +33,8 @@ $(STAMP): pyproject.toml example_project/pyproject.toml
 	@touch $(STAMP)
 
 demo: $(STAMP) ## Publish one week of flights to a real Kafka through Dagster, and count them with Kafka's own tools
-	@$(BIN)/python -W 'ignore:pkg_resources:UserWarning' example_project/demo.py
+	@$(BIN)/python -W 'ignore:pkg_resources:UserWarning' -W 'ignore:Asset job publish_day:UserWarning' \
+	  example_project/demo.py
 
 ui: $(STAMP) ## Run Kafka and the Dagster UI together (PORT=3000), until Ctrl-C
 	@$(BIN)/python example_project/demo.py ui --port $(PORT)

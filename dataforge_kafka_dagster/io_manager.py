@@ -85,8 +85,8 @@ class KafkaIOManager(dg.ConfigurableIOManager):
     def handle_output(self, context: dg.OutputContext, obj: Any) -> None:
         """Publish an output in one transaction; Dagster emits its materialization after the commit.
 
-        In a run over a range of Dagster partitions, a mapping from each of their keys to its output makes one
-        publication per Dagster partition; any other output is one publication for the whole range.
+        A mapping whose keys are exactly the run's Dagster partitions makes one publication of each of its values; any
+        other output of a run over a range of Dagster partitions is one publication for the whole range.
 
         Raises:
             dagster.RetryRequested: It failed for a cause that may pass.
@@ -102,12 +102,14 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                 _schema_of(context, "kafka/key_schema", self.key_schema),
             )
         identity = output_identity(context)
-        if len(identity.partition) > 1 and isinstance(obj, Mapping) and set(obj) == set(identity.partition):
-            step = context.step_context
-            for partition in identity.partition:
-                said = self._publish(context, obj[partition], target, identity.of_partition(partition))
-                step.add_asset_metadata(said, asset_key=context.asset_key, partition_key=partition)
-            return
+        if identity.partition and isinstance(obj, Mapping) and set(obj) == set(identity.partition):
+            if len(identity.partition) > 1:
+                step = context.step_context
+                for partition in identity.partition:
+                    said = self._publish(context, obj[partition], target, identity.of_partition(partition))
+                    step.add_asset_metadata(said, asset_key=context.asset_key, partition_key=partition)
+                return
+            (obj,) = obj.values()  # a backfill's last run may be left with one
         said = self._publish(context, obj, target, identity)
         if context.mapping_key:
             said["kafka/mapping_key"] = context.mapping_key

@@ -484,12 +484,12 @@ def publication_metadata(publication: Publication, partitions: Sequence[str] = (
 
 def describe(publication: Publication) -> str:
     """One line for the step's log."""
-    places = f"{publication.records:,} records in {', '.join(map(repr, publication.topics))}"
+    places = f"{publication.records:,} records to {', '.join(map(repr, publication.topics))}"
     if publication.dead_letters:
-        places += f" and {publication.dead_letters:,} bad ones in {publication.dead_letter_topic!r}"
+        places += f" and {publication.dead_letters:,} bad ones to {publication.dead_letter_topic!r}"
     if publication.replayed:
         return f"An earlier attempt had published these {places}; nothing was published again"
-    return f"Published {places}, {publication.bytes / 1e6:,.1f} MB, in {publication.seconds:.2f} s"
+    return f"Published {places}, {publication.bytes / 1e3:,.1f} kB, in {publication.seconds:.2f} s"
 
 
 def _step_context(context: Any) -> Any:

@@ -587,9 +587,22 @@ def test_a_range_with_a_mapping_is_a_publication_each(manager, kafka_topic, read
     assert [len(rows) for rows in into] == [1, 0, 3]
 
 
+def test_a_mapping_of_one_dagster_partition_is_that_partitions_output(manager, kafka_topic, read, instance):
+    """As the last run of a backfill may be left with one, or a day is launched by hand."""
+    topic, into = kafka_topic(), []
+    made = _ranged(topic, lambda letters: {letter: [{"letter": letter}, {"letter": letter}] for letter in letters})
+    (event,) = _materialize(made, manager, instance, partition_key="b").get_asset_materialization_events()
+    assert event.partition == "b"
+    assert _plain(event.materialization.metadata)["dagster/row_count"] == 2
+    assert [json.loads(record.value) for record in read(topic)] == [{"letter": "b"}] * 2
+    reader = _reader(list, into, partitions_def=LETTERS)
+    _materialize([made, reader], manager, instance, selection=["reader"], partition_key="b")
+    assert into == [[{"letter": "b"}] * 2]
+
+
 def test_a_day_of_a_range_has_the_names_of_a_run_for_it_alone(manager, kafka_topic, instance):
     topic = kafka_topic()
-    made = _ranged(topic, lambda letters: {letter: [] for letter in letters} if len(letters) > 1 else [])
+    made = _ranged(topic, lambda letters: {letter: [] for letter in letters})
     ranged = _materialize(made, manager, instance, tags=RANGE).get_asset_materialization_events()
     alone = _materialize(made, manager, instance, partition_key="b").get_asset_materialization_events()
     ids = {e.partition: e.materialization.metadata["kafka/publication"].value["transactional_id"] for e in ranged}

@@ -675,7 +675,7 @@ def test_a_slow_publication_logs_how_far_it_is(kafka, kafka_topic, instance):
         int(re.match(rf"Published (\d+) records .* to {topic!r} in \d+ s, ", message)[1]) for _, message in progress
     ]
     assert 0 < counts[0] < counts[1] < 24
-    assert any(message.startswith(f"Published 24 records in {topic!r}") for _, message in logged)
+    assert any(message.startswith(f"Published 24 records to {topic!r}, ") for _, message in logged)
 
 
 @pytest.mark.kafka

@@ -49,7 +49,7 @@ def test_weather_is_of_the_day():
 
 def test_carriers_add_up_to_the_day():
     context = dg.build_asset_context(partition_key="2013-01-01")
-    day = pl.from_pandas(flights(context))
+    day = pl.from_pandas(flights(context)["2013-01-01"])
     assert len(day) == 842
     assert each_flight_once(day).passed
 
@@ -65,8 +65,18 @@ def test_carriers_add_up_to_the_day():
 
 
 def test_a_flight_that_comes_twice_is_found():
-    flight = {"carrier": "AA", "flight": 1, "origin": "JFK", "sched_dep_time": 900}
+    flight = {"year": 2013, "month": 1, "day": 2, "carrier": "AA", "flight": 1, "origin": "JFK", "sched_dep_time": 900}
     assert not each_flight_once(pl.DataFrame([flight, flight])).passed
+    assert each_flight_once(pl.DataFrame([flight, {**flight, "day": 3}])).passed
+
+
+def test_a_backfills_run_has_an_output_for_each_of_its_days():
+    with dg.build_asset_context(partition_key_range=dg.PartitionKeyRange("2013-01-31", "2013-02-02")) as context:
+        days = flights(context)
+    assert {day: len(frame) for day, frame in days.items()} == {"2013-01-31": 928, "2013-02-01": 926, "2013-02-02": 682}
+    assert all(
+        set(zip(frame.month, frame.day, strict=True)) == {(int(day[5:7]), int(day[8:]))} for day, frame in days.items()
+    )
 
 
 @pytest.mark.parametrize(("today", "partition"), [("2026-03-05", "2013-03-05"), ("2028-02-29", None)])

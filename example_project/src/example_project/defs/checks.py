@@ -5,7 +5,7 @@ import polars as pl
 
 from example_project.defs.assets import carrier_delays, daily, flights
 
-FLIGHT = ["carrier", "flight", "origin", "sched_dep_time"]
+FLIGHT = ["year", "month", "day", "carrier", "flight", "origin", "sched_dep_time"]
 
 
 @dg.asset_check(asset=flights, partitions_def=daily)

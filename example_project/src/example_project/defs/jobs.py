@@ -7,7 +7,8 @@ import dagster as dg
 from dataforge_kafka_dagster import KafkaProducerResource, RecordMetadata
 from example_project.defs.assets import daily
 
-# For a week at once, launch a backfill of its days.
+# For a week at once, launch a backfill of its days. Dagster warns that only flights may have several of them in a run:
+# a backfill of this job has one in each, a backfill of flights alone has up to 31.
 publish_day = dg.define_asset_job(
     "publish_day", selection=dg.AssetSelection.all() - dg.AssetSelection.groups("fails_on_purpose")
 )
