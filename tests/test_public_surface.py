@@ -152,7 +152,7 @@ def test_imports_run_one_way(name):
 
 
 def test_every_module_has_its_place():
-    alone = {"local", "local_registry", "pytest_plugin"}
+    alone = {"local", "local_java", "local_registry", "pytest_plugin"}
     modules = {m.removeprefix("dataforge_kafka_dagster.") for m in MODULES} - {"dataforge_kafka_dagster", "kafka"}
     assert modules - alone == set(RANK)
 

@@ -23,7 +23,8 @@ from dataforge_kafka_dagster.kafka.errors import KafkaError
 from dataforge_kafka_dagster.kafka.publication import publish
 from dataforge_kafka_dagster.kafka.registry import SchemaRegistryConfig
 from dataforge_kafka_dagster.kafka.schemas import KafkaSchema, check_compatible
-from dataforge_kafka_dagster.local import _TOOL_JARS, LocalKafkaError, _jars
+from dataforge_kafka_dagster.local import TOOL_JARS, LocalKafkaError
+from dataforge_kafka_dagster.local_java import fetch_jars
 from dataforge_kafka_dagster.local_registry import LocalSchemaRegistry
 
 pytestmark = pytest.mark.kafka
@@ -446,8 +447,8 @@ def test_a_java_reader_of_the_avro_topic_reads_every_record(local_kafka, kafka, 
         "apicurio.registry.id-handler": "io.apicurio.registry.serde.Legacy4ByteIdHandler",
         "apicurio.registry.use-id": "contentId",
     }
-    jars = (("apicurio-serdes-2.5.11.Final", SERDES), _TOOL_JARS)
-    classpath = [_jars(local_kafka._cache_dir, *names, print) for names in jars]
+    jars = (("apicurio-serdes-2.5.11.Final", SERDES), TOOL_JARS)
+    classpath = [fetch_jars(local_kafka._cache_dir, *names, print) for names in jars]
     command = [local_kafka.java, "-cp", os.pathsep.join(reversed(classpath))]
     command += ["org.apache.kafka.tools.consumer.ConsoleConsumer", "--bootstrap-server", local_kafka.bootstrap_servers]
     command += ["--topic", topic, "--from-beginning", "--timeout-ms", "5000"]
