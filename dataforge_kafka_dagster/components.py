@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final, Literal
 
 import dagster as dg
 import pydantic
+from dagster.components.resolved.core_models import OpSpec
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -320,6 +321,7 @@ class _Asset(dg.Resolvable, dg.Model):
 
 # The model behind the annotation, and not a str: no template stands for a whole asset.
 _AssetAttributes: Any = typing.get_args(dg.ResolvedAssetSpec)[1].model_field_type
+_OpAttributes: Any = OpSpec.model()
 
 
 _OF_SCHEMA_OPTIONS: Final = KafkaSchema.model_json_schema()
@@ -388,6 +390,10 @@ class _TopicAttributes(_Attributes):
         ),
     )
     io_manager_key: str = Field(default="kafka_io", description="Name of the KafkaIOManager.")
+    op: _OpAttributes = Field(
+        default_factory=_OpAttributes,
+        description="Of the op that computes the asset: name, tags, description, pool, backfill_policy.",
+    )
 
     @field_validator("value_schema", "key_schema")
     @classmethod
@@ -440,6 +446,7 @@ class KafkaTopicComponent(dg.Component, dg.Resolvable):
         key_schema: Schema of the keys, likewise.
         write_mode: "append" or "upsert"; the IO manager's if None.
         io_manager_key: Name of the `KafkaIOManager`.
+        op: Of the op that computes the asset: name, tags, description, pool and backfill policy.
     """
 
     asset: dg.AssetSpec
@@ -451,6 +458,7 @@ class KafkaTopicComponent(dg.Component, dg.Resolvable):
     key_schema: KafkaSchema | None = None
     write_mode: str | None = None
     io_manager_key: str = "kafka_io"
+    op: OpSpec = dataclasses.field(default_factory=OpSpec)
 
     @classmethod
     def model(cls) -> type[BaseModel]:
@@ -482,6 +490,7 @@ class KafkaTopicComponent(dg.Component, dg.Resolvable):
             key_schema=key_schema,
             write_mode=attributes.write_mode,
             io_manager_key=_resolved(context, attributes.io_manager_key),
+            op=OpSpec.resolve_from_model(context, attributes.op),
         )
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
@@ -491,8 +500,10 @@ class KafkaTopicComponent(dg.Component, dg.Resolvable):
             return dg.Definitions(assets=[self._build_asset(context, source)])
         folder = context.path
 
-        def path(asset_context: dg.AssetExecutionContext) -> Path:
-            return folder / (_filled(source, asset_context.partition_key) if _PARTITION_KEY in source else source)
+        def path(asset_context: dg.AssetExecutionContext) -> Path | dict[str, Path]:
+            if _PARTITION_KEY not in source:
+                return folder / source
+            return {key: folder / _filled(source, key) for key in asset_context.partition_keys}
 
         return dg.Definitions(assets=[self._build_asset(context, path)])
 
@@ -515,7 +526,11 @@ class KafkaTopicComponent(dg.Component, dg.Resolvable):
         takes_context = bool(inspect.signature(function).parameters)
 
         @dg.multi_asset(
-            name=spec.key.to_python_identifier(),
+            name=self.op.name or spec.key.to_python_identifier(),
+            description=self.op.description,
+            op_tags=self.op.tags,
+            pool=self.op.pool,
+            backfill_policy=self.op.backfill_policy,
             outs={
                 "result": dg.AssetOut.from_spec(spec.replace_attributes(deps=[]), io_manager_key=self.io_manager_key)
             },

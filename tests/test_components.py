@@ -194,6 +194,12 @@ BAD_TOPICS = [
         "value_schema.format",
         "'thrift' is not one of ['avro', 'json_schema', 'protobuf']",
     ),
+    ("{asset: {key: a}, function: 'a:b', op: {pool: 3}}", "op.pool", "3 is not valid under any of the given schemas"),
+    (
+        "{asset: {key: a}, function: 'a:b', op: {polo: a}}",
+        "op",
+        "Additional properties are not allowed ('polo' was unexpected)",
+    ),
     ("{asset: {key: a}, function: a.b}", "function", "'a.b' does not match '^\\\\w+(\\\\.\\\\w+)*:\\\\w+$'"),
 ]
 
@@ -264,9 +270,16 @@ def test_the_asset_is_as_its_attributes_say():
         create_topic: {partitions: 6}
         function: test_components:day
         io_manager_key: out
+        op:
+          name: publish_flights
+          pool: cluster
+          tags: {team: ops}
+          backfill_policy: {type: multi_run, max_partitions_per_run: 31}
         """,
     )
     (asset,) = _defs(component).assets
+    assert asset.backfill_policy == dg.BackfillPolicy.multi_run(31)
+    assert (asset.op.name, asset.op.pool, asset.op.tags["team"]) == ("publish_flights", "cluster", "ops")
     (spec,) = asset.specs
     assert spec.key == dg.AssetKey(["ops", "flights"])
     assert spec.partitions_def == dg.DailyPartitionsDefinition("2026-01-01")
@@ -314,8 +327,9 @@ def test_ten_lines_of_yaml_publish(kafka_bootstrap_servers, kafka_topic, read, i
 @pytest.mark.kafka
 def test_a_file_beside_the_yaml_is_published(kafka_bootstrap_servers, kafka_topic, read, instance, tmp_path):
     topic = kafka_topic()
-    (tmp_path / "mon").mkdir()
-    (tmp_path / "mon" / "rows.csv").write_text("n,name\n1,a\n2,b\n")
+    for partition, rows in {"mon": "1,a\n2,b\n", "tue": "4,c\n", "wed": "5,d\n6,e\n"}.items():
+        (tmp_path / partition).mkdir()
+        (tmp_path / partition / "rows.csv").write_text(f"n,name\n{rows}")
     (tmp_path / "rows.ndjson").write_text('{"n": 3}\n')
     context = type("Context", (), {"path": tmp_path})()
     assets = []
@@ -323,12 +337,22 @@ def test_a_file_beside_the_yaml_is_published(kafka_bootstrap_servers, kafka_topi
         "days": 'path: "{partition_key}/rows.csv"',
         "whole": "path: rows.ndjson",
     }.items():
-        partitions = ", partitions_def: {type: static, partition_keys: [mon]}" if name == "days" else ""
+        partitions = ", partitions_def: {type: static, partition_keys: [mon, tue, wed]}" if name == "days" else ""
         component = _component(KafkaTopicComponent, f"{{asset: {{key: {name}{partitions}}}, topic: {topic}, {text}}}")
         assets += component.build_defs(context).assets
     manager = KafkaIOManager(kafka=KafkaProducerResource(bootstrap_servers=kafka_bootstrap_servers))
     assert dg.materialize(assets, resources={"kafka_io": manager}, instance=instance, partition_key="mon").success
-    assert sorted(record.value for record in read(topic)) == [b'{"n":1,"name":"a"}', b'{"n":2,"name":"b"}', b'{"n":3}']
+    expected = [b'{"n":1,"name":"a"}', b'{"n":2,"name":"b"}', b'{"n":3}']
+    assert sorted(record.value for record in read(topic)) == expected
+
+    tags = {"dagster/asset_partition_range_start": "tue", "dagster/asset_partition_range_end": "wed"}
+    both = dg.materialize(assets[:1], resources={"kafka_io": manager}, instance=instance, tags=tags)
+    said = {
+        event.partition: event.metadata["kafka/records"].value for event in both.asset_materializations_for_node("days")
+    }
+    assert said == {"tue": 1, "wed": 2}
+    expected += [b'{"n":4,"name":"c"}', b'{"n":5,"name":"d"}', b'{"n":6,"name":"e"}']
+    assert sorted(record.value for record in read(topic)) == expected
 
 
 @pytest.mark.parametrize(
@@ -363,7 +387,7 @@ def test_a_partition_key_cannot_lead_out_of_the_folder_of_the_path(path, key, fo
         assert failure.metadata["kafka/cause"].value == "the key would leave the folder that the path names"
         assert given == []
     else:
-        assert given == [tmp_path / found]
+        assert given == [{key: tmp_path / found}]
 
 
 @pytest.mark.kafka
