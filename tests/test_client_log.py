@@ -51,6 +51,7 @@ def test_lines_that_can_be_kept_are_kept(keeping):
     assert kept.lines == [f"line {number}" for number in range(500)]
 
 
+@pytest.mark.slow
 def test_lines_that_come_too_fast_are_dropped_and_counted(keeping):
     kept, log, sent = keeping(0.2), _Quiet("librdkafka"), 0
     began = time.monotonic()

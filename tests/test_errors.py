@@ -234,6 +234,7 @@ ATTEMPTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "step_retries", "attempts"), ATTEMPTS)
 @pytest.mark.parametrize("door", ["io manager", "publishing"])
 def test_a_retry_policy_and_step_retries_are_never_multiplied(

@@ -70,11 +70,13 @@ def check(told, event, deadline, *said):
         assert told.metadata["kafka/what_to_do"]
 
 
+@pytest.mark.slow
 def test_a_broker_that_is_not_there(closed_port, instance):
     told = fail(instance, closed_port, "t", connect_timeout=0.5)
     check(told, RETRY, 0.5, closed_port, "Connection refused", "bootstrap_servers")
 
 
+@pytest.mark.slow
 def test_a_host_that_does_not_exist(instance):
     told = fail(instance, "no-such-host.invalid:9092", "t", connect_timeout=1)
     check(told, RETRY, 1, "no-such-host.invalid", "_RESOLVE", "host names")
@@ -101,6 +103,7 @@ def not_kafka():
         thread.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("manner", ["mute", "rude"])
 def test_a_port_of_another_service(manner, not_kafka, instance):
     told = fail(instance, not_kafka[manner], "t", connect_timeout=0.5)

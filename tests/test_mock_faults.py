@@ -16,6 +16,8 @@ from dataforge_kafka_dagster.kafka.topics import Topic
 
 PRODUCER_FENCED = 90
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def cluster(monkeypatch):
