@@ -484,12 +484,13 @@ def publication_metadata(publication: Publication, partitions: Sequence[str] = (
 
 def describe(publication: Publication) -> str:
     """One line for the step's log."""
-    places = f"{publication.records:,} records to {', '.join(map(repr, publication.topics))}"
+    count = "1 record" if publication.records == 1 else f"{publication.records:,} records"
+    places = f"{count} to {', '.join(map(repr, publication.topics))}"
     if publication.dead_letters:
         places += f" and {publication.dead_letters:,} bad ones to {publication.dead_letter_topic!r}"
     if publication.replayed:
-        return f"An earlier attempt had published these {places}; nothing was published again"
-    return f"Published {places}, {publication.bytes / 1e3:,.1f} kB, in {publication.seconds:.2f} s"
+        return f"An earlier attempt had published {places}; nothing was published again"
+    return f"Published {places}, {publication.bytes:,} bytes, in {publication.seconds:.2f} s"
 
 
 def _step_context(context: Any) -> Any:

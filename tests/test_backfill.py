@@ -64,7 +64,7 @@ class DagsterUi:
         """Kill the process of a run that has committed some of its days, and that of its step; False if it is not so."""
         logs = self.instance.all_logs(run_id)
         events = [entry.dagster_event for entry in logs if entry.dagster_event]
-        committed = sum(entry.user_message.startswith("Published ") for entry in logs)
+        committed = sum("records to 'flights', " in entry.user_message for entry in logs)
         if committed < 3 or any(event.event_type == dg.DagsterEventType.STEP_SUCCESS for event in events):
             return False
         kinds = {dg.DagsterEventType.RUN_START} | ({dg.DagsterEventType.STEP_WORKER_STARTED} if with_step else set())

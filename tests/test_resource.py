@@ -1,4 +1,5 @@
 import concurrent.futures
+import dataclasses
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from dagster._core.definitions.reconstruct import ReconstructableJob
 
 from dataforge_kafka_dagster import KafkaError, KafkaIOManager, KafkaProducerResource, Publication
 from dataforge_kafka_dagster.kafka.publication import PublicationWriter
-from dataforge_kafka_dagster.resource import PublishingSession
+from dataforge_kafka_dagster.resource import PublishingSession, describe
 
 CANARY = "canary-91ce"
 
@@ -650,6 +651,15 @@ def test_at_least_once_publishes_without_a_transaction(kafka_bootstrap_servers, 
     found = read(topic)
     assert said["kafka/records"] == len(found) == 100
     assert said["kafka/offsets"] == _expected_offsets(found, topic)
+
+
+def test_the_steps_log_tells_a_publication_in_one_line():
+    some = Publication("id", "publisher", "orders", 1200, 34567, "json", (), replayed=False, seconds=0.456)
+    assert describe(some) == "Published 1,200 records to 'orders', 34,567 bytes, in 0.46 s"
+    bad = dataclasses.replace(some, records=1, dead_letters=2, dead_letter_topic="orders.dead")
+    assert describe(bad).startswith("Published 1 record to 'orders' and 2 bad ones to 'orders.dead', ")
+    again = dataclasses.replace(some, replayed=True)
+    assert describe(again) == "An earlier attempt had published 1,200 records to 'orders'; nothing was published again"
 
 
 @pytest.mark.kafka
