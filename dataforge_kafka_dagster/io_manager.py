@@ -102,15 +102,16 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                 _schema_of(context, "kafka/key_schema", self.key_schema),
             )
         identity = output_identity(context)
-        if identity.partition and isinstance(obj, Mapping) and set(obj) == set(identity.partition):
-            if len(identity.partition) > 1:
-                step = context.step_context
-                for partition in identity.partition:
-                    said = self._publish(context, obj[partition], target, identity.of_partition(partition))
-                    step.add_asset_metadata(said, asset_key=context.asset_key, partition_key=partition)
-                return
-            (obj,) = obj.values()  # a backfill's last run may be left with one
-        said = self._publish(context, obj, target, identity)
+        with self.kafka.errors_in_dagster(context, target.topic):
+            outputs = _by_partition(obj, identity.partition)
+        if len(outputs) > 1:
+            step = context.step_context
+            for partition, output in outputs.items():
+                said = self._publish(context, output, target, identity.of_partition(partition))
+                step.add_asset_metadata(said, asset_key=context.asset_key, partition_key=partition)
+            return
+        (output,) = outputs.values() or (obj,)
+        said = self._publish(context, output, target, identity)
         if context.mapping_key:
             said["kafka/mapping_key"] = context.mapping_key
         context.add_output_metadata(said)
@@ -260,6 +261,28 @@ def topic_of(path: Sequence[str], given: Any, template: str | None, job: str) ->
             "Use {asset_key}, {name} and {job} only",
         ) from error
     return check_topic(topic)
+
+
+def _by_partition(output: Any, partitions: Sequence[str]) -> dict[str, Any]:
+    """The output of each of a run's Dagster partitions, if it is a mapping of them; else nothing.
+
+    Raises:
+        InvalidRecordError: It is one of some of several Dagster partitions, or of more, which is no record either.
+    """
+    if not isinstance(output, Mapping):
+        return {}
+    given, asked = set(output), set(partitions)
+    if given == asked:
+        return {partition: output[partition] for partition in partitions}
+    if len(asked) > 1 and given & asked:
+        missing = next((partition for partition in partitions if partition not in given), None)
+        other = next((key for key in output if key not in asked), None)
+        raise InvalidRecordError(
+            f"mapping for {len(partitions)} Dagster partitions",
+            f"{other!r} is not one of them" if missing is None else f"it has no output for {missing!r}",
+            "Return one with exactly context.partition_keys; an empty list publishes nothing",
+        )
+    return {}
 
 
 class _Target(typing.NamedTuple):

@@ -587,6 +587,21 @@ def test_a_range_with_a_mapping_is_a_publication_each(manager, kafka_topic, read
     assert [len(rows) for rows in into] == [1, 0, 3]
 
 
+@pytest.mark.parametrize(
+    ("letters", "cause"),
+    [("ac", "it has no output for 'b'"), ("abcd", "'d' is not one of them"), ("dc", "no output for 'a'")],
+)
+def test_a_mapping_that_is_not_of_the_runs_dagster_partitions_is_no_record(
+    letters, cause, manager, kafka_topic, read, instance
+):
+    topic = kafka_topic()
+    made = _ranged(topic, lambda _: {letter: [{"letter": letter}] for letter in letters})
+    failure = _failure(_materialize(made, manager, instance, tags=RANGE, raise_on_error=False))
+    assert cause in failure.description
+    assert "exactly context.partition_keys" in failure.description
+    assert read(topic) == []
+
+
 def test_a_mapping_of_one_dagster_partition_is_that_partitions_output(manager, kafka_topic, read, instance):
     """As the last run of a backfill may be left with one, or a day is launched by hand."""
     topic, into = kafka_topic(), []
