@@ -275,7 +275,7 @@ def _by_partition(output: Any, partitions: Sequence[str]) -> dict[str, Any]:
     if given == asked:
         return {partition: output[partition] for partition in partitions}
     if len(asked) > 1 and given & asked:
-        missing = next((partition for partition in partitions if partition not in given), None)
+        missing = min(asked - given, default=None)  # the first of days, in whatever order Dagster gives them
         other = next((key for key in output if key not in asked), None)
         raise InvalidRecordError(
             f"mapping for {len(partitions)} Dagster partitions",
