@@ -246,7 +246,9 @@ def test_fixtures_make_topics_and_delete_them(local_kafka, pytester):
 
 @pytest.mark.kafka
 def test_three_brokers_survive_the_loss_of_one():
-    with LocalKafka(brokers=3, config={"broker.session.timeout.ms": "3000"}) as kafka:
+    # Brokers wait half a minute for a frozen controller, if they are left to.
+    config = {"broker.session.timeout.ms": "3000", "controller.socket.timeout.ms": "3000"}
+    with LocalKafka(brokers=3, config=config) as kafka:
         servers = kafka.bootstrap_servers
         kafka.create_topic("replicated", partitions=3)
         for node in (1, 2, 3):
