@@ -67,5 +67,5 @@ def raise_in_dagster(
     failure = failure_of(error, topic=topic, brokers=brokers)
     if error.remedy is Remedy.FAIL or has_retry_policy or max_retries == 0:
         raise failure from error
-    delay = min(retry_delay * 2**attempt, _LONGEST_DELAY) * random.uniform(1.0, 1.25)  # noqa: S311  (not a secret)
+    delay = min(retry_delay * 2 ** min(attempt, 30), _LONGEST_DELAY) * random.uniform(1.0, 1.25)  # noqa: S311  (not a secret)
     raise dg.RetryRequested(max_retries=max_retries, seconds_to_wait=delay) from failure

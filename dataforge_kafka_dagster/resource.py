@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import datetime as dt
 import os
 import threading
@@ -83,8 +84,8 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
     acks: str = Field(
         default="all",
         description=(
-            "Replicas that must have a record before it counts as delivered: 'all', 1 or 0. 0 and 1 need"
-            " delivery_guarantee='at_least_once'."
+            "Replicas that must have a record before it counts as delivered: 'all', 1 or 0. 1 needs"
+            " delivery_guarantee='at_least_once', and so does 0, which is for single records only."
         ),
     )
     delivery_guarantee: str = Field(
@@ -178,14 +179,22 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
 
     def teardown_after_execution(self, context: dg.InitResourceContext) -> None:  # noqa: ARG002
         """Close the producer; what is still undelivered after 10 seconds is given up and logged as an error."""
-        producer, self._producer = self._producer, None
-        if producer is None or self._producer_pid != os.getpid():
+        with self._lock:
+            self._let_go_of_inherited()
+            producer, self._producer = self._producer, None
+        if producer is None:
             return
         try:
             producer.close(_CLOSE_SECONDS)
         except KafkaError as error:
             # Dagster does not fail a run for it: call flush() in the step, or use publishing().
             logger.error("Records were lost at the end of the run: %s", error)
+
+    def _let_go_of_inherited(self) -> None:
+        """In a forked child, keep the parent's producer for ever: its end would wait for threads that are not there."""
+        if self._producer is not None and self._producer_pid != os.getpid():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._producer))
+            self._producer = None
 
     @property
     def producer(self) -> DataForgeKafkaProducer:
@@ -195,7 +204,8 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
             NoBrokersAvailable: No broker answered within connect_timeout, or none let us in.
         """
         with self._lock:
-            if self._producer is None or self._producer_pid != os.getpid():
+            self._let_go_of_inherited()
+            if self._producer is None:
                 self._producer = DataForgeKafkaProducer(self.producer_config())
                 self._producer_pid = os.getpid()
             return self._producer

@@ -285,3 +285,23 @@ def test_without_a_dead_letter_topic_the_step_fails_and_names_the_record(
     (event,) = result.get_step_failure_events()
     assert event.step_failure_data.user_failure_data.metadata["kafka/record_index"].value == 1
     assert read(topics[0]) == []
+
+
+@pytest.mark.kafka
+def test_an_error_that_is_caught_ends_the_publication_if_some_of_its_records_were_sent(writer, topics, read):
+    with writer(on_bad_record="fail") as publication:
+        with pytest.raises(KafkaError, match="record 0"):
+            publication.send(b"x" * 2_000_000)
+        publication.send(b"bytes")
+    assert publication.publication.records == 1
+    with pytest.raises(KafkaError, match="record 1, topic .*MSG_SIZE_TOO_LARGE"), writer(on_bad_record="fail") as again:
+        with pytest.raises(KafkaError, match="record 1"):
+            again.send_all([b"a", b"x" * 2_000_000, b"b"])
+        again.send(b"c")
+    assert len(read(topics[0])) == 1
+
+
+def test_a_publication_needs_acks():
+    config = PublicationConfig(producer=KafkaProducerConfig(acks=0), delivery_guarantee="at_least_once")
+    with pytest.raises(KafkaConfigError, match="acks=0"):
+        PublicationWriter(config, transactional_id="a", publication_id="b", topic="t")

@@ -433,3 +433,17 @@ def test_a_setting_that_librdkafka_refuses_is_named(kafka_bootstrap_servers):
     options = {"bootstrap_servers": kafka_bootstrap_servers, "librdkafka_config": {"no.such.setting": "1"}}
     with pytest.raises(KafkaError, match=r"no\.such\.setting"):
         create_kafka_producer(options)
+
+
+def test_send_sync_in_a_delivery_callback_is_refused_at_once(producer, kafka_topic, read):
+    topic, caught = kafka_topic(), concurrent.futures.Future()
+
+    def callback(_err, _msg):
+        try:
+            producer.send_sync(topic, "second")
+        except KafkaError as error:
+            caught.set_result(error)
+
+    producer.send_async(topic, "first", callback=callback)
+    assert "delivery callback" in str(caught.result(5))
+    assert [record.value for record in read(topic)] == [b"first"]

@@ -1,6 +1,7 @@
 import concurrent.futures
 import dataclasses
 import json
+import multiprocessing
 import os
 import re
 import threading
@@ -11,7 +12,13 @@ import dagster as dg
 import pytest
 from dagster._core.definitions.reconstruct import ReconstructableJob
 
-from dataforge_kafka_dagster import KafkaError, KafkaIOManager, KafkaProducerResource, Publication
+from dataforge_kafka_dagster import (
+    DataForgeKafkaProducer,
+    KafkaError,
+    KafkaIOManager,
+    KafkaProducerResource,
+    Publication,
+)
 from dataforge_kafka_dagster.kafka.publication import PublicationWriter
 from dataforge_kafka_dagster.resource import PublishingSession, describe
 
@@ -744,3 +751,20 @@ def test_a_later_attempt_fences_the_one_before(kafka, kafka_topic, read):
     assert type(caught.value).__name__ == "FencedError"
     assert "another attempt" in str(caught.value)
     assert _values(read(topic)) == [b"second"]
+
+
+@pytest.mark.kafka
+def test_a_forked_process_sends_by_a_producer_of_its_own_and_ends_well(kafka, kafka_topic, read):
+    topic, fork = kafka_topic(), multiprocessing.get_context("fork")
+    for _ in range(3):
+        # The crash that this is about comes with the threads of a second producer.
+        with DataForgeKafkaProducer(kafka.producer_config()) as other:
+            other.send_async(topic, "other").result(30)
+            kafka.send_sync(topic, "parent")
+            child = fork.Process(target=kafka.send_sync, args=(topic, "child"))
+            child.start()
+            child.join(30)
+            assert child.exitcode == 0
+            kafka.producer.close()
+            kafka._producer = None
+    assert sorted(_values(read(topic))) == [b"child"] * 3 + [b"other"] * 3 + [b"parent"] * 3

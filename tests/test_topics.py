@@ -8,6 +8,7 @@ import confluent_kafka
 import dagster as dg
 import pytest
 from confluent_kafka.admin import AdminClient, ConfigResource
+from confluent_kafka.cimpl import NewTopic
 from pydantic import ValidationError
 
 from dataforge_kafka_dagster import (
@@ -16,10 +17,13 @@ from dataforge_kafka_dagster import (
     KafkaIOManager,
     KafkaProducerConfig,
     KafkaProducerResource,
+    KafkaRecord,
     KafkaTopicSpec,
 )
+from dataforge_kafka_dagster.kafka import publication
 from dataforge_kafka_dagster.kafka.config import PublicationConfig
 from dataforge_kafka_dagster.kafka.connection import Connection
+from dataforge_kafka_dagster.kafka.errors import Remedy
 from dataforge_kafka_dagster.kafka.publication import PublicationWriter, publish
 from dataforge_kafka_dagster.kafka.topics import check_topic_exists
 from dataforge_kafka_dagster.local import LocalKafka
@@ -45,9 +49,9 @@ def _settings(servers, topic):
     return {name: entry.value for name, entry in admin.describe_configs([asked])[asked].result(30).items()}
 
 
-def _writer(servers, topic, spec=None):
+def _writer(servers, topic, spec=None, **options):
     name = f"topics-{uuid.uuid4().hex}"
-    config = PublicationConfig(producer=KafkaProducerConfig(bootstrap_servers=servers, connect_timeout=30))
+    config = PublicationConfig(producer=KafkaProducerConfig(bootstrap_servers=servers, connect_timeout=30, **options))
     return PublicationWriter(config, transactional_id=name, publication_id=name, topic=topic, create_topic=spec)
 
 
@@ -268,3 +272,40 @@ def test_the_core_alone_makes_the_topic_and_takes_a_bad_record_aside(
     assert (publication.records, publication.dead_letters) == (2, 1)
     assert [json.loads(record.value)["i"] for record in read(new_topic)] == [0, 2]
     assert [record.value for record in read(dead)] == [b"{'i': {1}}"]
+
+
+def _begin_anew(servers, topic):
+    """Delete a topic and make it anew."""
+    admin = AdminClient({"bootstrap.servers": servers})
+    admin.delete_topics([topic], operation_timeout=30)[topic].result(30)
+    admin.create_topics([NewTopic(topic, 2)], operation_timeout=30)[topic].result(30)
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("looks_again", [False, True])
+def test_a_topic_that_is_made_anew_in_mid_publication_ends_it(
+    looks_again, kafka_bootstrap_servers, kafka_topic, read, monkeypatch
+):
+    topic = kafka_topic(partitions=2)
+    monkeypatch.setattr(publication, "_LOOK_AGAIN_SECONDS", 0.0 if looks_again else 1000.0)
+    writer = _writer(kafka_bootstrap_servers, topic)
+    with pytest.raises(KafkaError, match="made anew meanwhile") as caught, writer:
+        for i in range(2):
+            writer.send_all([KafkaRecord(b"x", partition=0)] * 10)
+            writer._flush(writer._producer)
+            if i == 0 or looks_again:
+                _begin_anew(kafka_bootstrap_servers, topic)
+            if looks_again:
+                break
+    assert caught.value.remedy is Remedy.RETRY
+    assert read(topic) == []
+
+
+@pytest.mark.kafka
+def test_a_topic_that_is_deleted_in_mid_publication_is_told(kafka_bootstrap_servers, new_topic):
+    admin = AdminClient({"bootstrap.servers": kafka_bootstrap_servers})
+    writer = _writer(kafka_bootstrap_servers, new_topic, KafkaTopicSpec(), delivery_timeout=2)
+    with pytest.raises(KafkaError, match="the topic does not exist any more"), writer:
+        writer.send_all([{"i": 0}])
+        admin.delete_topics([new_topic], operation_timeout=30)[new_topic].result(30)
+        writer.send_all([{"i": 1}])

@@ -285,8 +285,8 @@ class Connection:
         """
         deadline = time.monotonic() + timeout
         while True:
-            future = ask()
             try:
+                future = ask()
                 while True:
                     with contextlib.suppress(concurrent.futures.TimeoutError):
                         result = future.result(max(0.01, min(SLICE, deadline - time.monotonic())))

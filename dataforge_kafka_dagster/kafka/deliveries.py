@@ -86,6 +86,7 @@ class Track:
         timestamps: How old and how far ahead a timestamp may be, milliseconds; None if it may be anything.
         failures: Records that failed, by error code.
         first_failure: The first of them, or the first that was at fault.
+        moved_back: Whether an offset came that is before those of earlier records: the topic was made anew.
         given_up: Whether the publication has taken back what was on its way: that is not counted as failures.
     """
 
@@ -102,6 +103,7 @@ class Track:
         self._blameless = False
         self.first_failure: Failure | None = None
         self.given_up = False
+        self.moved_back = False
         self._first_lost: Span | None = None
         self._starts: dict[int, list[int]] = {}
         self._ends: dict[int, list[int]] = {}
@@ -251,6 +253,7 @@ class Track:
 
     def _begin(self, partition: int, offset: int) -> None:
         if partition in self._next:
+            self.moved_back = self.moved_back or offset < self._next[partition]
             self._ends.setdefault(partition, []).append(self._next[partition] - 1)
         self._starts.setdefault(partition, []).append(offset)
 

@@ -108,6 +108,12 @@ class DataForgeKafkaProducer:
             KafkaError: The broker refused the record; `KafkaError.code` says why.
             InvalidRecordError: It cannot be encoded; nothing was sent.
         """
+        if self._poller is threading.current_thread():
+            raise KafkaError(
+                f"send_sync to topic {topic!r}",
+                "it was called from a delivery callback, before the end of which nothing is delivered",
+                "Call send_async there",
+            )
         future = self._produce(topic, _record(value, key, headers, partition, timestamp), None)
         deadline = time.monotonic() + self.config.delivery_timeout + 5
         while not future.done():
@@ -261,7 +267,7 @@ class DataForgeKafkaProducer:
         try:
             self.flush(timeout)
         finally:
-            self._producer.purge()
+            self._producer.purge(blocking=False)
             self._connection.serve(self._producer.flush, SLICE)
             self._closed.set()
             if self._poller is not None and self._poller is not threading.current_thread():

@@ -60,7 +60,7 @@ from dataforge_kafka_dagster.kafka.serialization import (
 from dataforge_kafka_dagster.kafka.sources import BadRecordTaker, chunks, is_repeatable
 from dataforge_kafka_dagster.kafka.statistics import Statistics
 from dataforge_kafka_dagster.kafka.telemetry import PublicationSpan
-from dataforge_kafka_dagster.kafka.topics import check_topic_exists, end_offsets, replica_trouble
+from dataforge_kafka_dagster.kafka.topics import check_topic_exists, end_offsets, look_at_topic, topic_trouble
 
 _PROGRESS_SECONDS: Final = 5.0
 # Fewer records are not worth the requests that take the place of their delivery reports.
@@ -75,6 +75,8 @@ _ABORT_SECONDS: Final = 5.0
 _HASTY_ABORT_SECONDS: Final = 0.5
 # Where nobody has answered the last request either.
 _VAIN_ABORT_SECONDS: Final = 0.05
+# A publication that took longer is worth another request, whether its topic is still the same.
+_LOOK_AGAIN_SECONDS: Final = 1.0
 
 
 class OtherWriterError(KafkaError):
@@ -125,6 +127,12 @@ class PublicationWriter:
         on_progress: Callable[[int, int, float], object] | None = None,
         reports: bool = True,
     ) -> None:
+        if str(config.producer.acks) == "0":
+            raise KafkaConfigError(
+                "acks=0",
+                "the brokers do not tell what they have got, so nothing can be said of a publication",
+                "Set acks to 'all' or 1, and keep 0 for single records",
+            )
         self.topic = check_topic(topic)
         self.on_bad: BadRecordTaker | None = None
         """Takes bad records to the dead-letter topic; None if they end the publication. For `chunks`."""
@@ -371,10 +379,16 @@ class PublicationWriter:
         if not self._first_sent:
             self._first_sent = time.monotonic()
         dead_letters = self._dead_letters
-        if track.may_refuse(chunk):
-            self._produce_each(chunk, topic, track)
-        else:
-            self._produce_all(chunk, topic, track)
+        try:
+            if track.may_refuse(chunk):
+                self._produce_each(chunk, topic, track)
+            else:
+                self._produce_all(chunk, topic, track)
+        except KafkaError as error:
+            if len(chunk.values) > 1:
+                # Who catches it does not know which of the others were sent.
+                self._broken = self._broken or error
+            raise
         self._records += len(chunk.values) - (self._dead_letters - dead_letters)
         self._bytes += chunk.size
         self._poll(0)
@@ -558,7 +572,7 @@ class PublicationWriter:
         lost = f"{sum(track.failures.values())} records not delivered ({counts})"
         failure = self._explain(error, f"{which}{shown(key)}, topic {track.topic!r}: {lost}")
         if failure.code == "_MSG_TIMED_OUT":
-            trouble = replica_trouble(self._connection, track.topic, _DIAGNOSIS_SECONDS)
+            trouble = topic_trouble(self._connection, track.topic, _DIAGNOSIS_SECONDS)
             if trouble is not None:
                 failure.add(trouble)
         if failure.code == "MSG_SIZE_TOO_LARGE" and track.max_bytes is not None:
@@ -577,7 +591,8 @@ class PublicationWriter:
         for track in self._all_tracks:
             track.given_up = True
         with contextlib.suppress(Exception):  # a fatal error may come out here, in several shapes
-            producer.purge()
+            # Not until all threads have done it: one may be at a slow name server, and Python would wait with it.
+            producer.purge(blocking=False)
             producer.flush(SLICE)
         return len(producer) == 0
 
@@ -687,6 +702,7 @@ class PublicationWriter:
         self._check()
         if self._ends_before is not None:
             self._find_offsets()
+        self._check_topics()
         delivered = sum(offsets.records for track in self._all_tracks for offsets in track.offsets)
         if delivered != self._position:
             raise KafkaError(
@@ -695,6 +711,24 @@ class PublicationWriter:
                 "Try again",
                 remedy=Remedy.REBUILD,
             )
+
+    def _check_topics(self) -> None:
+        """Refuse to commit records of a topic that was deleted and made anew since they were sent: they are gone.
+
+        In a long publication the topic is looked at once more; in a short one only what its offsets tell is seen.
+        """
+        for track in self._all_tracks:
+            gone = track.moved_back
+            if not gone and self._transaction_seconds > _LOOK_AGAIN_SECONDS:
+                found = look_at_topic(self._connection, track.topic, self._config.producer.connect_timeout)
+                gone = found.id != track.topic_id
+            if gone:
+                raise KafkaError(
+                    f"publication to {track.topic!r}",
+                    "the topic was deleted and made anew meanwhile, with what had been sent",
+                    "Try again",
+                    remedy=Remedy.RETRY,
+                )
 
     def _commit_transaction(self, producer: confluent_kafka.Producer, publication: Publication) -> None:
         timeout = self._config.producer.delivery_timeout
@@ -729,7 +763,7 @@ class PublicationWriter:
         producer = self._producer
         if producer is not None:
             with contextlib.suppress(Exception):
-                producer.purge()
+                producer.purge(blocking=False)
                 if self._in_transaction and self._connection.fatal is None:
                     self._connection.resume(producer.abort_transaction, timeout, "abort")
         self._close()

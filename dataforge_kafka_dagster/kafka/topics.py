@@ -212,8 +212,8 @@ def _create(connection: Connection, topic: str, spec: KafkaTopicSpec, deadline: 
         raise
 
 
-def replica_trouble(connection: Connection, topic: str, timeout: float) -> str | None:
-    """What the brokers say of a topic's replicas if some are away; None if all is well, or nobody answers in time."""
+def topic_trouble(connection: Connection, topic: str, timeout: float) -> str | None:
+    """What is wrong with a topic that is gone or lacks replicas; None if all is well, or nobody answers in time."""
     names = confluent_kafka.TopicCollection([topic])
 
     def ask() -> concurrent.futures.Future[Any]:
@@ -222,8 +222,8 @@ def replica_trouble(connection: Connection, topic: str, timeout: float) -> str |
 
     try:
         partitions = connection.answer(ask, timeout, topic).partitions
-    except KafkaError:
-        return None
+    except KafkaError as error:
+        return "the topic does not exist any more" if error.code == _UNKNOWN else None
     for partition in partitions:
         if partition.leader is None or partition.leader.id < 0:
             return f"Kafka partition {partition.id} has no leader"
