@@ -198,13 +198,17 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
 
     @property
     def producer(self) -> DataForgeKafkaProducer:
-        """The connected producer of this process, made when first asked for.
+        """The connected producer of this process, made when first asked for, and anew if an error has ended it.
 
         Raises:
             NoBrokersAvailable: No broker answered within connect_timeout, or none let us in.
         """
         with self._lock:
             self._let_go_of_inherited()
+            if self._producer is not None and self._producer.failed:
+                with contextlib.suppress(KafkaError):  # each of its records has been told
+                    self._producer.close(0)
+                self._producer = None
             if self._producer is None:
                 self._producer = DataForgeKafkaProducer(self.producer_config())
                 self._producer_pid = os.getpid()

@@ -6,10 +6,11 @@ import pytest
 from confluent_kafka import KafkaError as Code
 from mock_cluster import ADD_PARTITIONS, END_TXN, PRODUCE, TXN_OFFSETS, MockCluster
 
-from dataforge_kafka_dagster import KafkaError, KafkaProducerConfig, KafkaRecord
+from dataforge_kafka_dagster import KafkaError, KafkaProducerConfig, KafkaProducerResource, KafkaRecord
 from dataforge_kafka_dagster.failures import failure_of
 from dataforge_kafka_dagster.kafka import publication
 from dataforge_kafka_dagster.kafka.config import PublicationConfig
+from dataforge_kafka_dagster.kafka.connection import Connection
 from dataforge_kafka_dagster.kafka.errors import FencedError, Remedy
 from dataforge_kafka_dagster.kafka.publication import PublicationWriter
 from dataforge_kafka_dagster.kafka.topics import Topic
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.slow
 def cluster(monkeypatch):
     # It does not know the request that the look at a topic makes.
     monkeypatch.setattr(publication, "check_topic_exists", lambda *_: Topic(2, None))
+    monkeypatch.setattr(publication, "look_at_topic", lambda *_: Topic(2, None))
     with MockCluster() as cluster:
         cluster.create_topic("t", partitions=2)
         yield cluster
@@ -153,3 +155,16 @@ def test_of_several_kafka_partitions_that_took_some_records_it_is_told_between_w
     assert int(error.key[1:]) <= last < 128
     assert error.culprit.startswith(f"one of records 0 to {last} (key {error.key!r}), topic 'few': ")
     assert failure_of(error).metadata["kafka/record_among"].value == f"0 to {last}"
+
+
+def test_a_resource_whose_producer_has_ended_sends_by_a_new_one(cluster, monkeypatch):
+    # The mock cluster does not know the request by which a producer learns that it is connected.
+    monkeypatch.setattr(Connection, "answer", lambda *_: None)
+    kafka = KafkaProducerResource(bootstrap_servers=cluster.bootstrap_servers, delivery_timeout=15)
+    kafka.send_sync("t", "first")
+    cluster.fail_next(PRODUCE, Code.OUT_OF_ORDER_SEQUENCE_NUMBER)
+    with pytest.raises(KafkaError) as caught:
+        kafka.send_sync("t", "second")
+    assert caught.value.remedy is Remedy.REBUILD
+    assert kafka.send_sync("t", "third")
+    kafka.producer.close()

@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import datetime as dt
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -80,6 +81,11 @@ class DataForgeKafkaProducer:
             raise
         finally:
             self._connection.close()
+
+    @property
+    def failed(self) -> bool:
+        """Whether an error has ended it: every further record fails, until somebody makes a new producer."""
+        return self._connection.fatal is not None
 
     def send_sync(
         self,
@@ -186,7 +192,9 @@ class DataForgeKafkaProducer:
                 known_offset = -1 if offset is None or offset < 0 else offset
                 future.set_result(RecordMetadata(topic, msg.partition(), known_offset, known))
             else:
-                error = self._logged(self._connection.cause(self._connection.fatal or err, f"topic {topic!r}"))
+                error = self._connection.cause(self._connection.fatal or err, f"topic {topic!r}")
+                # What close gives up it tells at once, not record by record.
+                logger.log(logging.DEBUG if err.name().startswith("_PURGE") else logging.ERROR, "%s", error)
                 if callback is _count_only:
                     self._failures[err.name()] += 1
                     self._first_failure = self._first_failure or error

@@ -720,7 +720,12 @@ class PublicationWriter:
         for track in self._all_tracks:
             gone = track.moved_back
             if not gone and self._transaction_seconds > _LOOK_AGAIN_SECONDS:
-                found = look_at_topic(self._connection, track.topic, self._config.producer.connect_timeout)
+                try:
+                    found = look_at_topic(self._connection, track.topic, self._config.producer.connect_timeout)
+                except KafkaError as error:
+                    if error.remedy is not Remedy.RETRY:
+                        raise
+                    continue  # the commit has more time to wait for an answer
                 gone = found.id != track.topic_id
             if gone:
                 raise KafkaError(
