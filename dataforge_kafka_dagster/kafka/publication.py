@@ -60,7 +60,7 @@ from dataforge_kafka_dagster.kafka.serialization import (
 from dataforge_kafka_dagster.kafka.sources import BadRecordTaker, chunks, is_repeatable
 from dataforge_kafka_dagster.kafka.statistics import Statistics
 from dataforge_kafka_dagster.kafka.telemetry import PublicationSpan
-from dataforge_kafka_dagster.kafka.topics import check_topic_exists, end_offsets, look_at_topic, topic_trouble
+from dataforge_kafka_dagster.kafka.topics import check_topic_exists, current_id, end_offsets, topic_trouble
 
 _PROGRESS_SECONDS: Final = 5.0
 # Fewer records are not worth the requests that take the place of their delivery reports.
@@ -713,7 +713,7 @@ class PublicationWriter:
             )
 
     def _check_topics(self) -> None:
-        """Refuse to commit records of a topic that was deleted and made anew since they were sent: they are gone.
+        """Refuse to commit records of a topic that was deleted, and perhaps made anew, since they were sent.
 
         In a long publication the topic is looked at once more; in a short one only what its offsets tell is seen.
         """
@@ -721,16 +721,17 @@ class PublicationWriter:
             gone = track.moved_back
             if not gone and self._transaction_seconds > _LOOK_AGAIN_SECONDS:
                 try:
-                    found = look_at_topic(self._connection, track.topic, self._config.producer.connect_timeout)
+                    now = current_id(self._connection, track.topic, self._config.producer.connect_timeout)
+                    gone = now != track.topic_id
                 except KafkaError as error:
-                    if error.remedy is not Remedy.RETRY:
+                    gone = error.code == "UNKNOWN_TOPIC_OR_PART"
+                    if not gone and error.remedy is not Remedy.RETRY:
                         raise
-                    continue  # the commit has more time to wait for an answer
-                gone = found.id != track.topic_id
+                    # If nobody answers, the commit has more time to wait for that.
             if gone:
                 raise KafkaError(
                     f"publication to {track.topic!r}",
-                    "the topic was deleted and made anew meanwhile, with what had been sent",
+                    "the topic was deleted or made anew meanwhile, and what had been sent is gone with it",
                     "Try again",
                     remedy=Remedy.RETRY,
                 )

@@ -235,12 +235,22 @@ def topic_trouble(connection: Connection, topic: str, timeout: float) -> str | N
     return None
 
 
-def _look_for(connection: Connection, topic: str, deadline: float, grace: float) -> Topic:
+def current_id(connection: Connection, topic: str, timeout: float) -> str | None:
+    """Kafka's id of a topic as it is now, to see whether it is still the same one; None from brokers before 2.8.
+
+    Raises:
+        NoBrokersAvailable: No broker answered in time, or none let us in.
+        KafkaError: It does not exist, also not a second later.
+    """
+    return _look_for(connection, topic, time.monotonic() + timeout, _NEW_TOPIC_SECONDS, settings=False).id
+
+
+def _look_for(connection: Connection, topic: str, deadline: float, grace: float, *, settings: bool = True) -> Topic:
     """The topic, asked for again for so many seconds while it is unknown."""
     given_up = min(deadline, time.monotonic() + grace)
     while True:
         try:
-            return look_at_topic(connection, topic, max(0.1, deadline - time.monotonic()), settings=True)
+            return look_at_topic(connection, topic, max(0.1, deadline - time.monotonic()), settings=settings)
         except KafkaError as error:
             if error.code != _UNKNOWN or time.monotonic() >= given_up:
                 raise
