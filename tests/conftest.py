@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,23 @@ hypothesis.settings.register_profile("tests", deadline=None, max_examples=20, da
 hypothesis.settings.load_profile("tests")
 
 _DEADLINE = 60.0
+
+# What is imported and collected lives to the end: the collector would look through it again after every few tests.
+gc.disable()
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
+
+
+def mostly_slow(cases: Iterable[object], fast: int = 1) -> list[object]:
+    """These cases for `parametrize`: the first ones run in the editor too, all of them in `make test`."""
+
+    def marked(case):
+        return pytest.param(*(case if type(case) is tuple else (case,)), marks=pytest.mark.slow)
+
+    return [case if place < fast else marked(case) for place, case in enumerate(cases)]
 
 
 class Found(NamedTuple):
@@ -78,6 +95,7 @@ def read_topic(bootstrap: str, topic: str, isolation: str = "read_committed") ->
 def _let_go():
     """Contexts built without a run hold a database, which is to be closed while Python still can."""
     yield
+    gc.unfreeze()
     gc.collect()
 
 

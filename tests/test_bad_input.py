@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
-from conftest import read_topic
+from conftest import mostly_slow, read_topic
 from dagster._core.definitions.scoped_resources_builder import ScopedResourcesBuilder
 from pydantic import ValidationError
 
@@ -85,13 +85,15 @@ OPTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
 @pytest.mark.parametrize(("options", "said"), OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize(
     "door",
-    [
-        create_kafka_producer,
-        lambda options: KafkaProducerConfig(**options),
-        lambda options: KafkaProducerResource(**options),
-        lambda options: PublicationConfig(producer=options),
-    ],
-    ids=["create_kafka_producer", "config", "resource", "publication"],
+    mostly_slow(
+        [
+            lambda options: KafkaProducerConfig(**options),
+            lambda options: KafkaProducerResource(**options),
+            lambda options: PublicationConfig(producer=options),
+            create_kafka_producer,
+        ]
+    ),
+    ids=["config", "resource", "publication", "create_kafka_producer"],
 )
 def test_wrong_options_are_refused_when_given(door, options, said):
     with pytest.raises(ValidationError) as caught:
@@ -102,7 +104,7 @@ def test_wrong_options_are_refused_when_given(door, options, said):
 
 
 # YAML has numbers, which become the text that librdkafka takes.
-@pytest.mark.parametrize(("options", "said"), [OPTIONS[name] for name in OPTIONS if name != "raw number"])
+@pytest.mark.parametrize(("options", "said"), mostly_slow(OPTIONS[name] for name in OPTIONS if name != "raw number"))
 def test_wrong_options_are_refused_in_yaml(options, said):
     with pytest.raises(ValidationError) as caught:
         KafkaResourceComponent.from_attributes_dict(attributes=options)

@@ -68,6 +68,7 @@ def columns(monkeypatch):
     return Counted(monkeypatch)
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(
     dataframes(

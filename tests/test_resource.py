@@ -10,6 +10,7 @@ import uuid
 
 import dagster as dg
 import pytest
+from conftest import mostly_slow
 from dagster._core.definitions.reconstruct import ReconstructableJob
 
 from dataforge_kafka_dagster import (
@@ -166,7 +167,7 @@ def test_env_vars_are_resolved_and_checked_at_the_start_of_a_run(monkeypatch, in
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize("name", ["sasl_password", "sasl_username", "sasl_mechanism", "security_protocol"])
+@pytest.mark.parametrize("name", mostly_slow(["sasl_password", "sasl_username", "sasl_mechanism", "security_protocol"]))
 def test_security_options_may_be_env_vars(name, monkeypatch):
     values = {
         "security_protocol": "SASL_SSL",

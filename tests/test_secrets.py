@@ -13,6 +13,7 @@ from pathlib import Path
 import dagster as dg
 import leaking
 import pytest
+from conftest import mostly_slow
 from dagster._core.definitions.reconstruct import ReconstructableJob
 from dagster._core.remote_representation.external_data import RepositorySnap
 from dagster._utils.error import serializable_error_info_from_exc_info
@@ -238,7 +239,7 @@ def test_every_secret_option_is_tested():
     assert set(SECRET_CONFIGS) == {*SECRET_OPTIONS, "librdkafka_config"}
 
 
-@pytest.mark.parametrize("options", SECRET_CONFIGS.values(), ids=SECRET_CONFIGS)
+@pytest.mark.parametrize("options", mostly_slow(SECRET_CONFIGS.values(), 3), ids=SECRET_CONFIGS)
 def test_no_secret_in_the_text_of_an_object(options):
     config = KafkaProducerConfig(bootstrap_servers="127.0.0.1:1", **options)
     publication = PublicationConfig(producer=config)

@@ -11,6 +11,7 @@ import pyarrow.csv
 import pyarrow.dataset
 import pyarrow.parquet
 import pytest
+from conftest import mostly_slow
 
 from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
@@ -65,7 +66,7 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize("make", SOURCES.values(), ids=SOURCES)
+@pytest.mark.parametrize("make", mostly_slow(SOURCES.values()), ids=SOURCES)
 def test_each_source_gives_its_rows_in_order(make, tmp_path):
     found = list(chunks(make(tmp_path), "s"))
     values = [value for chunk in found for value in chunk.values]

@@ -9,6 +9,7 @@ import dagster as dg
 import pytest
 from confluent_kafka.admin import AdminClient, ConfigResource
 from confluent_kafka.cimpl import NewTopic
+from conftest import mostly_slow
 from pydantic import ValidationError
 
 from dataforge_kafka_dagster import (
@@ -65,7 +66,7 @@ def test_wrong_specs_are_refused_at_definition(options):
             door()
 
 
-@pytest.mark.parametrize("options", [*WRONG, "six"], ids=str)
+@pytest.mark.parametrize("options", mostly_slow([*WRONG, "six"]), ids=str)
 def test_wrong_specs_in_metadata_fail_the_step(options, closed_port, instance):
     @dg.asset(metadata={"kafka/topic": "t", "kafka/create_topic": options})
     def made():
