@@ -157,6 +157,7 @@ def test_a_missing_extra_is_named(monkeypatch, tmp_path):
         _ = LocalKafka(cache_dir=tmp_path).classpath
 
 
+@pytest.mark.slow
 def test_a_failed_download_leaves_nothing_and_says_why(monkeypatch, tmp_path):
     said = []
     monkeypatch.setattr(local, "_BROKER_JARS", ("kafka", "org.apache.kafka:"))

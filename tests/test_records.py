@@ -401,6 +401,7 @@ def test_a_frame_is_sliced_not_copied_to_rows_at_once():
     assert max(counts) <= 20_000
 
 
+@pytest.mark.slow
 def test_a_slow_generator_yields_within_about_half_a_second():
     def rows():
         for i in range(1000):
@@ -430,6 +431,7 @@ ROW = st.dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(st.lists(ROW, max_size=6), st.sampled_from([1, 30]), st.booleans())
 def test_any_json_rows_come_back_in_order(rows, times, lazily):
     rows = rows * times
