@@ -55,13 +55,12 @@ def find_missing(
     Raises:
         KafkaError: The brokers could not be asked.
     """
-    connection = Connection(config)
-    missing = [
-        found
-        for topic in dict.fromkeys(offsets.topic for offsets in publication.offsets)
-        for found in _missing_of_topic(connection, topic, publication, timeout)
-    ]
-    connection.close()
+    with contextlib.closing(Connection(config)) as connection:
+        missing = [
+            found
+            for topic in dict.fromkeys(offsets.topic for offsets in publication.offsets)
+            for found in _missing_of_topic(connection, topic, publication, timeout)
+        ]
     if thorough and not missing:
         missing = list(_missing_when_read(config, publication, timeout))
     return missing
