@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import functools
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -100,7 +101,7 @@ class Connection:
             Exception: What came out is neither.
         """
         try:
-            wait(seconds)
+            call_client(wait, seconds)
         except Exception as error:
             self.note(error)
             for behind in _chain(error):
@@ -250,7 +251,7 @@ class Connection:
         deadline = time.monotonic() + timeout
         while True:
             try:
-                result = call(max(0.01, min(SLICE, deadline - time.monotonic())))
+                result = call_client(call, max(0.01, min(SLICE, deadline - time.monotonic())))
             except confluent_kafka.KafkaException as exception:
                 error = exception.args[0]
                 fatal = self.fatal or error
@@ -338,6 +339,24 @@ def _is_fatal(error: confluent_kafka.KafkaError) -> bool:
     return error.fatal() or error.name() in FENCED_CODES
 
 
+def call_client(call: Callable[..., T], *args: object) -> T:
+    """Call one of confluent-kafka's functions, whose errors are then exceptions in any case.
+
+    Before Python 3.12 a fatal error that comes while callbacks run may be raised as a bare KafkaError (confluent-kafka
+    2.16), which is no exception: no clause that names a class catches it, and it would end the process.
+
+    Raises:
+        KafkaException: The call failed.
+    """
+    try:
+        return call(*args)
+    except BaseException:
+        raise
+    except:  # noqa: E722
+        bare = sys.exc_info()[1]
+    raise confluent_kafka.KafkaException(bare)
+
+
 def _spawn(call: Callable[[], T]) -> concurrent.futures.Future[T]:
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
     threading.Thread(target=_keep_answer, args=(call, future), name="dataforge-kafka-call", daemon=True).start()
@@ -346,7 +365,7 @@ def _spawn(call: Callable[[], T]) -> concurrent.futures.Future[T]:
 
 def _keep_answer(call: Callable[[], T], future: concurrent.futures.Future[T]) -> None:
     try:
-        future.set_result(call())
+        future.set_result(call_client(call))
     except BaseException as error:  # noqa: BLE001  (raised again by the one who waits)
         future.set_exception(error)
     finally:

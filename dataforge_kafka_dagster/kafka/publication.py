@@ -24,7 +24,7 @@ from confluent_kafka import KafkaException, TopicPartition
 from typing_extensions import Self
 
 from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, PublicationConfig, check_topic, publication_options
-from dataforge_kafka_dagster.kafka.connection import SLICE, Connection, logger, timed_out
+from dataforge_kafka_dagster.kafka.connection import SLICE, Connection, call_client, logger, timed_out
 from dataforge_kafka_dagster.kafka.dead_letters import dead_letter
 from dataforge_kafka_dagster.kafka.deliveries import Failure, Span, Track, as_bytes, shown
 from dataforge_kafka_dagster.kafka.errors import (
@@ -593,7 +593,7 @@ class PublicationWriter:
         with contextlib.suppress(Exception):  # a fatal error may come out here, in several shapes
             # Not until all threads have done it: one may be at a slow name server, and Python would wait with it.
             producer.purge(blocking=False)
-            producer.flush(SLICE)
+            call_client(producer.flush, SLICE)
         return len(producer) == 0
 
     def _transaction_error(self) -> confluent_kafka.KafkaError | None:
