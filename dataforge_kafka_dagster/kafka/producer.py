@@ -275,7 +275,7 @@ class DataForgeKafkaProducer:
         try:
             self.flush(timeout)
         finally:
-            self._producer.purge(blocking=False)
+            self._producer.purge()
             self._connection.serve(self._producer.flush, SLICE)
             self._closed.set()
             if self._poller is not None and self._poller is not threading.current_thread():

@@ -591,8 +591,9 @@ class PublicationWriter:
         for track in self._all_tracks:
             track.given_up = True
         with contextlib.suppress(Exception):  # a fatal error may come out here, in several shapes
-            # Not until all threads have done it: one may be at a slow name server, and Python would wait with it.
-            producer.purge(blocking=False)
+            # confluent-kafka 2.16 has its argument the wrong way round: blocking=False waits for every thread, one of
+            # which may be at a slow name server, and all of Python with it.
+            producer.purge()
             call_client(producer.flush, SLICE)
         return len(producer) == 0
 
@@ -769,7 +770,7 @@ class PublicationWriter:
         producer = self._producer
         if producer is not None:
             with contextlib.suppress(Exception):
-                producer.purge(blocking=False)
+                producer.purge()
                 if self._in_transaction and self._connection.fatal is None:
                     self._connection.resume(producer.abort_transaction, timeout, "abort")
         self._close()
