@@ -120,9 +120,10 @@ def refusing(cluster, monkeypatch):
         monkeypatch.setattr(publication, "check_topic_exists", lambda *_: Topic(partitions, None))
         cluster.create_topic("few", partitions)
         codes = [0] * taken + [Code.NOT_ENOUGH_REPLICAS] * 10_000
-        raw = {"batch.num.messages": "50", "max.in.flight": "1", "linger.ms": "300"}
+        # The time-out of records only: on a busy machine, connecting takes longer.
+        raw = {"batch.num.messages": "50", "max.in.flight": "1", "linger.ms": "300", "message.timeout.ms": "2000"}
         producer = KafkaProducerConfig(
-            bootstrap_servers=cluster.bootstrap_servers, connect_timeout=10, delivery_timeout=2, librdkafka_config=raw
+            bootstrap_servers=cluster.bootstrap_servers, connect_timeout=10, delivery_timeout=15, librdkafka_config=raw
         )
         writer = PublicationWriter(
             PublicationConfig(producer=producer),
