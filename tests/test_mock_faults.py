@@ -106,7 +106,11 @@ def test_a_fenced_producer_says_so_and_is_not_repeated(request_kind, code, clust
 def test_too_few_replicas_for_good_ends_at_the_deadline(cluster):
     began = time.monotonic()
     with pytest.raises(KafkaError) as caught:
-        _publish(cluster, lambda: cluster.fail_next(PRODUCE, *[Code.NOT_ENOUGH_REPLICAS] * 10_000), delivery_timeout=1)
+        _publish(
+            cluster,
+            lambda: cluster.fail_next(PRODUCE, *[Code.NOT_ENOUGH_REPLICAS] * 10_000),
+            librdkafka_config={"message.timeout.ms": "1000"},
+        )
     assert time.monotonic() - began < 15
     assert caught.value.remedy is Remedy.RETRY
     assert caught.value.counts
