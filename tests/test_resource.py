@@ -7,6 +7,7 @@ import re
 import threading
 import time
 import uuid
+from pathlib import Path
 
 import dagster as dg
 import pytest
@@ -382,6 +383,8 @@ def in_processes():
 @pytest.mark.kafka
 def test_multiprocess_executor_with_env_vars(kafka_bootstrap_servers, kafka_topic, read, stored_instance, monkeypatch):
     """One process publishes an output, the next reads it back, sends and publishes."""
+    # Dagster 1.11 takes the first folder off the path of a child, which is this one.
+    monkeypatch.syspath_prepend(Path(__file__).parent)
     output, topic = kafka_topic(), kafka_topic()
     monkeypatch.setenv("KAFKA_SERVERS_OF_TEST", kafka_bootstrap_servers)
     monkeypatch.setenv("KAFKA_TOPIC_OF_TEST", output)
