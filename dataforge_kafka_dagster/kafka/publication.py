@@ -556,10 +556,9 @@ class PublicationWriter:
         """Why this publication cannot succeed any more, if so."""
         if self._connection.fatal is not None:
             return self._explain(self._connection.fatal, f"publication to {', '.join(self._tracks)!r}")
-        if self._broken is None:
-            failed = next((track for track in self._all_tracks if track.first_failure is not None), None)
-            if failed is not None and failed.first_failure is not None:
-                self._broken = self._delivery_failure(failed, failed.first_failure)
+        for track in self._all_tracks:
+            if self._broken is None and track.first_failure is not None:
+                self._broken = self._delivery_failure(track, track.first_failure)
         return self._broken
 
     def _delivery_failure(self, track: Track, first: Failure) -> KafkaError:
