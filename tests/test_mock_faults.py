@@ -6,7 +6,13 @@ import pytest
 from confluent_kafka import KafkaError as Code
 from mock_cluster import ADD_PARTITIONS, END_TXN, PRODUCE, TXN_OFFSETS, MockCluster
 
-from dataforge_kafka_dagster import KafkaError, KafkaProducerConfig, KafkaProducerResource, KafkaRecord
+from dataforge_kafka_dagster import (
+    DataForgeKafkaProducer,
+    KafkaError,
+    KafkaProducerConfig,
+    KafkaProducerResource,
+    KafkaRecord,
+)
 from dataforge_kafka_dagster.failures import failure_of
 from dataforge_kafka_dagster.kafka import publication
 from dataforge_kafka_dagster.kafka.config import PublicationConfig
@@ -173,3 +179,17 @@ def test_a_resource_whose_producer_has_ended_sends_by_a_new_one(cluster, monkeyp
     assert caught.value.remedy is Remedy.REBUILD
     assert kafka.send_sync("t", "third")
     kafka.producer.close()
+
+
+def test_each_record_on_its_way_is_told_of_a_fatal_error(cluster, monkeypatch):
+    monkeypatch.setattr(Connection, "answer", lambda *_: None)
+    config = KafkaProducerConfig(bootstrap_servers=cluster.bootstrap_servers, linger_ms=50, delivery_timeout=15)
+    told = []
+    with DataForgeKafkaProducer(config) as producer:
+        producer.send_sync("t", "first")
+        cluster.fail_next(PRODUCE, Code.OUT_OF_ORDER_SEQUENCE_NUMBER)
+        tell = lambda err, msg: told.append((err.name(), msg.key()))  # noqa: E731
+        sent = [producer.send_async("t", "lost", f"key {i}", partition=0, callback=tell) for i in range(20)]
+        for future in sent:
+            assert future.exception(5).remedy is Remedy.REBUILD
+    assert sorted(key for _, key in told) == sorted(f"key {i}".encode() for i in range(20))

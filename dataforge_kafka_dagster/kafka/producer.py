@@ -20,10 +20,11 @@ from typing_extensions import Self
 from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig, check_topic, producer_options
 from dataforge_kafka_dagster.kafka.connection import SLICE, Connection, logger, timed_out
 from dataforge_kafka_dagster.kafka.errors import KafkaError
-from dataforge_kafka_dagster.kafka.records import KafkaRecord, encode_record
+from dataforge_kafka_dagster.kafka.records import Extra, KafkaRecord, encode_record
 from dataforge_kafka_dagster.kafka.serialization import Headers
 
 DeliveryCallback = Callable[["confluent_kafka.KafkaError | None", confluent_kafka.Message], object]
+_Report = Callable[["confluent_kafka.KafkaError | None", confluent_kafka.Message], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,8 @@ class DataForgeKafkaProducer:
         self._lock = threading.Lock()
         self._poller: threading.Thread | None = None
         self._closed = threading.Event()
+        self._unreported: dict[_Report, tuple[str, bytes | None]] = {}
+        """What is to tell the end of each record that was sent, and the record's topic and key."""
         self._producer = self._connection.producer(producer_options(self.config))
         try:
             admin = self._connection.admin
@@ -124,7 +127,7 @@ class DataForgeKafkaProducer:
         deadline = time.monotonic() + self.config.delivery_timeout + 5
         while not future.done():
             if self._poller is None:
-                self._connection.serve(self._producer.poll, SLICE)
+                self._serve(self._producer.poll, SLICE)
             else:
                 concurrent.futures.wait([future], SLICE)
             if time.monotonic() > deadline:
@@ -171,7 +174,16 @@ class DataForgeKafkaProducer:
     def _poll(self) -> None:
         while not self._closed.is_set():
             with contextlib.suppress(Exception):
-                self._connection.serve(self._producer.poll, 0.1)
+                self._serve(self._producer.poll, 0.1)
+
+    def _serve(self, wait: Callable[[float], object], seconds: float) -> None:
+        self._connection.serve(wait, seconds)
+        fatal = self._connection.fatal
+        if fatal is None or len(self._producer):
+            return
+        # The reports of records that fail with it may be lost when a fatal error comes out of the same call.
+        for on_delivery, (topic, key) in list(self._unreported.items()):
+            on_delivery(fatal, confluent_kafka.Message(topic=topic, key=key, error=fatal))
 
     def _produce(
         self, topic: str, record: KafkaRecord, callback: DeliveryCallback | None
@@ -184,6 +196,9 @@ class DataForgeKafkaProducer:
         future.set_running_or_notify_cancel()  # what is sent cannot be taken back
 
         def on_delivery(err: confluent_kafka.KafkaError | None, msg: Any) -> None:
+            # With a fatal error pending, the first call raises it, so that this does nothing: `_serve` does it again.
+            if self._unreported.get(on_delivery) is None or self._unreported.pop(on_delivery, None) is None:
+                return
             if err is None:
                 self._connection.connected()
                 kind, timestamp = msg.timestamp()
@@ -205,6 +220,15 @@ class DataForgeKafkaProducer:
                 except Exception:  # noqa: BLE001
                     logger.exception("The delivery callback of a record to topic %r raised", topic)
 
+        self._unreported[on_delivery] = (topic, key)
+        try:
+            self._queue(topic, value, key, extra, on_delivery)
+        except BaseException:
+            self._unreported.pop(on_delivery, None)
+            raise
+        return future
+
+    def _queue(self, topic: str, value: bytes | None, key: bytes | None, extra: Extra, on_delivery: _Report) -> None:
         deadline = time.monotonic() + self.config.delivery_timeout
         while True:
             try:
@@ -223,7 +247,7 @@ class DataForgeKafkaProducer:
                 error = self._connection.fatal or exception.args[0]
                 raise self._logged(self._connection.cause(error, f"topic {topic!r}")) from None
             else:
-                return future
+                return
 
     def _logged(self, error: KafkaError) -> KafkaError:
         logger.error("%s", error)
@@ -245,7 +269,7 @@ class DataForgeKafkaProducer:
         seconds = self.config.delivery_timeout + 2 if timeout is None else timeout
         deadline = time.monotonic() + seconds
         while len(self._producer):
-            self._connection.serve(self._producer.flush, max(0.0, min(SLICE, deadline - time.monotonic())))
+            self._serve(self._producer.flush, max(0.0, min(SLICE, deadline - time.monotonic())))
             left = len(self._producer)
             if left and time.monotonic() >= deadline:
                 raise self._logged(timed_out(f"{left} records not yet delivered", seconds))
@@ -276,7 +300,7 @@ class DataForgeKafkaProducer:
             self.flush(timeout)
         finally:
             self._producer.purge()
-            self._connection.serve(self._producer.flush, SLICE)
+            self._serve(self._producer.flush, SLICE)
             self._closed.set()
             if self._poller is not None and self._poller is not threading.current_thread():
                 self._poller.join(2)

@@ -85,11 +85,12 @@ def client_options(config: SchemaRegistryConfig) -> dict[str, Any]:
     if config.username is not None:
         options["basic.auth.user.info"] = f"{config.username}:{config.password}"
     if config.token is not None:
-        # Confluent Cloud wants its cluster named, others ignore the header.
+        # Confluent Cloud wants cluster and pool named, others ignore the headers; confluent-kafka 2.13 wants both.
         options |= {
             "bearer.auth.credentials.source": "STATIC_TOKEN",
             "bearer.auth.token": config.token,
             "bearer.auth.logical.cluster": "",
+            "bearer.auth.identity.pool.id": "",
         }
     return {name: value for name, value in options.items() if value is not None} | config.client_config
 
