@@ -6,9 +6,13 @@ Whoever connects to its PLAINTEXT listener is a super user; on the others, `USER
 import base64
 import contextlib
 import datetime as dt
+import http.server
 import json
 import os
+import ssl
+import threading
 import time
+import urllib.parse
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -141,12 +145,55 @@ def _pem(thing):
     return thing.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
+class _TokenHandler(http.server.BaseHTTPRequestHandler):
+    """An OpenID Connect server's token endpoint for the client credentials grant (RFC 6749, 4.4)."""
+
+    def do_POST(self):
+        form = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        asked = dict(urllib.parse.parse_qsl(form))
+        _, _, given = self.headers.get("Authorization", "").partition(" ")
+        user, _, password = base64.b64decode(given).decode().partition(":")
+        if asked["grant_type"] == "client_credentials" and password == password_of(user):
+            token, until = unsecured_token(user)
+            self._answer(200, {"access_token": token, "token_type": "Bearer", "expires_in": int(until - time.time())})
+        else:
+            self._answer(401, {"error": "invalid_client", "error_description": "no such client, or another secret"})
+
+    def _answer(self, status, body):
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def token_endpoint(certificates):
+    """Its https address, until the end of the with block."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _TokenHandler) as server:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificates.broker)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"https://127.0.0.1:{server.server_port}/token"
+        finally:
+            server.shutdown()
+            thread.join(10)
+
+
 class SecuredKafka:
     """The broker, and the options with which a user gets in."""
 
-    def __init__(self, kafka, certificates):
+    def __init__(self, kafka, certificates, token_url):
         self.kafka = kafka
         self.certificates = certificates
+        self.token_url = token_url
         self.tls = {"security_protocol": "SSL", "ssl_ca_location": str(certificates.ca)}
 
     def sasl(self, user="publisher", mechanism="SCRAM-SHA-512", listener="SASL"):
@@ -168,6 +215,20 @@ class SecuredKafka:
             "sasl_mechanism": "OAUTHBEARER",
             "sasl_oauthbearer_callback": f"secured:{callback}",
             "sasl_oauthbearer_config": user,
+        }
+
+    def oidc(self, **how):
+        """Options of one for whom librdkafka fetches the token from an OpenID Connect server."""
+        return {
+            "bootstrap_servers": self.kafka.servers_of("SASL"),
+            "security_protocol": "SASL_PLAINTEXT",
+            "sasl_mechanism": "OAUTHBEARER",
+            "sasl_oauthbearer_method": "oidc",
+            "sasl_oauthbearer_token_endpoint_url": self.token_url,
+            "sasl_oauthbearer_client_id": "publisher",
+            "sasl_oauthbearer_client_secret": password_of("publisher"),
+            "https_ca_location": str(self.certificates.ca),
+            **how,
         }
 
     def mutual_tls(self, **how):
@@ -212,7 +273,8 @@ def secured_kafka(folder):
         bindings = [_binding(user, *grant) for user, grants in USERS.items() for grant in grants]
         for future in admin.create_acls(bindings).values():
             future.result(30)
-        yield SecuredKafka(kafka, certificates)
+        with token_endpoint(certificates) as token_url:
+            yield SecuredKafka(kafka, certificates, token_url)
 
 
 def _binding(user, resource, operation):

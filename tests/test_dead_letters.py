@@ -292,7 +292,7 @@ def test_an_error_that_is_caught_ends_the_publication_if_some_of_its_records_wer
     with writer(on_bad_record="fail") as publication:
         with pytest.raises(KafkaError, match="record 0"):
             publication.send(b"x" * 2_000_000)
-        publication.send(b"bytes")
+        publication.send({"of": "another format"})
     assert publication.publication.records == 1
     with pytest.raises(KafkaError, match="record 1, topic .*MSG_SIZE_TOO_LARGE"), writer(on_bad_record="fail") as again:
         with pytest.raises(KafkaError, match="record 1"):

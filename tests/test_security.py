@@ -95,6 +95,7 @@ WAYS_IN = {
     "PLAIN over TLS": lambda secured: secured.sasl(mechanism="PLAIN", listener="SASL_TLS"),
     "SCRAM over TLS": lambda secured: secured.sasl(listener="SASL_TLS"),
     "token function": lambda secured: secured.oauth(),
+    "OpenID Connect": lambda secured: secured.oidc(),
     "TLS": lambda secured: {"bootstrap_servers": secured.kafka.servers_of("TLS"), **secured.tls},
     "mutual TLS by path": _with_certificate,
     "mutual TLS by path, key encrypted": _with_encrypted_key,
@@ -204,10 +205,33 @@ WAYS_OUT = {
         "Correct the option",
     ),
     "token function fails": (lambda s: s.oauth("broken_token"), "_AUTHENTICATION", "Correct the function"),
+    "wrong client secret": (
+        lambda s: s.oidc(sasl_oauthbearer_client_secret="wrong"),
+        "_AUTHENTICATION",
+        "sasl_oauthbearer_client_secret",
+    ),
     "token is none": (lambda s: s.oauth("garbage_token"), "_AUTHENTICATION", "token"),
 }
 # A broker that is about to end looks the same.
 RETRIED = {"_TRANSPORT", "_ALL_BROKERS_DOWN"}
+
+
+TOKEN_SERVERS_AWAY = {
+    "of another CA": lambda s: s.oidc(https_ca_location=str(s.certificates.other_ca)),
+    "not there": lambda s: s.oidc(sasl_oauthbearer_token_endpoint_url="https://127.0.0.1:9/token"),
+}
+
+
+@pytest.mark.parametrize("way", TOKEN_SERVERS_AWAY.values(), ids=TOKEN_SERVERS_AWAY)
+def test_a_token_server_that_cannot_be_asked_is_named_and_asked_again(way, secured, topic, instance):
+    options = way(secured)
+    began = time.monotonic()
+    result, _ = _materialize(instance, topic, options, connect_timeout=CONNECT_SECONDS)
+    assert time.monotonic() - began < LATEST_SECONDS
+    failure, retried = _failure(result)
+    assert retried
+    assert options["sasl_oauthbearer_token_endpoint_url"] in failure["kafka/culprit"]
+    assert "https_ca_location" in failure["kafka/what_to_do"]
 
 
 @pytest.mark.parametrize(("way", "code", "fix"), WAYS_OUT.values(), ids=WAYS_OUT)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
+import json
 import logging
 import sys
 import threading
@@ -47,6 +48,8 @@ _END_SECONDS: Final = 6.0
 # Of librdkafka's log: the share of a client's time that it may take, and the seconds that it may be ahead of that.
 _LOG_SHARE: Final = 0.25
 _LOG_SECONDS: Final = 2.0
+# How librdkafka begins what it tells of a token server (OpenID Connect); its code is that of a wrong password.
+_NO_TOKEN: Final = "Failed to acquire SASL OAUTHBEARER token: "  # noqa: S105
 
 
 class Connection:
@@ -222,8 +225,25 @@ class Connection:
         if self._latched is None:
             return None
         code = self._latched.name()
+        if self._latched.str().startswith(_NO_TOKEN):
+            return self._no_token(self._latched.str().removeprefix(_NO_TOKEN), code)
         cause = f"{self.config.redact(self._latched.str())} [{code}]"
         return NoBrokersAvailable(self.name, cause, fix_for(code), code=code)
+
+    def _no_token(self, answer: str, code: str) -> KafkaError:
+        """The error for a token server that gives librdkafka no token, after its answer (RFC 6749, 5.2) or without."""
+        try:
+            refused = "error" in json.loads(answer)
+        except (ValueError, TypeError):
+            refused = False
+        options = "sasl_oauthbearer_client_id, sasl_oauthbearer_client_secret and sasl_oauthbearer_scope"
+        return NoBrokersAvailable(
+            f"sasl_oauthbearer_token_endpoint_url={self.config.sasl_oauthbearer_token_endpoint_url!r}",
+            f"it gave no token: {self.config.redact(answer)} [{code}]",
+            f"Check {options}" if refused else "Check that it runs at this address, and https_ca_location",
+            code=code,
+            remedy=Remedy.FAIL if refused else Remedy.RETRY,
+        )
 
     def unreachable(self, seconds: float) -> KafkaError:
         """The error for a cluster that gave no answer in this time."""
@@ -312,9 +332,13 @@ class Connection:
     def _locked_out(self) -> bool:
         """Whether no broker lets us in, for a reason that waiting does not mend.
 
-        librdkafka tells at once that one does not, but goes on trying. Another broker might: it is heard first.
+        librdkafka tells at once that one does not, but goes on trying. Another broker might: it is heard first. A token
+        is for all of them.
         """
-        return self._all_down and self._latched is not None and remedy_of(self._latched.name()) is Remedy.FAIL
+        hidden = self._hidden_cause()
+        if self._latched is None or hidden is None or hidden.remedy is not Remedy.FAIL:
+            return False
+        return self._all_down or self._latched.str().startswith(_NO_TOKEN)
 
     def _serve_errors(self) -> None:
         """The error callback of an admin client is called from its poll only."""

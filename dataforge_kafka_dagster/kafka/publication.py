@@ -367,11 +367,9 @@ class PublicationWriter:
     def _write(self, chunk: Chunk, topic: str) -> None:
         self._live_producer()
         track = self._tracks.get(check_topic(topic)) or self._add_topic(topic, self._config.producer.connect_timeout)
-        if chunk.form is not None:
-            self._form = self._form or chunk.form
-            if self._form != chunk.form:
-                self._bury_all(chunk)
-                return
+        if chunk.form is not None and self._form not in {None, chunk.form}:
+            self._bury_all(chunk)
+            return
         if not self._reports and topic != self.topic:
             raise KafkaConfigError("reports=False", f"{topic!r} is not the publication's own topic", "Set it to True")
         if not self._reports and self._ends_before is None:
@@ -389,7 +387,10 @@ class PublicationWriter:
                 # Who catches it does not know which of the others were sent.
                 self._broken = self._broken or error
             raise
-        self._records += len(chunk.values) - (self._dead_letters - dead_letters)
+        added = len(chunk.values) - (self._dead_letters - dead_letters)
+        if added:
+            self._form = self._form or chunk.form
+        self._records += added
         self._bytes += chunk.size
         self._poll(0)
         self._check()
