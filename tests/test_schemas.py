@@ -13,12 +13,13 @@ import uuid
 from typing import Annotated, Literal
 
 import narwhals as nw
+import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
 from confluent_kafka.schema_registry import Schema, SchemaReference
 from google.protobuf import descriptor_pb2
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError, Remedy
 from dataforge_kafka_dagster.kafka.registry import SchemaRegistry, SchemaRegistryConfig, client_options
@@ -74,6 +75,10 @@ class Fare(BaseModel):
     price: Annotated[decimal.Decimal, Field(max_digits=8, decimal_places=2)]
     seat: Literal["aisle", "window"] | None = None
     raw: bytes = b""
+
+
+class Aliased(BaseModel):
+    tailnum: str = Field(alias="tailNumber")
 
 
 FLIGHTS = [
@@ -405,6 +410,76 @@ def test_a_record_that_does_not_fit_names_index_and_field(registry, row, field, 
     assert "record 41" in str(caught.value)
 
 
+UTC_MICROS = {"type": "long", "logicalType": "timestamp-micros"}
+POINT = {"type": "record", "name": "Point", "namespace": "org.example", "fields": [{"name": "n", "type": "int"}]}
+LIST = {"type": "record", "name": "L", "fields": [{"name": "at", "type": UTC_MICROS}, {"name": "next", "type": "L"}]}
+NAIVE = dt.datetime(2013, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("avro", "value", "field", "said"),
+    [
+        ("boolean", "no", "f", "of type str, not boolean"),
+        ("boolean", None, "f", "of type NoneType, not boolean"),
+        ("int", 2**31, "f", "2147483648 does not fit into an int of 32 bits"),
+        ("long", 1.5, "f", "of type float, not long"),
+        ("long", decimal.Decimal("1.5"), "f", "of type Decimal, not long"),
+        ("float", 1e300, "f", "1e+300 does not fit into a float of 32 bits"),
+        ("double", "5", "f", "of type str, not double"),
+        ("null", 5, "f", "of type int, not null"),
+        (["null", "float"], 1e300, "f", "does not fit into a float"),
+        ({"type": "array", "items": "string"}, "abc", "f", "of type str, not array"),
+        ({"type": "array", "items": POINT}, [{"n": 1}, {"n": True}], "f.1.n", "of type bool, not int"),
+        ({"type": "map", "values": "int"}, {"a": 2**40}, "f.a", "does not fit into an int"),
+        ({"type": "int", "logicalType": "date"}, 1.5, "f", "of type float, not a whole number"),
+        ({"type": "int", "logicalType": "date"}, "soon", "f", "Invalid isoformat"),
+        ({"type": "bytes", "logicalType": "decimal", "precision": 3, "scale": 1}, decimal.Decimal("1.23"), "f", "cale"),
+        ({"type": "string", "logicalType": "uuid"}, "N1", "f", "'N1' is no UUID"),
+        (["null", {"type": "array", "items": UTC_MICROS}], [NAIVE], "f.0", "without a time zone"),
+        (["null", {"type": "map", "values": UTC_MICROS}, "string"], {"a": NAIVE}, "f.a", "without a time zone"),
+        (LIST, {"at": dt.datetime.now(UTC), "next": {"at": NAIVE}}, "f.next.at", "without a time zone"),
+        (POINT, {"n": 1, "m": 2}, "m", "more fields"),
+    ],
+)
+def test_what_avros_serializer_would_write_as_something_else_is_refused(registry, avro, value, field, said):
+    schema = {"type": "record", "name": "R", "namespace": "org.example", "fields": [{"name": "f", "type": avro}]}
+    with pytest.raises(InvalidRecordError) as caught:
+        encoder(registry, {"text": schema})([{"f": value}])
+    assert (caught.value.index, caught.value.field) == (0, field)
+    assert said in caught.value.cause
+
+
+def test_a_name_in_an_avro_schema_is_checked_like_what_it_names(registry):
+    fields = [{"name": "a", "type": ["null", POINT]}, {"name": "b", "type": "Point"}]
+    encode = encoder(registry, {"text": {"type": "record", "name": "org.example.Two", "fields": fields}})
+    good = {"a": {"n": 1}, "b": {"n": np.int32(2)}}
+    assert SchemaDecoder(registry)(encode([good])[0], "avro") == good
+    with pytest.raises(InvalidRecordError) as caught:
+        encode([{"a": None, "b": {"n": 1.5}}])
+    assert caught.value.field == "b.n"
+
+
+def test_what_fits_an_avro_schema_is_written_as_it_is(registry):
+    types = ["boolean", "int", "float", "double", ["string", {"type": "string", "logicalType": "uuid"}], "bytes"]
+    types += [{"type": "array", "items": "long"}, ["null", "float", "double"], {"type": "int", "logicalType": "date"}]
+    fields = [{"name": f"f{i}", "type": avro} for i, avro in enumerate(types)]
+    encode = encoder(registry, {"text": {"type": "record", "name": "R", "fields": fields}})
+    given = [np.True_, np.int64(5), 1, np.float32(1.5), "no UUID", bytearray(b"x"), (1, 2), 1e300, 1]
+    found = [True, 5, 1.0, 1.5, "no UUID", b"x", [1, 2], 1e300, dt.date(1970, 1, 2)]
+    row = encode([{f"f{i}": value for i, value in enumerate(given)}])[0]
+    assert list(SchemaDecoder(registry)(row, "avro").values()) == found
+
+
+def test_a_frame_with_a_null_does_not_fit_a_schema_without(registry):
+    encoders = SchemaEncoders(
+        encoder(registry, {"text": {"type": "record", "name": "R", "fields": [{"name": "on", "type": "boolean"}]}}),
+        None,
+        "avro",
+    )
+    with pytest.raises(InvalidRecordError, match="record 1, field 'on'.*NoneType, not boolean"):
+        list(chunks(pl.DataFrame({"on": [True, None]}), encoders=encoders))
+
+
 def test_a_record_that_does_not_fit_json_schema_or_protobuf_names_index_and_field(registry):
     schema = {"type": "object", "properties": {"a": {"type": "object", "properties": {"b": {"type": "integer"}}}}}
     cases = [
@@ -412,6 +487,8 @@ def test_a_record_that_does_not_fit_json_schema_or_protobuf_names_index_and_fiel
         (KafkaSchema.parse({"format": "json_schema", "text": schema}), {"a": {"b": float("nan")}}, "a.b"),
         (KafkaSchema(format="protobuf", text=PROTO), {"tailnum": 3}, "tailnum"),
         (KafkaSchema(format="protobuf", text=PROTO), {"tail": "N1"}, "tail"),
+        (KafkaSchema(format="protobuf", text=PROTO), {"tailnum": "N1", "delay": 1.5}, "delay"),
+        (KafkaSchema.parse({"format": "json_schema", "text": schema}), {"a": {"b": {1}}}, "a.b"),
     ]
     for given, row, field in cases:
         with pytest.raises(InvalidRecordError) as caught:
@@ -471,6 +548,20 @@ def test_bytes_of_no_schema_are_an_error_that_says_so(registry):
         SchemaDecoder(registry)(b'{"a": "JSON"}', "avro")
 
 
+def test_bytes_that_end_too_soon_are_an_error_that_says_so(registry):
+    (data,) = encoder(registry, {"text": FLIGHT})([{"tailnum": "N14228"}])
+    with pytest.raises(KafkaError, match="they are not avro"):
+        SchemaDecoder(registry)(data[:8], "avro")
+
+
+def test_a_models_json_schema_has_the_names_that_its_records_have(registry):
+    # Before 2.11, pydantic's config does not know the option.
+    for alias in (False, True)[: 1 + ("serialize_by_alias" in ConfigDict.__annotations__)]:
+        model = type("Aliased", (Aliased,), {"model_config": {"serialize_by_alias": alias}, "__module__": __name__})
+        (data,) = encoder(registry, "json_schema", f"alias-{alias}")([model(tailNumber="N1")])
+        assert list(SchemaDecoder(registry)(data, "json_schema")) == ["tailNumber" if alias else "tailnum"]
+
+
 def test_none_stays_none(registry):
     encode = encoder(registry, {"text": FLIGHT})
     assert encode([None, {"tailnum": "N1"}])[0] is None
@@ -498,6 +589,7 @@ def test_options_become_the_clients():
     ("options", "said"),
     [
         ({"url": "localhost:8081"}, "http://host:port"),
+        ({"url": "http:///path"}, "http://host:port"),
         ({"url": "http://u:canary@host"}, "set username and password"),
         ({"url": "http://h", "username": "u"}, "go together"),
         ({"url": "http://h", "username": "u", "password": "canary", "token": "t"}, "exclude each other"),
@@ -526,9 +618,11 @@ def answering():
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        body = b""
+
         def _answer(self):
             asked.append((self.command, self.path, dict(self.headers)))
-            body = json.dumps({"error_code": Handler.status, "message": Handler.message}).encode()
+            body = Handler.body or json.dumps({"error_code": Handler.status, "message": Handler.message}).encode()
             self.send_response(Handler.status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
@@ -554,7 +648,11 @@ def answering():
     [
         (401, "access was refused", "username", Remedy.FAIL),
         (403, "access was refused", "rights", Remedy.FAIL),
+        (302, "no Schema Registry", "url", Remedy.FAIL),
         (404, "is not there", "auto_register", Remedy.FAIL),
+        (405, "no Schema Registry", "url", Remedy.FAIL),
+        (407, "proxy refused", "proxy", Remedy.FAIL),
+        (408, "registry failed", "health", Remedy.RETRY),
         (409, "not compatible", "default", Remedy.FAIL),
         (422, "schema was refused", "Correct", Remedy.FAIL),
         (503, "registry failed", "health", Remedy.RETRY),
@@ -575,6 +673,14 @@ def test_the_registrys_refusals_keep_its_words_and_say_what_to_do(answering, sta
     assert "subject 'flights-value'" in error.culprit
     expected = "Basic " + base64.b64encode(b"u:canary-pw").decode()
     assert {headers.get("Authorization", headers.get("authorization")) for _, _, headers in asked} == {expected}
+
+
+def test_an_answer_that_is_no_registrys_says_so(answering):
+    handler, url, _ = answering
+    handler.status, handler.body = 200, b"<html>Please log in</html>"
+    with pytest.raises(KafkaError, match=r"no Schema Registry: its answer is no JSON.*url, with the path") as caught:
+        encoder(SchemaRegistry(SchemaRegistryConfig(url=url)), {"text": FLIGHT})([{"tailnum": "N1"}])
+    assert caught.value.remedy is Remedy.FAIL
 
 
 @pytest.mark.slow

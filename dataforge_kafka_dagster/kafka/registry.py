@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -45,9 +46,10 @@ class SchemaRegistryConfig(BaseModel):
     def _fits(self) -> SchemaRegistryConfig:
         for url in self.url.split(","):
             scheme, _, rest = url.strip().partition("://")
-            if scheme not in {"http", "https", "mock"} or (not rest and scheme != "mock"):
+            host = rest.partition("/")[0]
+            if scheme not in {"http", "https", "mock"} or (not host and scheme != "mock"):
                 raise ValueError("url is not possible: give 'http://host:port' or 'https://host:port'")
-            if "@" in rest.partition("/")[0]:
+            if "@" in host:
                 raise ValueError("url is not possible with user and password in it: set username and password")
         if (self.username is None) != (self.password is None):
             raise ValueError("username and password go together: give both, or none")
@@ -140,10 +142,20 @@ class SchemaRegistry:
             raise self._refused(error, culprit) from None
         except KafkaError:
             raise
+        except json.JSONDecodeError as error:
+            raise self._odd_answer(f"{culprit}, {self.name}", f"its answer is no JSON: {error}") from None
         except Exception as error:
             if not type(error).__module__.startswith("httpx"):
                 raise
             raise self._unreachable(error) from None
+
+    @staticmethod
+    def _odd_answer(culprit: str, cause: str) -> KafkaError:
+        return KafkaError(
+            culprit,
+            f"what answers there is no Schema Registry: {cause}",
+            "Check the registry's url, with the path of its API; redirects are not followed",
+        )
 
     def _refused(self, error: Any, culprit: str) -> KafkaError:
         status = error.http_status_code
@@ -164,7 +176,12 @@ class SchemaRegistry:
         if status == 404:  # noqa: PLR2004
             fix = "Register the schema, or set auto_register; check the subject_strategy and the registry's url"
             return KafkaError(culprit, f"it is not there: {cause}", fix)
-        if status == 429 or status >= 500:  # noqa: PLR2004
+        if status < 400 or status == 405:  # noqa: PLR2004
+            return self._odd_answer(culprit, cause)
+        if status == 407:  # noqa: PLR2004
+            fix = "Give user and password in the address of the proxy"
+            return KafkaError(culprit, f"the proxy refused access: {cause}", fix)
+        if status in {408, 429} or status >= 500:  # noqa: PLR2004
             fix = "Try again; if it goes on, check the registry's health"
             return KafkaError(culprit, f"the registry failed: {cause}", fix, remedy=Remedy.RETRY)
         return KafkaError(culprit, f"the schema was refused: {cause}", "Correct the schema")

@@ -254,7 +254,9 @@ def rows_of_frame(frame: nw.DataFrame[Any], *, nan_is_null: bool = True) -> list
 
 def json_schema_of_class(cls: type) -> dict[str, Any]:
     """The JSON Schema of a dataclass or pydantic model, as pydantic writes it."""
-    return {"title": cls.__name__} | TypeAdapter(cls).json_schema(mode="serialization")
+    # By the names that its records are written with.
+    by_alias = bool(getattr(cls, "model_config", {}).get("serialize_by_alias"))
+    return {"title": cls.__name__} | TypeAdapter(cls).json_schema(mode="serialization", by_alias=by_alias)
 
 
 def json_schema_of(avro: Any) -> dict[str, Any]:

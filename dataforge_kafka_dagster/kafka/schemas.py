@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from dataforge_kafka_dagster.kafka.avro_check import avro_check
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError
 from dataforge_kafka_dagster.kafka.registry import INSTALL, SchemaRegistry, SchemaRegistryConfig
 from dataforge_kafka_dagster.kafka.schema_types import (
@@ -38,7 +39,7 @@ from dataforge_kafka_dagster.kafka.schema_types import (
     record_name,
     rows_of_frame,
 )
-from dataforge_kafka_dagster.kafka.serialization import Encoders, is_message, refuse_non_finite, to_json
+from dataforge_kafka_dagster.kafka.serialization import Encoders, is_message, no_json_form, refuse_non_finite, to_json
 from dataforge_kafka_dagster.kafka.serialization import record_name as name_of
 
 if TYPE_CHECKING:
@@ -47,9 +48,13 @@ if TYPE_CHECKING:
 SchemaFormat = Literal["avro", "json_schema", "protobuf"]
 SubjectStrategy = Literal["topic", "record", "topic_record"]
 
+# How fastavro and protobuf name a field.
+_NAMED: Final = re.compile(
+    r"""(?:on field |no value and no default for |named "|specifies: |Field |Failed to parse )([A-Za-z_]\w*)"""
+    r"| at \w+\.([A-Za-z_][\w.]*)"
+)
 _REGISTRY_TYPES: Final[dict[SchemaFormat, str]] = {"avro": "AVRO", "json_schema": "JSON", "protobuf": "PROTOBUF"}
 _SUFFIXES: Final[dict[str, SchemaFormat]] = {".avsc": "avro", ".json": "json_schema", ".proto": "protobuf"}
-_INSTANTS: Final = frozenset({"timestamp-millis", "timestamp-micros", "timestamp-nanos"})
 
 
 class KafkaSchema(BaseModel):
@@ -132,6 +137,8 @@ class KafkaSchema(BaseModel):
             InvalidRecordError: A field's type has no type in the format.
             KafkaConfigError: The class is none of these.
         """
+        if not isinstance(model, type):
+            raise KafkaConfigError(f"schema from {model!r}", "it is no class", "Give the class of the records")
         if is_message(model):
             return cls(message=_path_of(model), **options)
         return cls(**options).with_class(model)
@@ -300,7 +307,6 @@ class SchemaEncoder:
         self._serialize: Callable[[Any], bytes] | None = None
         self._context: Any = None
         self._avro: Any = None
-        self._instants: list[str] = []
 
     @property
     def form(self) -> SchemaFormat:
@@ -472,14 +478,21 @@ class SchemaEncoder:
 
         schema, more = self._known_schema()
         self._avro = json.loads(schema.schema_str)
-        if isinstance(self._avro, dict) and self._avro.get("type") == "record":
-            self._instants = [field["name"] for field in self._avro["fields"] if _is_instant(field["type"])]
+        check = avro_check(self._avro)
         # A field that the schema lacks is an error, not left out.
         conf = _conf(self._schema) | {"validate.strict.allow.default": True} | more
         serialize = self._build(lambda: AvroSerializer(self._registry.client, schema, conf=conf))
-        if self._instants:
-            return lambda row: serialize(self._checked(_plain(row)))
-        return lambda row: serialize(_plain(row))
+        if check is None:
+            return lambda row: serialize(_plain(row))
+
+        def encode(row: Any) -> bytes:
+            value = _plain(row)
+            misfit = check(value)
+            if misfit is not None:
+                raise _FieldError(misfit.field or None, misfit.cause)
+            return serialize(value)
+
+        return encode
 
     def _json_serializer(self) -> Callable[[Any], bytes]:
         from confluent_kafka.schema_registry.json_schema import JSONSerializer  # noqa: PLC0415  (optional)
@@ -614,15 +627,6 @@ class SchemaEncoder:
             raise self._misfit(rows[len(encoded)], index, error) from error
         return encoded
 
-    def _checked(self, row: Any) -> Any:
-        """The row, if Avro can say when its datetimes are."""
-        for name in self._instants:
-            value = row.get(name)
-            # The serializer would take it for this machine's local time.
-            if value is not None and getattr(value, "tzinfo", self) is None:
-                raise _FieldError(name, "a datetime without a time zone is no instant")
-        return row
-
     def _misfit(self, row: Any, index: int, error: Exception) -> InvalidRecordError:
         field, cause = self._find(row, error)
         place = f", field {field!r}" if field else ""
@@ -648,8 +652,8 @@ class SchemaEncoder:
             found = _avro_misfit(_plain(row), self._avro)
             if found is not None:
                 return found
-        match = re.search(r"""(?:on field |no value and no default for |named "|parse )([A-Za-z_]\w*)""", str(error))
-        return match.group(1) if match else None, str(error)
+        match = _NAMED.search(str(error))
+        return next(filter(None, match.groups())) if match else None, str(error)
 
 
 class _FieldError(ValueError):
@@ -682,8 +686,24 @@ def _avro_misfit(row: Any, schema: Any) -> tuple[str | None, str] | None:
                 path = path.replace(f"{name}.", "")
             wanted = [part.schema for part in found if part.field == worst.field]
             return path or None, f"it is of type {type(worst.datum).__qualname__}, not {' or '.join(map(str, wanted))}"
-    except Exception:  # noqa: BLE001  (references to other schemas, or names of its own: the first error stands)
-        return None
+    except Exception:  # noqa: BLE001  (a value that its logical type cannot take, or a reference to another schema)
+        return _unprepared(row, schema)
+    return None
+
+
+def _unprepared(row: Any, schema: Any) -> tuple[str, str] | None:
+    """The field whose value its logical type cannot take, such as a decimal of too many digits."""
+    from fastavro.schema import UnknownType  # noqa: PLC0415  (optional)
+    from fastavro.validation import ValidationError as AvroValidationError  # noqa: PLC0415
+    from fastavro.validation import validate  # noqa: PLC0415
+
+    for field in schema.get("fields", ()) if isinstance(schema, dict) and isinstance(row, Mapping) else ():
+        try:
+            validate(row, schema | {"fields": [field]})
+        except (AvroValidationError, UnknownType):
+            continue
+        except Exception as error:  # noqa: BLE001  (of any kind: it is told)
+            return field["name"], str(error)
     return None
 
 
@@ -700,11 +720,6 @@ def _record_names(schema: Any, space: str = "") -> set[str]:
         names.add(name if "." in name or not space else f"{space}.{name}")
         names.update(name for field in schema["fields"] for name in _record_names(field["type"], space))
     return names
-
-
-def _is_instant(avro: Any) -> bool:
-    members = avro if isinstance(avro, list) else [avro]
-    return any(isinstance(member, dict) and member.get("logicalType") in _INSTANTS for member in members)
 
 
 def _registry_schema(text: str, form: SchemaFormat) -> Any:
@@ -757,8 +772,15 @@ def _inside(value: Any) -> Any:
 
 
 def _json_values(value: Any) -> Any:
-    """A value as JSON has it: what `to_json` writes, read again."""
-    encoded = to_json(value)
+    """A value as JSON has it: what `to_json` writes, read again.
+
+    Raises:
+        InvalidRecordError: Something in it has no JSON form.
+    """
+    try:
+        encoded = to_json(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise no_json_form(value, None, error) from error
     if b"null" in encoded:
         refuse_non_finite(value, None)
     return orjson.loads(encoded)
@@ -905,7 +927,7 @@ class SchemaDecoder:
                     self._decoders[form] = self._decoder(form)
             try:
                 return self._decoders[form](data)
-            except SerializationError as error:
+            except (SerializationError, ValueError, EOFError, IndexError) as error:
                 raise KafkaError(
                     f"bytes {data[:10].hex(' ')}...",
                     f"they are not {form} in a Schema Registry's wire format: {error}",

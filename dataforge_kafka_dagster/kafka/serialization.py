@@ -173,7 +173,7 @@ def serialize_value(value: Any, index: int | None = None) -> bytes | None:
     try:
         encoded = value.encode() if form == "string" else to_json(value)
     except (TypeError, ValueError, RecursionError) as error:
-        raise _no_json_form(value, index, error) from error
+        raise no_json_form(value, index, error) from error
     if form == "json" and not is_finite(value, encoded):
         refuse_non_finite(value, index)
     return cast("bytes", encoded)
@@ -216,7 +216,8 @@ def refuse_non_finite(value: Any, index: int | None) -> None:
         )
 
 
-def _no_json_form(value: Any, index: int | None, error: Exception) -> InvalidRecordError:
+def no_json_form(value: Any, index: int | None, error: Exception) -> InvalidRecordError:
+    """The error for a value that could not be written as JSON, with the field at fault."""
     field = _find(value, lambda v: not _has_json_form(v)) or None
     cause = error.__cause__ if isinstance(error.__cause__, _UnsupportedTypeError) else error
     what, _, fix = str(cause).partition("; ")
@@ -302,7 +303,7 @@ def serialize_key(key: Any, index: int | None = None, field: str | None = None) 
         try:
             encoded = to_json(key)
         except (TypeError, ValueError) as error:
-            raise _no_json_form(key, index, error) from error
+            raise no_json_form(key, index, error) from error
         if b"null" in encoded:
             refuse_non_finite(key, index)
         return encoded
