@@ -101,23 +101,38 @@ def _origin_of_output(context: dg.OutputContext) -> str:
     return origin_run_id(step.instance, step.dagster_run, context.step_key)
 
 
-def op_context_of(context: dg.OpExecutionContext | dg.AssetExecutionContext) -> dg.OpExecutionContext:
-    """The op's context, which an asset's context wraps."""
-    return context.op_execution_context if isinstance(context, dg.AssetExecutionContext) else context
+def op_context_of(
+    context: dg.OpExecutionContext | dg.AssetExecutionContext | dg.AssetCheckExecutionContext,
+) -> dg.OpExecutionContext:
+    """The op's context, which an asset's or a check's context wraps."""
+    if isinstance(context, (dg.AssetExecutionContext, dg.AssetCheckExecutionContext)):
+        return context.op_execution_context
+    return context
 
 
-def session_identity(context: dg.OpExecutionContext | dg.AssetExecutionContext, session: str) -> Identity:
+def session_identity(
+    context: dg.OpExecutionContext | dg.AssetExecutionContext | dg.AssetCheckExecutionContext, session: str
+) -> Identity:
     """Names of what a step publishes from its body, in one of its sessions."""
     op_context = op_context_of(context)
-    step = op_context.get_step_execution_context()
-    origin = origin_run_id(op_context.instance, op_context.run, step.step.key)
+    try:
+        step = op_context.get_step_execution_context().step
+    except dg.DagsterError:
+        # The asset or op was called directly, as unit tests do: each call is work of its own.
+        call = str(uuid.uuid4())
+        return _identity(("call", call, "publishing", session), (), call)
+    origin = origin_run_id(op_context.instance, op_context.run, step.key)
     if op_context.has_assets_def:
-        keys = sorted(op_context.assets_def.keys)
-        path = keys[0].path if len(keys) == 1 else [op_context.assets_def.node_def.name]
-        name = ("asset", *path, "publishing", session)
-        partitioned = op_context.assets_def.partitions_def is not None
+        assets_def = op_context.assets_def
+        # All keys, not those that this run selects, which may be fewer in a retry.
+        keys = sorted(assets_def.node_keys_by_output_name.values())
+        path = ("asset", *keys[0].path) if keys else ("check", assets_def.node_def.name)
+        # A graph has several steps, and a dynamic one many of a kind.
+        inside = step.key.split(".")[1:]
+        name = (*path, *inside, "publishing", session)
+        partitioned = assets_def.partitions_def is not None
     else:
-        name = ("job", op_context.job_name, step.step.key, "publishing", session, origin)
+        name = ("job", op_context.job_name, step.key, "publishing", session, origin)
         partitioned = op_context.has_partition_key
     partition = tuple(map(str, op_context.partition_keys)) if partitioned else ()
     return _identity(name, partition, origin)

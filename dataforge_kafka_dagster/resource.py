@@ -8,6 +8,7 @@ import ctypes
 import datetime as dt
 import os
 import threading
+import weakref
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Final
@@ -27,7 +28,7 @@ from dataforge_kafka_dagster.kafka.config import (
     registry_config,
 )
 from dataforge_kafka_dagster.kafka.connection import logger
-from dataforge_kafka_dagster.kafka.errors import KafkaError
+from dataforge_kafka_dagster.kafka.errors import KafkaError, Remedy
 from dataforge_kafka_dagster.kafka.ledger import Publication, make_transactional_id
 from dataforge_kafka_dagster.kafka.producer import DataForgeKafkaProducer, DeliveryCallback, RecordMetadata
 from dataforge_kafka_dagster.kafka.publication import PublicationWriter
@@ -45,6 +46,10 @@ _PUBLICATION_OPTIONS: Final = (
     "on_bad_record",
 )
 _CLOSE_SECONDS: Final = 10.0
+
+_sessions: Final[weakref.WeakKeyDictionary[Any, collections.Counter[str]]] = weakref.WeakKeyDictionary()
+"""How often each attempt at a step has opened a session of a name, by any resource."""
+_sessions_lock: Final = threading.Lock()
 
 _COLUMNS: Final = dg.TableSchema(
     columns=[
@@ -135,7 +140,6 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
     _producer: DataForgeKafkaProducer | None = PrivateAttr(default=None)
     _producer_pid: int = PrivateAttr(default=0)
     _lock: Any = PrivateAttr(default_factory=threading.Lock)
-    _sessions: collections.Counter[tuple[str, ...]] = PrivateAttr(default_factory=collections.Counter)
 
     @field_validator("bootstrap_servers", mode="before")
     @classmethod
@@ -290,7 +294,7 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
     @contextlib.contextmanager
     def publishing(
         self,
-        context: dg.AssetExecutionContext | dg.OpExecutionContext,
+        context: dg.AssetExecutionContext | dg.OpExecutionContext | dg.AssetCheckExecutionContext,
         *,
         topic: str,
         key: str | Sequence[str] | None = None,
@@ -303,13 +307,14 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
         """A publication from the body of an asset or op: all of its records or none, whatever happens to the step.
 
         It is committed at the end of the with block. A retry whose first attempt had committed publishes nothing and
-        reports what that one did.
+        reports what that one did. Outside of a run, in an asset or op that a test calls, each session publishes.
 
         Args:
             context: The step's context.
             topic: Where records go that name no other.
             key: Field that is the key of records that have none; several make a JSON object.
-            name: Tells sessions of one step apart; the topic if None, numbered if it comes again.
+            name: Tells sessions of one step apart; the topic if None, numbered if it comes again. Give names where
+                a retry may have other sessions or another order of them, such as one for each selected asset.
             create_topic: How to create its topics if they are missing; the resource's create_topics if None.
             on_bad_record: 'fail' or a dead-letter topic; the resource's on_bad_record if None.
             value_schema: The schema of values, in the Schema Registry of this resource: whatever `KafkaSchema.parse`
@@ -320,22 +325,17 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
             dagster.RetryRequested: It failed for a cause that may pass.
             dagster.Failure: It failed for good, or the asset's own RetryPolicy is to decide.
         """
-        identity = session_identity(context, self._session_name(context, name or topic))
+        identity = session_identity(context, _session_name(context, name or topic))
         with self.errors_in_dagster(context, topic):
             value, key_ = (None if one is None else KafkaSchema.parse(one) for one in (value_schema, key_schema))
             writer = self.writer(context, identity, topic, key, create_topic, on_bad_record, value, key_)
             writer.encoders()  # refuses a schema before anything is connected
-            session = PublishingSession(writer)
+            session = PublishingSession(writer, identity.partition)
             with session:
+                if session.replayed:
+                    _refuse_that_of_other_assets(op_context_of(context), identity, named=name is not None)
                 yield session
             context.log.info(describe(session.result))
-
-    def _session_name(self, context: Any, name: str) -> str:
-        step = op_context_of(context).get_step_execution_context()
-        attempt = (step.run_id, step.step.key, str(step.previous_attempt_count), name)
-        self._sessions[attempt] += 1
-        count = self._sessions[attempt]
-        return name if count == 1 else f"{name}-{count}"
 
     def writer(
         self,
@@ -400,8 +400,9 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
 class PublishingSession:
     """What `KafkaProducerResource.publishing` gives: add records, and afterwards ask where they are."""
 
-    def __init__(self, writer: PublicationWriter) -> None:
+    def __init__(self, writer: PublicationWriter, partitions: Sequence[str] = ()) -> None:
         self._writer = writer
+        self._partitions = partitions
 
     def __enter__(self) -> Self:
         self._writer.__enter__()
@@ -434,7 +435,11 @@ class PublishingSession:
         """
         if self._writer.publication is None:
             raise KafkaError(
-                "publication", "it is not committed yet", "Ask for its result after the with block", code="_STATE"
+                "publication",
+                "it is not committed yet",
+                "Ask for its result after the with block",
+                code="_STATE",
+                remedy=Remedy.FAIL,
             )
         return self._writer.publication
 
@@ -447,7 +452,8 @@ class PublishingSession:
             asset_key: Which asset of a multi-asset.
             metadata: More metadata, by name.
         """
-        return dg.MaterializeResult(asset_key=asset_key, metadata={**publication_metadata(self.result), **metadata})
+        said = publication_metadata(self.result, self._partitions)
+        return dg.MaterializeResult(asset_key=asset_key, metadata={**said, **metadata})
 
 
 def publication_metadata(publication: Publication, partitions: Sequence[str] = ()) -> dict[str, Any]:
@@ -505,6 +511,43 @@ def describe(publication: Publication) -> str:
     if publication.replayed:
         return f"An earlier attempt had published {places}; nothing was published again"
     return f"Published {places}, {publication.bytes:,} bytes, in {publication.seconds:.2f} s"
+
+
+def _session_name(context: Any, name: str) -> str:
+    step = _step_context(context)
+    if step is None:
+        return name
+    with _sessions_lock:
+        names = _sessions.setdefault(step, collections.Counter())
+        names[name] += 1
+        count = names[name]
+    return name if count == 1 else f"{name}-{count}"
+
+
+def _refuse_that_of_other_assets(op_context: dg.OpExecutionContext, identity: Identity, *, named: bool) -> None:
+    """Refuse a publication that an attempt before this one told of an asset that this one does not make.
+
+    A retry of a multi-asset may select some of its assets. If it has one session for each, and their names are those
+    of their topic and numbers, this session need not be the one that had its name before. Whoever names it, knows.
+    """
+    selected = op_context.selected_asset_keys
+    run: dg.DagsterRun | None = op_context.run
+    while selected and run is not None:
+        for entry in op_context.instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION):
+            told = entry.asset_materialization
+            if told is None or told.asset_key in selected:
+                continue
+            said: Any = told.metadata.get(PUBLICATION_METADATA)
+            if said is not None and said.value["publication_id"] == identity.publication_id:
+                raise KafkaError(
+                    f"publication {identity.publication_id!r}",
+                    f"it was published for asset {told.asset_key.to_user_string()!r}, which is not selected now, and"
+                    " whether it holds the records of the assets that are cannot be told",
+                    "Launch a new run of them, and name each session after what it publishes, publishing(..., name=)",
+                )
+        if named or run.run_id == identity.origin or run.parent_run_id is None:
+            return
+        run = op_context.instance.get_run_by_id(run.parent_run_id)
 
 
 def _step_context(context: Any) -> Any:

@@ -508,7 +508,11 @@ class PublicationWriter:
     def _live_producer(self) -> confluent_kafka.Producer:
         if self._producer is None:
             raise KafkaError(
-                f"publication {self._publication_id!r}", "it has ended", "Send inside the with block", code="_STATE"
+                f"publication {self._publication_id!r}",
+                "it has ended",
+                "Send inside the with block",
+                code="_STATE",
+                remedy=Remedy.FAIL,
             )
         return self._producer
 

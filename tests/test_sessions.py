@@ -1,0 +1,238 @@
+"""Which publication a `publishing` session is: in graphs, multi-assets and their retries, checks, ranges and tests."""
+
+import uuid
+
+import dagster as dg
+import pytest
+from dagster._core.definitions.job_base import InMemoryJob
+from dagster._core.execution.api import execute_run
+
+from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource
+
+pytestmark = pytest.mark.kafka
+
+
+@pytest.fixture
+def kafka(kafka_bootstrap_servers):
+    # The prefix keeps apart test sessions that share a Kafka.
+    return KafkaProducerResource(
+        bootstrap_servers=kafka_bootstrap_servers,
+        step_retry_delay=0.01,
+        transactional_id_prefix=f"test-{uuid.uuid4().hex[:8]}",
+    )
+
+
+def _values(found):
+    return sorted(record.value.decode() for record in found)
+
+
+def _failure(result, node):
+    return result.failure_data_for_node(node).user_failure_data.description
+
+
+def test_each_step_of_a_graph_asset_publishes(kafka, kafka_topic, read, instance):
+    topic = kafka_topic()
+
+    @dg.op(out=dg.DynamicOut())
+    def parts(context: dg.OpExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=topic) as publication:
+            publication.send("parts")
+        for name in "ab":
+            yield dg.DynamicOutput(name, mapping_key=name)
+
+    @dg.op
+    def part(context: dg.OpExecutionContext, name, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=topic) as publication:
+            publication.send(name)
+        return publication.replayed
+
+    @dg.op
+    def none_replayed(replayed):
+        return not any(replayed)
+
+    @dg.graph_asset
+    def of_steps():
+        return none_replayed(parts().map(part).collect())
+
+    result = dg.materialize([of_steps], resources={"kafka": kafka}, instance=instance)
+    assert result.output_for_node("of_steps.none_replayed")
+    assert _values(read(topic)) == ["a", "b", "parts"]
+
+
+def test_sessions_of_two_resources_in_one_step_do_not_collide(kafka, kafka_topic, read, instance):
+    topic = kafka_topic()
+
+    @dg.op
+    def twice(context: dg.OpExecutionContext, one: KafkaProducerResource, other: KafkaProducerResource):
+        for resource in (one, other):
+            with resource.publishing(context, topic=topic) as publication:
+                publication.send("x")
+
+    @dg.job(resource_defs={"one": kafka, "other": kafka.model_copy(update={"compression_type": "lz4"})})
+    def work():
+        twice()
+
+    assert work.execute_in_process(instance=instance).success
+    assert _values(read(topic)) == ["x", "x"]
+
+
+def _run_and_resume(several, names, kafka, instance):
+    """Fails a run of a multi-asset, and retries the assets with these names, as the UI does "from failure"."""
+    job = dg.define_asset_job("job", executor_def=dg.in_process_executor)
+    definition = dg.Definitions([several], jobs=[job], resources={"kafka": kafka}).resolve_job_def("job")
+    first = definition.execute_in_process(instance=instance, raise_on_error=False)
+    assert not first.success
+    keys = frozenset(map(dg.AssetKey, names))
+    subset = definition.get_subset(asset_selection=keys)
+    run = instance.create_run_for_job(
+        subset,
+        tags={"dagster/is_asset_resume_retry": "true"},
+        asset_selection=keys,
+        parent_run_id=first.run_id,
+        root_run_id=first.run_id,
+    )
+    return execute_run(InMemoryJob(subset), run, instance, raise_on_error=False)
+
+
+@pytest.mark.parametrize("failed", [["b"], ["b", "c"]])
+def test_a_retry_of_some_of_several_assets_finds_their_publications(failed, kafka, kafka_topic, read, instance):
+    topics = {name: kafka_topic() for name in "abc"}
+    attempts = []
+
+    @dg.multi_asset(specs=[dg.AssetSpec(name, skippable=True) for name in ["a", *failed]], can_subset=True)
+    def several(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        attempts.append(1)
+        for key in sorted(context.selected_asset_keys):
+            name = key.to_user_string()
+            with kafka.publishing(context, topic=topics[name]) as publication:
+                publication.send(name)
+            if name == "b" and len(attempts) == 1:
+                raise ZeroDivisionError
+            yield publication.materialize_result(asset_key=key)
+
+    assert _run_and_resume(several, failed, kafka, instance).success
+    assert {name: len(read(topics[name])) for name in ["a", *failed]} == dict.fromkeys(["a", *failed], 1)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_session_is_not_taken_for_that_of_an_asset_which_is_not_retried(named, kafka, kafka_topic, read, instance):
+    """The retry's first session on the topic has the default name that another asset's had."""
+    topic = kafka_topic()
+    attempts = []
+
+    @dg.multi_asset(specs=[dg.AssetSpec(name, skippable=True) for name in "ab"], can_subset=True)
+    def several(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        attempts.append(1)
+        for key in sorted(context.selected_asset_keys):
+            name = key.to_user_string()
+            with kafka.publishing(context, topic=topic, name=name if named else None) as publication:
+                publication.send(name)
+                if name == "b" and len(attempts) == 1:
+                    raise ZeroDivisionError
+            yield publication.materialize_result(asset_key=key)
+
+    result = _run_and_resume(several, ["b"], kafka, instance)
+    assert result.success is named
+    assert _values(read(topic)) == (["a", "b"] if named else ["a"])
+    if not named:
+        (event,) = [event for event in result.all_events if event.is_step_failure]
+        assert "it was published for asset 'a'" in event.step_failure_data.user_failure_data.description
+        assert "publishing(..., name=)" in event.step_failure_data.user_failure_data.description
+
+
+def test_a_range_of_a_session_is_read_back_only_as_a_whole(kafka, kafka_topic, read, instance):
+    daily = dg.DailyPartitionsDefinition("2026-01-01", end_date="2026-01-05")
+    topic = kafka_topic()
+
+    @dg.asset(partitions_def=daily, backfill_policy=dg.BackfillPolicy.single_run())
+    def days(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=topic) as publication:
+            publication.send_all(context.partition_keys)
+        return publication.materialize_result()
+
+    @dg.asset(partitions_def=daily, ins={"days": dg.AssetIn(input_manager_key="kafka_io")})
+    def day(days: list[str]):
+        return len(days)
+
+    @dg.asset(
+        ins={
+            "days": dg.AssetIn(
+                input_manager_key="kafka_io",
+                partition_mapping=dg.SpecificPartitionsPartitionMapping(["2026-01-01", "2026-01-02"]),
+            )
+        }
+    )
+    def both_days(days: list[str]):
+        return sorted(days)
+
+    resources = {"kafka": kafka, "kafka_io": KafkaIOManager(kafka=kafka), "io_manager": dg.mem_io_manager}
+    tags = {"dagster/asset_partition_range_start": "2026-01-01", "dagster/asset_partition_range_end": "2026-01-02"}
+    assets = [days, day, both_days]
+    assert dg.materialize(assets, selection=[days], tags=tags, resources=resources, instance=instance).success
+    whole = dg.materialize(assets, selection=[both_days], resources=resources, instance=instance)
+    assert whole.output_for_node("both_days") == ["2026-01-01", "2026-01-02"]
+    result = dg.materialize(
+        assets,
+        selection=[day],
+        partition_key="2026-01-01",
+        resources=resources,
+        instance=instance,
+        raise_on_error=False,
+    )
+    assert "published together with 1 other Dagster partitions" in _failure(result, "day")
+
+
+def test_a_check_publishes(kafka, kafka_topic, read, instance):
+    topic = kafka_topic()
+
+    @dg.asset
+    def checked():
+        return 1
+
+    @dg.asset_check(asset=checked)
+    def tells(context: dg.AssetCheckExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=topic) as publication:
+            publication.send("checked")
+        return dg.AssetCheckResult(passed=True)
+
+    definitions = dg.Definitions([checked], asset_checks=[tells], resources={"kafka": kafka})
+    assert definitions.resolve_implicit_global_asset_job_def().execute_in_process(instance=instance).success
+    assert _values(read(topic)) == ["checked"]
+
+
+def test_an_asset_and_an_op_that_a_test_calls_publish_each_time(kafka, kafka_topic, read):
+    topic = kafka_topic()
+
+    @dg.asset
+    def alerts(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=topic) as publication:
+            publication.send("alert")
+        return publication.materialize_result()
+
+    @dg.op
+    def alert(context: dg.OpExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=topic) as publication:
+            publication.send("op")
+        return publication.result
+
+    said = [alerts(dg.build_asset_context(), kafka=kafka).metadata for _ in range(2)]
+    assert [metadata["kafka/records"] for metadata in said] == [1, 1]
+    assert alert(dg.build_op_context(), kafka=kafka).records == 1
+    assert _values(read(topic)) == ["alert", "alert", "op"]
+
+
+def test_to_ask_for_a_result_inside_the_block_is_not_tried_again(kafka, kafka_topic, read, instance):
+    topic = kafka_topic()
+    attempts = []
+
+    @dg.asset
+    def early(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        attempts.append(1)
+        with kafka.publishing(context, topic=topic) as publication:
+            publication.send("x")
+            return publication.materialize_result()
+
+    result = dg.materialize([early], resources={"kafka": kafka}, instance=instance, raise_on_error=False)
+    assert "Ask for its result after the with block" in _failure(result, "early")
+    assert len(attempts) == 1
+    assert read(topic) == []
