@@ -254,7 +254,7 @@ def topic_of(path: Sequence[str], given: Any, template: str | None, job: str) ->
     template = template or "{asset_key}"
     try:
         topic = template.format(asset_key=".".join(path), name=path[-1], job=job)
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise KafkaConfigError(
             f"topic={template!r} of the IO manager",
             f"{error} cannot be filled in",

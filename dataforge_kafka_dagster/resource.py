@@ -25,10 +25,11 @@ from dataforge_kafka_dagster.kafka.config import (
     KafkaTopicSpec,
     PublicationConfig,
     SchemaRegistryOptions,
+    check_topic,
     registry_config,
 )
 from dataforge_kafka_dagster.kafka.connection import logger
-from dataforge_kafka_dagster.kafka.errors import KafkaError, Remedy
+from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError, Remedy
 from dataforge_kafka_dagster.kafka.ledger import Publication, make_transactional_id
 from dataforge_kafka_dagster.kafka.producer import DataForgeKafkaProducer, DeliveryCallback, RecordMetadata
 from dataforge_kafka_dagster.kafka.publication import PublicationWriter
@@ -325,8 +326,11 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
             dagster.RetryRequested: It failed for a cause that may pass.
             dagster.Failure: It failed for good, or the asset's own RetryPolicy is to decide.
         """
-        identity = session_identity(context, _session_name(context, name or topic))
-        with self.errors_in_dagster(context, topic):
+        with self.errors_in_dagster(context, topic if isinstance(topic, str) else None):
+            session_name = name or check_topic(topic)
+            if not isinstance(session_name, str):
+                raise KafkaConfigError(f"name={name!r}", "it is no str", "Give a name of your own, or None")
+            identity = session_identity(context, _session_name(context, session_name))
             value, key_ = (None if one is None else KafkaSchema.parse(one) for one in (value_schema, key_schema))
             writer = self.writer(context, identity, topic, key, create_topic, on_bad_record, value, key_)
             writer.encoders()  # refuses a schema before anything is connected

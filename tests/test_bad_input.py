@@ -78,6 +78,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "infinite delivery_timeout": ({"delivery_timeout": INF}, ["delivery_timeout", "inf"]),
     "no compression_type": ({"compression_type": None}, ["compression_type", "str"]),
     "raw settings as text": ({"librdkafka_config": "a=b"}, ["librdkafka_config"]),
+    "raw transactional.id": ({"librdkafka_config": {"transactional.id": "a"}}, ["librdkafka_config", "prefix"]),
     "raw number": ({"librdkafka_config": {"batch.size": 5}}, ["librdkafka_config", "batch.size"]),
 }
 
@@ -118,6 +119,8 @@ RESOURCE_OPTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown guarantee": ({"delivery_guarantee": "sometimes"}, ["delivery_guarantee", "exactly_once"]),
     "acks for exactly once": ({"acks": "1"}, ["acks", "exactly_once", "at_least_once"]),
     "acks as a number": ({"acks": 0}, ["acks", "exactly_once"]),
+    "prefix that is no ASCII": ({"transactional_id_prefix": "flüge"}, ["transactional_id_prefix", "ASCII"]),
+    "no retries": ({"retries": 0}, ["retries=0", "exactly_once", "at_least_once"]),
     "NUL in the prefix": ({"transactional_id_prefix": "a\0b"}, ["transactional_id_prefix", "NUL"]),
     "empty prefix": ({"transactional_id_prefix": ""}, ["transactional_id_prefix"]),
     "long prefix": ({"transactional_id_prefix": "x" * 100}, ["transactional_id_prefix"]),
@@ -125,6 +128,18 @@ RESOURCE_OPTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "negative step_retries": ({"step_retries": -1}, ["step_retries"]),
     "no retry delay": ({"step_retry_delay": 0}, ["step_retry_delay"]),
 }
+
+
+@pytest.mark.parametrize("config", [{"bootstrap_servers": "localhost:1"}, "localhost:1", 5])
+def test_what_is_no_config_is_refused_by_the_producer(config):
+    with pytest.raises(KafkaConfigError, match=f"config of type {type(config).__name__}: it is no KafkaProducerConfig"):
+        DataForgeKafkaProducer(config)
+
+
+@pytest.mark.parametrize("config", [None, "localhost:1", [("acks", 1)], KafkaProducerConfig()])
+def test_what_is_no_mapping_is_refused_by_the_factory(config):
+    with pytest.raises(KafkaConfigError, match=f"config of type {type(config).__name__}: it is no mapping"):
+        create_kafka_producer(config)
 
 
 @pytest.mark.parametrize(("options", "said"), RESOURCE_OPTIONS.values(), ids=RESOURCE_OPTIONS)
@@ -553,12 +568,48 @@ def test_topics_that_kafka_refuses_are_refused_at_every_door(topic, producer, pu
         assert "249" in caught.value.fix
 
 
+SESSIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "no topic": ({"topic": None}, ["topic None", "249"]),
+    "bytes as topic": ({"topic": b"a"}, ["topic b'a'", "249"]),
+    "list as topic": ({"topic": ["a"]}, ["topic ['a']", "249"]),
+    "int as name": ({"name": 5}, ["name=5", "str"]),
+    "list as name": ({"name": ["a"]}, ["name=['a']", "str"]),
+    "a field twice as key": ({"key": ["a", "a"]}, ["key=['a', 'a']", "more than once"]),
+    "mapping as create_topic": ({"create_topic": {"partitions": 2}}, ["create_topic=", "KafkaTopicSpec"]),
+    "int as on_bad_record": ({"on_bad_record": 5}, ["topic 5", "249"]),
+    "int as value_schema": ({"value_schema": 5}, ["schema 5", "avro"]),
+}
+
+
+def test_wrong_arguments_of_a_session_are_refused_before_anything_is_connected(closed_port):
+    told = {}
+
+    @dg.op
+    def made(context: dg.OpExecutionContext, kafka: KafkaProducerResource) -> None:
+        for name, (options, _) in SESSIONS.items():
+            with pytest.raises(dg.Failure) as caught, kafka.publishing(context, **{"topic": "t"} | options):
+                pass
+            told[name] = caught.value
+
+    @dg.job
+    def session() -> None:
+        made()
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        kafka = KafkaProducerResource(bootstrap_servers=closed_port)
+        assert session.execute_in_process(resources={"kafka": kafka}, instance=instance).success
+    for name, (_, said) in SESSIONS.items():
+        assert told[name].allow_retries is False
+        assert [part for part in said if part not in told[name].description] == [], name
+
+
 METADATA: dict[str, tuple[dict[str, Any], list[str]]] = {
     "int as topic": ({"kafka/topic": 5}, ["topic 5"]),
     "list as topic": ({"kafka/topic": ["a"]}, ["topic ['a']"]),
     "illegal topic": ({"kafka/topic": "a b"}, ["topic 'a b'", "249"]),
     "empty topic": ({"kafka/topic": ""}, ["topic ''"]),
     "int as key": ({"kafka/key": 5}, ["key=5", "field name"]),
+    "a field twice as key": ({"kafka/key": ["a", "a"]}, ["key=['a', 'a']", "more than once"]),
     "list of ints as key": ({"kafka/key": ["a", 1]}, ["key=", "field name"]),
     "mapping as key": ({"kafka/key": {"a": 1}}, ["key=", "field name"]),
 }
@@ -584,7 +635,17 @@ def test_wrong_metadata_is_refused_before_anything_is_connected(metadata, said, 
     assert [part for part in said if part not in failure.description] == []
 
 
-TEMPLATES = ["{asset}", "{", "{0}", "{asset_key.x}", "{asset_key!z}", "{name[9]}", "a b", "{asset_key:>400}"]
+TEMPLATES = [
+    "{asset}",
+    "{name[a]}",
+    "{",
+    "{0}",
+    "{asset_key.x}",
+    "{asset_key!z}",
+    "{name[9]}",
+    "a b",
+    "{asset_key:>400}",
+]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

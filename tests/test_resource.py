@@ -21,6 +21,7 @@ from dataforge_kafka_dagster import (
     KafkaProducerResource,
     Publication,
 )
+from dataforge_kafka_dagster.kafka.errors import Remedy
 from dataforge_kafka_dagster.kafka.publication import PublicationWriter
 from dataforge_kafka_dagster.resource import PublishingSession, describe
 
@@ -736,6 +737,34 @@ def test_overlapping_runs_of_an_op_job_do_not_fence_each_other(kafka, kafka_topi
         runs = [pool.submit(run) for _ in range(2)]
         assert all(run.result(60) for run in runs)
     assert len(read(topic)) == 2
+
+
+@pytest.mark.kafka
+def test_a_session_is_for_once_and_its_misuse_is_no_cause_to_try_again(kafka, kafka_topic, read, instance):
+    topic = kafka_topic()
+    tries = []
+
+    @dg.op
+    def early(context: dg.OpExecutionContext, kafka: KafkaProducerResource) -> None:
+        tries.append(1)
+        with kafka.publishing(context, topic=topic) as publication:
+            publication.send("early")
+            publication.materialize_result()
+
+    assert not _run_op(early, kafka, instance, raise_on_error=False).success
+    assert len(tries) == 1
+
+    @dg.op
+    def twice(context: dg.OpExecutionContext, kafka: KafkaProducerResource) -> None:
+        with kafka.publishing(context, topic=topic) as publication:
+            publication.send("once")
+        for misuse in (publication.__enter__, lambda: publication.send("late")):
+            with pytest.raises(KafkaError) as caught:
+                misuse()
+            assert caught.value.remedy is Remedy.FAIL
+
+    assert _run_op(twice, kafka, instance).success
+    assert _values(read(topic)) == [b"once"]
 
 
 @pytest.mark.kafka

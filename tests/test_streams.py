@@ -90,6 +90,11 @@ def test_a_missing_key_is_refused_before_anything_is_connected(make, tmp_path):
     [
         ("rows.ndjson", b'{"n": 1}\n\n{"n": \n', "line 3: it is not JSON"),
         ("rows.ndjson", b"[1]\n", "line 1: it is a JSON list, not an object"),
+        ("rows.ndjson", b'{"n": 1}\n{"n": [-9223372036854775809]}', "line 2: -9223372036854775809 has more than 64"),
+        ("rows.ndjson", b'{"n":18446744073709551616}', "line 1: 18446744073709551616 has more than 64 bits. Write it"),
+        ("rows.ndjson.gz", b'{"n": 1}\n', "rows.ndjson.gz', line 1: it cannot be read: Not a gzipped file"),
+        ("rows.ndjson.gz", gzip.compress(b'{"n": 1}\n')[:-8], "line 2: it cannot be read: .*ended before"),
+        ("rows.ndjson.gz", gzip.compress(b'{"n": 1}\n')[:10] + b"\xff" * 20, "line 1: it cannot be read"),
         ("rows.csv", b"a,b\n1,2\n1\n", "cannot be read as CSV: .*Expected 2 columns, got 1"),
         ("rows.parquet", b"nothing like it", "cannot be read as Parquet"),
         ("rows.txt", b"", "its name does not say what is in it. Give a path that ends with .ndjson"),
@@ -102,6 +107,14 @@ def test_files_that_cannot_be_read_are_refused_with_the_place(name, content, rea
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InvalidRecordError, match=reason):
         list(chunks(tmp_path / name))
+
+
+def test_numbers_of_64_bits_and_text_of_digits_are_kept_as_they_are(tmp_path):
+    path = tmp_path / "rows.ndjson"
+    row = {"a": 2**64 - 1, "b": -(2**63), "c": "18446744073709551616", "d": 1e22}
+    path.write_text(json.dumps(row))
+    (chunk,) = chunks(path)
+    assert [json.loads(value) for value in chunk.values] == [row]
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):

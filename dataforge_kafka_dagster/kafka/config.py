@@ -369,6 +369,12 @@ class KafkaProducerConfig(KafkaOptions):
 
         The context's "later" names the options whose values are not known yet, but will be given.
         """
+        if "transactional.id" in self.librdkafka_config:
+            raise ValueError(
+                "librdkafka_config={'transactional.id': ...} is not possible: single records are sent outside of"
+                " transactions, and each publication has one of its own, by which attempts find each other."
+                " Set transactional_id_prefix"
+            )
         later = (info.context or {}).get("later", ())
         fields = type(self).model_fields
         given = {name for name in fields if name in later or getattr(self, name) is not None}
@@ -592,12 +598,9 @@ class PublicationConfig(BaseModel):
     def _fits(self) -> PublicationConfig:
         if "\0" in self.transactional_id_prefix:
             raise ValueError("transactional_id_prefix is not possible: it contains a NUL character")
+        if not (self.transactional_id_prefix.isascii() and self.transactional_id_prefix.isprintable()):
+            raise _not("transactional_id_prefix", self.transactional_id_prefix, "give printable ASCII characters")
         raw = self.producer.librdkafka_config
-        if "transactional.id" in raw:
-            raise ValueError(
-                "librdkafka_config={'transactional.id': ...} is not possible: each publication has one of its own, by"
-                " which attempts find each other. Set transactional_id_prefix"
-            )
         if not raw.get("message.timeout.ms", "0").isdecimal():
             raise ValueError(
                 f"librdkafka_config={{'message.timeout.ms': {raw['message.timeout.ms']!r}}} is not possible:"
@@ -607,6 +610,11 @@ class PublicationConfig(BaseModel):
             raise ValueError(
                 f"acks={self.producer.acks!r} cannot give delivery_guarantee='exactly_once': a record that only some"
                 " replicas have may be lost or written twice. Set acks='all', or delivery_guarantee='at_least_once'"
+            )
+        if self.delivery_guarantee == "exactly_once" and self.producer.retries == 0:
+            raise ValueError(
+                "retries=0 cannot give delivery_guarantee='exactly_once': it needs idempotence, which needs retries."
+                " Set retries above 0, or delivery_guarantee='at_least_once'"
             )
         return self
 

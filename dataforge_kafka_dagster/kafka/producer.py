@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig, check_topic, producer_options
 from dataforge_kafka_dagster.kafka.connection import SLICE, Connection, logger, timed_out
-from dataforge_kafka_dagster.kafka.errors import KafkaError
+from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError
 from dataforge_kafka_dagster.kafka.records import Extra, KafkaRecord, encode_record
 from dataforge_kafka_dagster.kafka.serialization import Headers
 
@@ -55,7 +55,7 @@ class DataForgeKafkaProducer:
 
     Raises:
         NoBrokersAvailable: No broker answered within the config's connect_timeout, or none let us in.
-        KafkaConfigError: librdkafka refuses an option.
+        KafkaConfigError: librdkafka refuses an option, or this is no KafkaProducerConfig.
 
     Example:
         >>> with DataForgeKafkaProducer(config) as producer:
@@ -63,6 +63,12 @@ class DataForgeKafkaProducer:
     """
 
     def __init__(self, config: KafkaProducerConfig | None = None) -> None:
+        if config is not None and not isinstance(config, KafkaProducerConfig):
+            raise KafkaConfigError(
+                f"config of type {type(config).__qualname__}",
+                "it is no KafkaProducerConfig",
+                "Make one of it, or call create_kafka_producer with a mapping",
+            )
         self.config = config or KafkaProducerConfig()
         self._connection = Connection(self.config)
         self._failures: collections.Counter[str] = collections.Counter()
@@ -341,6 +347,10 @@ def create_kafka_producer(config_dict: Mapping[str, Any]) -> DataForgeKafkaProdu
     Raises:
         pydantic.ValidationError: An option is unknown or its value not allowed.
         NoBrokersAvailable: No broker answered within connect_timeout, or none let us in.
-        KafkaConfigError: librdkafka refuses an option.
+        KafkaConfigError: librdkafka refuses an option, or this is no mapping.
     """
+    if not isinstance(config_dict, Mapping):
+        raise KafkaConfigError(
+            f"config of type {type(config_dict).__qualname__}", "it is no mapping", "Give a mapping of options by name"
+        )
     return DataForgeKafkaProducer(KafkaProducerConfig(**config_dict))

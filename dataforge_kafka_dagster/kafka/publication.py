@@ -133,6 +133,10 @@ class PublicationWriter:
                 "the brokers do not tell what they have got, so nothing can be said of a publication",
                 "Set acks to 'all' or 1, and keep 0 for single records",
             )
+        if create_topic is not None and not isinstance(create_topic, KafkaTopicSpec):
+            raise KafkaConfigError(
+                f"create_topic={create_topic!r}", "it is no KafkaTopicSpec", "Give KafkaTopicSpec(partitions=...)"
+            )
         self.topic = check_topic(topic)
         self.on_bad: BadRecordTaker | None = None
         """Takes bad records to the dead-letter topic; None if they end the publication. For `chunks`."""
@@ -175,7 +179,8 @@ class PublicationWriter:
     def _dead_topic_of(self, on_bad_record: str) -> str | None:
         if on_bad_record == "fail":
             return None
-        topic = check_topic(on_bad_record.replace("{topic}", self.topic))
+        named = on_bad_record.replace("{topic}", self.topic) if isinstance(on_bad_record, str) else on_bad_record
+        topic = check_topic(named)
         if topic == self.topic:
             raise KafkaConfigError(
                 f"on_bad_record={on_bad_record!r}",
@@ -191,6 +196,14 @@ class PublicationWriter:
         return self.publication is not None and self.publication.replayed
 
     def __enter__(self) -> Self:
+        if self._span is not None:
+            raise KafkaError(
+                f"publication {self._publication_id!r}",
+                "it was begun before, and what is added now would be taken for what it had published",
+                "Begin another one",
+                code="_STATE",
+                remedy=Remedy.FAIL,
+            )
         self._span = PublicationSpan(self.topic, self._publication_id, self._transactional_id)
         try:
             self._open()

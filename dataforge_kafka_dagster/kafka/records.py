@@ -86,11 +86,13 @@ def key_fields(key: Any) -> tuple[str, ...]:
     """The fields that make a record's key, from a name, a list of names, or None.
 
     Raises:
-        KafkaConfigError: It is none of these.
+        KafkaConfigError: It is none of these, or names a field twice.
     """
     names = () if key is None else (key,) if isinstance(key, str) else key
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise KafkaConfigError(f"key={key!r}", "it is neither a field name nor a list of them", "Name the key's field")
+    if len(set(names)) < len(names):
+        raise KafkaConfigError(f"key={key!r}", "it names a field more than once", "Name each field once")
     return tuple(names)
 
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 import gzip
 import importlib
 import importlib.metadata
+import json
+import re
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -124,23 +127,45 @@ def _open_file(path: Path) -> Stream:
 
 
 def _json_lines(path: Path, open_file: Any) -> Iterator[Any]:
-    with open_file(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = orjson.loads(line)
-            except ValueError as error:
-                raise InvalidRecordError(
-                    f"file {str(path)!r}, line {number}", f"it is not JSON: {error}", "Write one JSON object a line"
-                ) from error
-            if not isinstance(row, dict):
-                raise InvalidRecordError(
-                    f"file {str(path)!r}, line {number}",
-                    f"it is a JSON {type(row).__name__}, not an object",
-                    "Write one JSON object a line",
-                )
-            yield row
+    number = 0
+    try:
+        with open_file(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _json_object(line, f"file {str(path)!r}, line {number}")
+    except (OSError, EOFError, zlib.error) as error:
+        raise InvalidRecordError(
+            f"file {str(path)!r}, line {number + 1}", f"it cannot be read: {error}", "Write it anew"
+        ) from error
+
+
+def _json_object(line: bytes, name: str) -> Any:
+    fix = "Write one JSON object a line"
+    try:
+        row = orjson.loads(line)
+        if _BIG.search(line):
+            json.loads(line, parse_int=_int)
+    except _TooBigError as error:
+        raise InvalidRecordError(name, f"{error} has more than 64 bits", "Write it as text") from error
+    except ValueError as error:
+        raise InvalidRecordError(name, f"it is not JSON: {error}", fix) from error
+    if not isinstance(row, dict):
+        raise InvalidRecordError(name, f"it is a JSON {type(row).__name__}, not an object", fix)
+    return row
+
+
+# Of a number, not of a text, that orjson may read as a float.
+_BIG: Final = re.compile(rb"[:\[,\s]-?[0-9]{19}")
+
+
+class _TooBigError(ValueError):
+    """A whole number that orjson would round."""
+
+
+def _int(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**64:  # noqa: PLR2004  (digits and sign)
+        raise _TooBigError(text[:50])
+    return int(text)
 
 
 def _csv(path: Path) -> Iterator[Any]:
