@@ -548,6 +548,25 @@ def test_bytes_of_no_schema_are_an_error_that_says_so(registry):
         SchemaDecoder(registry)(b'{"a": "JSON"}', "avro")
 
 
+def test_bytes_are_bytes_in_protobuf(registry):
+    @dataclasses.dataclass
+    class Photo:
+        plate: bytes
+        fare: Fare | None = None
+
+    fare = Fare(id=uuid.UUID(int=1), price="1.50", raw=b"abcd")
+    decode = SchemaDecoder(registry)
+    (data,) = encoder(registry, "protobuf", "fares")([fare])
+    assert decode(data, "protobuf") == {"id": str(fare.id), "price": "1.50", "seat": None, "raw": b"abcd"}
+    (data,) = encoder(registry, "protobuf", "photos")([Photo(b"\xff\x00", fare)])
+    assert (decode(data, "protobuf")["plate"], decode(data, "protobuf")["fare"]["raw"]) == (b"\xff\x00", b"abcd")
+    encoders = SchemaEncoders(encoder(registry, "protobuf", "frames"), None, "protobuf")
+    (chunk,) = chunks(pl.DataFrame({"plate": [b"abcd", None]}), encoders=encoders)
+    assert [decode(value, "protobuf")["plate"] for value in chunk.values] == [b"abcd", None]
+    with pytest.raises(InvalidRecordError, match="field 'fare'.*timedelta has no JSON form"):
+        encoder(registry, "protobuf", "photos")([Photo(b"x", dt.timedelta(1))])
+
+
 def test_bytes_that_end_too_soon_are_an_error_that_says_so(registry):
     (data,) = encoder(registry, {"text": FLIGHT})([{"tailnum": "N14228"}])
     with pytest.raises(KafkaError, match="they are not avro"):

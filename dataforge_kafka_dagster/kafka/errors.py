@@ -159,7 +159,9 @@ _FIXES: Final[dict[str, str]] = {
     "REQUEST_TIMED_OUT": "Check the brokers' health, or raise delivery_timeout",
     "_UNKNOWN_TOPIC": "Create the topic, or correct its name",
     "UNKNOWN_TOPIC_OR_PART": "Create the topic, or correct its name",
-    "TOPIC_EXCEPTION": "Use a legal topic name: 1 to 249 of the characters a-z A-Z 0-9 . _ -",
+    "TOPIC_EXCEPTION": (
+        "Use a legal topic name: 1 to 249 of the characters a-z A-Z 0-9 . _ -, which differs from others not by . and _ only"
+    ),
     "_UNKNOWN_PARTITION": "Use a Kafka partition that the topic has, or none and let the key decide",
     "MSG_SIZE_TOO_LARGE": (
         "Split the record, or raise 'message.max.bytes' in librdkafka_config and max.message.bytes on the topic"

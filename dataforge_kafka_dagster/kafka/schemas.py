@@ -39,7 +39,14 @@ from dataforge_kafka_dagster.kafka.schema_types import (
     record_name,
     rows_of_frame,
 )
-from dataforge_kafka_dagster.kafka.serialization import Encoders, is_message, no_json_form, refuse_non_finite, to_json
+from dataforge_kafka_dagster.kafka.serialization import (
+    Encoders,
+    is_message,
+    no_json_form,
+    refuse_non_finite,
+    to_json,
+    to_protobuf_json,
+)
 from dataforge_kafka_dagster.kafka.serialization import record_name as name_of
 
 if TYPE_CHECKING:
@@ -539,7 +546,9 @@ class SchemaEncoder:
         serialize = self._build(lambda: ProtobufSerializer(cls, self._registry.client, conf=conf))
         if not self._schema.use_latest_version:
             self._register_message(cls, serialize)
-        return lambda row: serialize(row if isinstance(row, cls) else ParseDict(_json_values(row), cls()))
+        return lambda row: serialize(
+            row if isinstance(row, cls) else ParseDict(_json_values(row, to_protobuf_json), cls())
+        )
 
     def _with_this_id(self, cls: Any) -> dict[str, Any]:
         """Settings of a serializer that asks nothing and writes the id that is known."""
@@ -771,16 +780,16 @@ def _inside(value: Any) -> Any:
     return _plain(value)
 
 
-def _json_values(value: Any) -> Any:
-    """A value as JSON has it: what `to_json` writes, read again.
+def _json_values(value: Any, write: Callable[[Any], bytes] = to_json) -> Any:
+    """A value as JSON has it: what `to_json` or its like writes, read again.
 
     Raises:
         InvalidRecordError: Something in it has no JSON form.
     """
     try:
-        encoded = to_json(value)
+        encoded = write(value)
     except (TypeError, ValueError, RecursionError) as error:
-        raise no_json_form(value, None, error) from error
+        raise no_json_form(value, None, error, write) from error
     if b"null" in encoded:
         refuse_non_finite(value, None)
     return orjson.loads(encoded)
