@@ -160,7 +160,8 @@ _FIXES: Final[dict[str, str]] = {
     "_UNKNOWN_TOPIC": "Create the topic, or correct its name",
     "UNKNOWN_TOPIC_OR_PART": "Create the topic, or correct its name",
     "TOPIC_EXCEPTION": (
-        "Use a legal topic name: 1 to 249 of the characters a-z A-Z 0-9 . _ -, which differs from others not by . and _ only"
+        "Use a legal topic name: 1 to 249 of the characters a-z A-Z 0-9 . _ -, and none that only a . in place of a _"
+        " tells from another's"
     ),
     "_UNKNOWN_PARTITION": "Use a Kafka partition that the topic has, or none and let the key decide",
     "MSG_SIZE_TOO_LARGE": (
