@@ -1,5 +1,6 @@
 """`KafkaIOManager`: one output, one publication; and a publication back as an input."""
 
+import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -214,9 +215,9 @@ class KafkaIOManager(dg.ConfigurableIOManager):
     def load_input(self, context: dg.InputContext) -> Any:
         """The records of exactly the Dagster partitions (or the run, for an op) that the input asks for.
 
-        The input's annotation says in what form: ``pl.DataFrame``, ``pd.DataFrame``, ``pa.Table``,
-        ``list[KafkaRecord]``, ``dict`` (of the only record), else a list of values as they were published (a dataclass
-        or model comes back as dict).
+        The input's annotation says in what form, with or without ``| None``: ``pl.DataFrame``, ``pd.DataFrame``,
+        ``pa.Table``, ``list[KafkaRecord]``, ``dict`` (of the only record), else a list of values as they were published
+        (a dataclass or model comes back as dict).
 
         Raises:
             dagster.Failure: There is no publication to read, its records are gone, or Kafka failed for good.
@@ -432,6 +433,9 @@ def _in_form(form: Any, records: Iterable[tuple[ReadRecord, ValueFormat | None]]
 
     Each comes with the format of its value; None if that is decoded.
     """
+    arguments = [argument for argument in typing.get_args(form) if argument is not type(None)]
+    if typing.get_origin(form) in {typing.Union, types.UnionType} and len(arguments) == 1:
+        (form,) = arguments
     origin = typing.get_origin(form) or form
     if typing.get_args(form) == (KafkaRecord,):
         return [_as_kafka_record(record, value_format) for record, value_format in records]

@@ -400,13 +400,19 @@ def test_read_as_records(manager, kafka_topic, instance):
 
 @pytest.mark.parametrize(
     ("annotation", "output", "value"),
-    [(dict, {"a": 1}, {"a": 1}), (str, "text", "text"), (bytes, b"\xff", b"\xff"), (dict, Point(1), {"x": 1})],
+    [
+        (dict, {"a": 1}, {"a": 1}),
+        (dict | None, {"a": 1}, {"a": 1}),
+        (str, "text", "text"),
+        (bytes, b"\xff", b"\xff"),
+        (dict, Point(1), {"x": 1}),
+    ],
 )
 def test_read_the_only_record(annotation, output, value, manager, kafka_topic, instance):
     assert _read_back(annotation, output, manager, kafka_topic(), instance) == value
 
 
-@pytest.mark.parametrize("annotation", [pl.DataFrame, pd.DataFrame, pa.Table, list])
+@pytest.mark.parametrize("annotation", [pl.DataFrame, pd.DataFrame, pa.Table, list, pl.DataFrame | None])
 def test_read_an_empty_publication(annotation, manager, kafka_topic, instance):
     assert len(_read_back(annotation, [], manager, kafka_topic(), instance)) == 0
 
