@@ -227,12 +227,23 @@ _ResourceAttributes: Final = _model("_ResourceAttributes", _ResourceAttributesBa
 
 
 def _resolved(context: dg.ResolutionContext, value: Any) -> Any:
-    """The value with its templates filled in; all else as it is ('01' would become 1)."""
+    """The value with its templates filled in; all else as it is ('01' would become 1).
+
+    Raises:
+        KafkaConfigError: A template gives nothing, which would stand for what is left out.
+    """
     if isinstance(value, list):
         return [_resolved(context, item) for item in value]
     if isinstance(value, dict):
         return {name: _resolved(context, item) for name, item in value.items()}
-    return context.resolve_value(value) if _is_template(value) else value
+    if not _is_template(value):
+        return value
+    filled = context.resolve_value(value)
+    if filled is None:
+        raise KafkaConfigError(
+            f"template {value!r}", "it gives nothing", "Set the environment variable that it names, or leave it out"
+        )
+    return filled
 
 
 class _ResourceScaffolder(dg.Scaffolder):
@@ -262,9 +273,16 @@ def _scaffold(request: dg.ScaffoldRequest[Any], attributes: str) -> None:
         (request.target_path / "defs.yaml").write_text(text, encoding="utf-8")
 
 
+class _Component(dg.Component, dg.Resolvable):
+    @classmethod
+    def load(cls, attributes: BaseModel | None, context: dg.ComponentLoadContext) -> Self:
+        """The component of a file of YAML; one without attributes has the defaults, and what it needs is missed."""
+        return super().load(cls.model()() if attributes is None else attributes, context)
+
+
 @dg.scaffold_with(_ResourceScaffolder)
 @dataclasses.dataclass
-class KafkaResourceComponent(dg.Component, dg.Resolvable):
+class KafkaResourceComponent(_Component):
     """A Kafka cluster for a project: a `KafkaProducerResource`, and a `KafkaIOManager` that publishes to it.
 
     Its attributes are the resource's options, ``io_manager`` with the IO manager's, and the names of both. Strings and
@@ -432,7 +450,7 @@ def _filled(path: str, partition_key: str) -> str:
 
 @dg.scaffold_with(_TopicScaffolder)
 @dataclasses.dataclass
-class KafkaTopicComponent(dg.Component, dg.Resolvable):
+class KafkaTopicComponent(_Component):
     """An asset whose records are published to a topic: all of them or none, once.
 
     Attributes:
@@ -538,7 +556,8 @@ class KafkaTopicComponent(dg.Component, dg.Resolvable):
             partitions_def=spec.partitions_def,
         )
         def publish(context: dg.AssetExecutionContext) -> Any:
+            given = function(context) if takes_context else function()
             # As an Output, for a generator: Dagster would iterate it itself.
-            yield dg.Output(function(context) if takes_context else function(), "result")
+            yield given if isinstance(given, dg.Output) else dg.Output(given, "result")
 
         return publish

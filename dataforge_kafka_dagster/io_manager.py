@@ -366,7 +366,8 @@ def _on_bad_record_of(context: dg.OutputContext) -> str | None:
 
 
 def _schema_of(context: dg.OutputContext, name: str, default: str | None) -> KafkaSchema | None:
-    given = _metadata(context, name) or default
+    given = _metadata(context, name)
+    given = default if given is None else given
     return None if given is None else KafkaSchema.parse(given)
 
 

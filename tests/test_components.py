@@ -16,7 +16,13 @@ from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 
 import dataforge_kafka_dagster
-from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource, KafkaResourceComponent, KafkaTopicComponent
+from dataforge_kafka_dagster import (
+    KafkaIOManager,
+    KafkaProducerResource,
+    KafkaResourceComponent,
+    KafkaSchema,
+    KafkaTopicComponent,
+)
 from dataforge_kafka_dagster.kafka.config import REGISTRY_SECRET_OPTIONS, SECRET_OPTIONS
 from dataforge_kafka_dagster.kafka.errors import KafkaConfigError
 
@@ -27,6 +33,10 @@ NUMBERS = [{"n": i, "name": f"N{i}"} for i in range(10)]
 
 def numbers():
     yield from NUMBERS
+
+
+def numbers_with_metadata():
+    return dg.Output(iter(NUMBERS), metadata={"source": "a test"})
 
 
 def day(context):
@@ -218,11 +228,48 @@ def test_either_a_file_or_a_function_gives_the_records():
 
 @pytest.mark.parametrize(
     ("function", "reason"),
-    [("nowhere.to_be:found", "No module named 'nowhere'"), ("test_components:lost", "no attribute 'lost'")],
+    [
+        ("nowhere.to_be:found", "No module named 'nowhere'"),
+        ("test_components:lost", "no attribute 'lost'"),
+        ("test_components:NUMBERS", "it is of type list, no function"),
+    ],
 )
 def test_a_function_that_does_not_exist_is_refused_when_loading(function, reason):
     with pytest.raises(KafkaConfigError, match=reason):
         _component(KafkaTopicComponent, f"{{asset: {{key: a}}, function: '{function}'}}")
+
+
+@pytest.mark.parametrize("attribute", ["topic", "key", "value_schema", "path", "function"])
+def test_a_template_that_gives_nothing_does_not_stand_for_the_default(attribute, monkeypatch):
+    monkeypatch.delenv("NAME_OF_TEST", raising=False)
+    attributes = {"asset": {"key": "a"}, "function": "test_components:day"} | {attribute: "{{ env.NAME_OF_TEST }}"}
+    if attribute == "path":
+        del attributes["function"]
+    with pytest.raises(KafkaConfigError, match="template '{{ env.NAME_OF_TEST }}': it gives nothing"):
+        KafkaTopicComponent.from_attributes_dict(attributes=attributes)
+
+
+def test_without_attributes_a_cluster_has_the_defaults_and_a_topic_says_what_is_missing():
+    # Dagster 1.11 has no tree.
+    tree = getattr(dg, "ComponentTree", None)
+    context = tree.for_test().load_context if tree else dg.ComponentLoadContext.for_test()
+    assert KafkaResourceComponent.load(None, context).kafka.bootstrap_servers == "localhost:9092"
+    with pytest.raises(ValidationError, match="asset"):
+        KafkaTopicComponent.load(None, context)
+
+
+@pytest.mark.parametrize("form", ["avro", "json_schema", "protobuf"])
+def test_a_format_in_yaml_is_the_schema_that_is_asked_for(form, closed_port):
+    component = _component(
+        KafkaTopicComponent, f"{{asset: {{key: a}}, function: 'test_components:numbers', value_schema: {form}}}"
+    )
+    (asset,) = _defs(component).assets
+    assert KafkaSchema.parse(next(iter(asset.specs)).metadata["kafka/value_schema"]) == KafkaSchema(format=form)
+    manager = KafkaIOManager(kafka=KafkaProducerResource(bootstrap_servers=closed_port))
+    with dg.DagsterInstance.ephemeral() as instance:
+        options = {"resources": {"kafka_io": manager}, "instance": instance, "raise_on_error": False}
+        failure = dg.materialize([asset], **options).failure_data_for_node("a").user_failure_data
+    assert "there is no Schema Registry to keep it" in failure.description
 
 
 def test_no_secret_in_snapshot_or_repr(monkeypatch):
@@ -323,6 +370,17 @@ def test_ten_lines_of_yaml_publish(kafka_bootstrap_servers, kafka_topic, read, i
     found = read(topic)
     assert [(r.key, json.loads(r.value)) for r in found if r.key] == [(f"N{i}".encode(), NUMBERS[i]) for i in range(10)]
     assert [json.loads(r.value) for r in found if not r.key] == [{"day": "tue", "asset": "a/day"}]
+    (asset,) = (
+        _component(
+            KafkaTopicComponent,
+            f"{{asset: {{key: more}}, topic: {topic}, function: 'test_components:numbers_with_metadata'}}",
+        )
+        .build_defs(None)
+        .assets
+    )
+    result = dg.materialize([asset], resources=defs.resources, instance=instance)
+    said = result.asset_materializations_for_node("more")[0].metadata
+    assert (said["source"].value, said["kafka/records"].value) == ("a test", len(NUMBERS))
 
 
 @pytest.mark.kafka

@@ -705,7 +705,7 @@ def import_function(option: str, path: str) -> Callable[..., Any]:
     """The function that an option names by its import path 'package.module:function'.
 
     Raises:
-        KafkaConfigError: There is no such module or function.
+        KafkaConfigError: There is no such module or function, or it is none.
     """
     module, _, name = path.partition(":")
     try:
@@ -714,6 +714,10 @@ def import_function(option: str, path: str) -> Callable[..., Any]:
         raise KafkaConfigError(
             f"{option}={path!r}", str(error), "Give an import path 'package.module:function'"
         ) from error
+    if not callable(function):
+        raise KafkaConfigError(
+            f"{option}={path!r}", f"it is of type {type(function).__qualname__}, no function", "Name a function"
+        )
     return cast("Callable[..., Any]", function)
 
 

@@ -181,8 +181,8 @@ class KafkaSchema(BaseModel):
         raise KafkaConfigError(f"schema {given!r}", "it names no schema", fix)
 
     def to_metadata(self) -> dict[str, Any]:
-        """The options that were given, as JSON values: for an asset's metadata, where `parse` reads them."""
-        return self.model_dump(exclude_defaults=True)
+        """The format and what else was given, as JSON values: for an asset's metadata, where `parse` reads them."""
+        return {"format": self.format, **self.model_dump(exclude_defaults=True)}
 
     @property
     def is_given(self) -> bool:
