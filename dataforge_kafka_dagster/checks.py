@@ -1,6 +1,5 @@
 """Asset checks: what an asset published last is still in Kafka, whole."""
 
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, Literal
 
@@ -56,9 +55,14 @@ def build_publication_checks(
     Returns:
         The checks, for `dagster.Definitions(asset_checks=...)`.
 
+    Raises:
+        KafkaConfigError: A single asset is given, or one's schema is none.
+
     Example:
         >>> checks = build_publication_checks([flights], severity=dg.AssetCheckSeverity.WARN)
     """
+    if isinstance(assets, (str, dg.AssetKey, dg.AssetSpec, dg.AssetsDefinition)):
+        raise KafkaConfigError(f"assets of type {type(assets).__qualname__}", "it is a single one", "Give a list of them")
     specs = [(spec, manager) for asset in assets for spec, manager in _specs(asset)]
     checks = [_build_check(spec, thorough, severity, blocking, resource_key, timeout) for spec, _ in specs]
     for spec, io_manager_key in specs:
@@ -142,18 +146,14 @@ def _build_check(
     resource_key: str,
     timeout: float,
 ) -> dg.AssetChecksDefinition:
-    options: dict[str, Any] = {}
-    # Before Dagster 1.12, a check has the Dagster partitions of its run without being told.
-    if spec.partitions_def is not None and "partitions_def" in inspect.signature(dg.asset_check).parameters:
-        options["partitions_def"] = spec.partitions_def
-
+    # It has the Dagster partitions of its run without a partitions_def, with which it could not run without them
+    # (Dagster 1.13).
     @dg.asset_check(
         asset=spec.key,
         name="publication_is_in_kafka",
         description="The last publication is still in the topic, whole: neither retention nor anybody has deleted it.",
         blocking=blocking,
         required_resource_keys={resource_key},
-        **options,
     )
     def publication_is_in_kafka(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
         kafka: KafkaProducerResource = getattr(context.resources, resource_key)

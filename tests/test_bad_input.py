@@ -25,6 +25,7 @@ from dataforge_kafka_dagster import (
     KafkaProducerResource,
     KafkaRecord,
     KafkaResourceComponent,
+    build_publication_checks,
     create_kafka_producer,
 )
 from dataforge_kafka_dagster.kafka.config import PublicationConfig
@@ -566,6 +567,12 @@ def test_topics_that_kafka_refuses_are_refused_at_every_door(topic, producer, pu
             door()
         assert repr(topic) in caught.value.culprit
         assert "249" in caught.value.fix
+
+
+@pytest.mark.parametrize("assets", ["flights", dg.AssetKey("flights"), dg.AssetSpec("flights")], ids=type)
+def test_checks_are_built_for_a_list_of_assets(assets):
+    with pytest.raises(KafkaConfigError, match="single one. Give a list"):
+        build_publication_checks(assets)
 
 
 SESSIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
