@@ -62,7 +62,8 @@ def build_publication_checks(
         >>> checks = build_publication_checks([flights], severity=dg.AssetCheckSeverity.WARN)
     """
     if isinstance(assets, (str, dg.AssetKey, dg.AssetSpec, dg.AssetsDefinition)):
-        raise KafkaConfigError(f"assets of type {type(assets).__qualname__}", "it is a single one", "Give a list of them")
+        kind = type(assets).__qualname__
+        raise KafkaConfigError(f"assets of type {kind}", "it is a single one", "Give a list of them")
     specs = [(spec, manager) for asset in assets for spec, manager in _specs(asset)]
     checks = [_build_check(spec, thorough, severity, blocking, resource_key, timeout) for spec, _ in specs]
     for spec, io_manager_key in specs:
