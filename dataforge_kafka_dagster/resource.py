@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import ctypes
 import datetime as dt
-import os
 import threading
 import weakref
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -139,7 +137,6 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
     )
 
     _producer: DataForgeKafkaProducer | None = PrivateAttr(default=None)
-    _producer_pid: int = PrivateAttr(default=0)
     _lock: Any = PrivateAttr(default_factory=threading.Lock)
 
     @field_validator("bootstrap_servers", mode="before")
@@ -185,7 +182,6 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
     def teardown_after_execution(self, context: dg.InitResourceContext) -> None:  # noqa: ARG002
         """Close the producer; what is still undelivered after 10 seconds is given up and logged as an error."""
         with self._lock:
-            self._let_go_of_inherited()
             producer, self._producer = self._producer, None
         if producer is None:
             return
@@ -195,12 +191,6 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
             # Dagster does not fail a run for it: call flush() in the step, or use publishing().
             logger.error("Records were lost at the end of the run: %s", error)
 
-    def _let_go_of_inherited(self) -> None:
-        """In a forked child, keep the parent's producer for ever: its end would wait for threads that are not there."""
-        if self._producer is not None and self._producer_pid != os.getpid():
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._producer))
-            self._producer = None
-
     @property
     def producer(self) -> DataForgeKafkaProducer:
         """The connected producer of this process, made when first asked for, and anew if an error has ended it.
@@ -209,14 +199,14 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
             NoBrokersAvailable: No broker answered within connect_timeout, or none let us in.
         """
         with self._lock:
-            self._let_go_of_inherited()
+            if self._producer is not None and self._producer.inherited:
+                self._producer = None
             if self._producer is not None and self._producer.failed:
                 with contextlib.suppress(KafkaError):  # each of its records has been told
                     self._producer.close(0)
                 self._producer = None
             if self._producer is None:
                 self._producer = DataForgeKafkaProducer(self.producer_config())
-                self._producer_pid = os.getpid()
             return self._producer
 
     def send_sync(

@@ -2,10 +2,15 @@ import collections
 import concurrent.futures
 import datetime as dt
 import logging
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 import uuid
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -447,3 +452,100 @@ def test_send_sync_in_a_delivery_callback_is_refused_at_once(producer, kafka_top
     producer.send_async(topic, "first", callback=callback)
     assert "delivery callback" in str(caught.result(5))
     assert [record.value for record in read(topic)] == [b"first"]
+
+
+@pytest.mark.parametrize("call", ["flush", "close"])
+def test_to_flush_or_close_in_a_delivery_callback_is_refused_at_once(call, config, kafka_topic, read):
+    """Whichever thread it is called in: that of the producer, or the one that flushes."""
+    topic, caught = kafka_topic(), concurrent.futures.Future()
+
+    def callback(_err, _msg):
+        try:
+            getattr(producer, call)()
+        except KafkaError as error:
+            caught.set_result(error)
+
+    with DataForgeKafkaProducer(config) as producer:
+        producer.send_async(topic, "first", callback=callback)
+        assert "delivery callback" in str(caught.result(5))
+        producer.send_async(topic, "second")
+    assert [record.value for record in read(topic)] == [b"first", b"second"]
+
+
+def test_a_callback_that_ends_its_thread_ends_no_other_callback(producer, kafka_topic, read, caplog):
+    topic = kafka_topic()
+
+    def leave(_err, _msg):
+        raise SystemExit
+
+    producer.send_async(topic, "first", callback=leave).result(5)
+    assert producer.send_async(topic, "second").result(5).offset == 1
+    assert "The delivery callback of a record" in caplog.text
+    assert len(read(topic)) == 2
+
+
+def _run_program(program, *arguments, interrupt_after=None):
+    """A program's exit code, and what it printed; interrupted by Ctrl-C a while after it has printed a line."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    with process:
+        try:
+            if interrupt_after is not None:
+                assert process.stdout.readline()
+                time.sleep(interrupt_after)
+                process.send_signal(signal.SIGINT)
+            return process.wait(20), process.stdout.read()
+        finally:
+            process.kill()
+
+
+SYNC_FOR_EVER = """
+import signal, sys
+from dataforge_kafka_dagster import DataForgeKafkaProducer, KafkaProducerConfig
+# A shell starts what runs in the background with SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+producer = DataForgeKafkaProducer(KafkaProducerConfig(bootstrap_servers=sys.argv[1]))
+print("connected", flush=True)
+while True:
+    producer.send_sync(sys.argv[2], "x")
+"""
+
+
+def test_ctrl_c_ends_a_loop_of_send_sync(kafka_bootstrap_servers, kafka_topic):
+    code, _ = _run_program(SYNC_FOR_EVER, kafka_bootstrap_servers, kafka_topic(), interrupt_after=0.5)
+    assert code == -signal.SIGINT
+
+
+FORKS = """
+import os, sys, time
+from dataforge_kafka_dagster import DataForgeKafkaProducer, KafkaError, KafkaProducerConfig
+config = KafkaProducerConfig(bootstrap_servers=sys.argv[1])
+with DataForgeKafkaProducer(config) as producer:
+    producer.send_async(sys.argv[2], "parent")
+    child = os.fork()
+    if child == 0:
+        for send in (producer.send_sync, producer.send_async):
+            try:
+                send(sys.argv[2], "child")
+            except KafkaError as error:
+                print(error.cause, flush=True)
+        producer.flush()
+if child == 0:
+    with DataForgeKafkaProducer(config) as own:
+        own.send_sync(sys.argv[2], "own")
+    sys.exit(5)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_process_is_refused_its_parents_producer_and_ends_well(kafka_bootstrap_servers, kafka_topic, read):
+    topic = kafka_topic()
+    code, said = _run_program(FORKS, kafka_bootstrap_servers, topic)
+    assert code == 0
+    assert said.count("was forked") == 2
+    assert said.splitlines()[-1] == "5"
+    assert sorted(record.value for record in read(topic)) == [b"own", b"parent"]

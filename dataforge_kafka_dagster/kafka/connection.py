@@ -44,6 +44,9 @@ logger: Final = logging.getLogger("dataforge_kafka_dagster")
 SLICE: Final = 0.25
 """Longest time, seconds, that a call holds back a signal."""
 
+# Said of a call whose callback Ctrl-C interrupted: before Python 3.12, confluent-kafka (2.16) loses Python's own
+# interrupt, which has no text, and the delivery report with it.
+_LOST: Final = "returned NULL without setting an exception"
 _END_SECONDS: Final = 6.0
 # Of librdkafka's log: the share of a client's time that it may take, and the seconds that it may be ahead of that.
 _LOG_SHARE: Final = 0.25
@@ -110,6 +113,8 @@ class Connection:
             for behind in _chain(error):
                 if not isinstance(behind, Exception):  # an interrupt during a callback
                     raise behind from None
+            if _LOST in str(error) and threading.current_thread() is threading.main_thread():
+                raise KeyboardInterrupt from None
             if self.fatal is None and not isinstance(error, SystemError):
                 raise
             logger.debug("librdkafka's callbacks ended in an error", exc_info=True)

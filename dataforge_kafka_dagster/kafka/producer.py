@@ -5,14 +5,17 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
 import datetime as dt
 import logging
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 import confluent_kafka
 from typing_extensions import Self
@@ -25,6 +28,8 @@ from dataforge_kafka_dagster.kafka.serialization import Headers
 
 DeliveryCallback = Callable[["confluent_kafka.KafkaError | None", confluent_kafka.Message], object]
 _Report = Callable[["confluent_kafka.KafkaError | None", confluent_kafka.Message], None]
+
+_alive: Final[weakref.WeakSet[DataForgeKafkaProducer]] = weakref.WeakSet()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +52,14 @@ class RecordMetadata:
 class DataForgeKafkaProducer:
     """Sends single records to Kafka and says what became of each.
 
-    Thread-safe. Not for use after a fork: make one per process. Every failure is logged to the logger
-    ``dataforge_kafka_dagster``.
+    Thread-safe. A forked process needs one of its own: there, this one refuses to send, and to close it does nothing.
+    Every failure is logged to the logger ``dataforge_kafka_dagster``.
 
     Args:
         config: The options; the documented defaults if None.
+
+    Attributes:
+        inherited: Whether this is a forked process, and the producer its parent's.
 
     Raises:
         NoBrokersAvailable: No broker answered within the config's connect_timeout, or none let us in.
@@ -70,15 +78,18 @@ class DataForgeKafkaProducer:
                 "Make one of it, or call create_kafka_producer with a mapping",
             )
         self.config = config or KafkaProducerConfig()
+        self.inherited = False
         self._connection = Connection(self.config)
         self._failures: collections.Counter[str] = collections.Counter()
         self._first_failure: KafkaError | None = None
         self._lock = threading.Lock()
         self._poller: threading.Thread | None = None
         self._closed = threading.Event()
+        self._reporting = threading.local()
         self._unreported: dict[_Report, tuple[str, bytes | None]] = {}
         """What is to tell the end of each record that was sent, and the record's topic and key."""
         self._producer = self._connection.producer(producer_options(self.config))
+        _alive.add(self)
         try:
             admin = self._connection.admin
             timeout = self.config.connect_timeout
@@ -123,12 +134,7 @@ class DataForgeKafkaProducer:
             KafkaError: The broker refused the record; `KafkaError.code` says why.
             InvalidRecordError: It cannot be encoded; nothing was sent.
         """
-        if self._poller is threading.current_thread():
-            raise KafkaError(
-                f"send_sync to topic {topic!r}",
-                "it was called from a delivery callback, before the end of which nothing is delivered",
-                "Call send_async there",
-            )
+        self._refuse_in_callback(f"send_sync to topic {topic!r}", "Call send_async there")
         future = self._produce(topic, _record(value, key, headers, partition, timestamp), None)
         deadline = time.monotonic() + self.config.delivery_timeout + 5
         while not future.done():
@@ -179,8 +185,15 @@ class DataForgeKafkaProducer:
 
     def _poll(self) -> None:
         while not self._closed.is_set():
-            with contextlib.suppress(Exception):
+            # The end of this thread would be that of all callbacks: it stays, whatever one of them raises.
+            with contextlib.suppress(BaseException):
                 self._serve(self._producer.poll, 0.1)
+
+    def _refuse_in_callback(self, name: str, fix: str) -> None:
+        if getattr(self._reporting, "now", False):
+            raise KafkaError(
+                name, "it was called from a delivery callback, before the end of which nothing is delivered", fix
+            )
 
     def _serve(self, wait: Callable[[float], object], seconds: float) -> None:
         self._connection.serve(wait, seconds)
@@ -195,6 +208,12 @@ class DataForgeKafkaProducer:
         self, topic: str, record: KafkaRecord, callback: DeliveryCallback | None
     ) -> concurrent.futures.Future[RecordMetadata]:
         check_topic(topic)
+        if self.inherited:
+            raise KafkaError(
+                f"topic {topic!r}",
+                f"process {os.getpid()} was forked, and the threads of this producer are its parent's",
+                "Make a producer in each process",
+            )
         if self._closed.is_set():
             raise KafkaError(f"topic {topic!r}", "the producer is closed", "Send before close()", code="_STATE")
         value, key, extra = encode_record(record)
@@ -205,6 +224,13 @@ class DataForgeKafkaProducer:
             # With a fatal error pending, the first call raises it, so that this does nothing: `_serve` does it again.
             if self._unreported.get(on_delivery) is None or self._unreported.pop(on_delivery, None) is None:
                 return
+            outer, self._reporting.now = getattr(self._reporting, "now", False), True
+            try:
+                settle(err, msg)
+            finally:
+                self._reporting.now = outer
+
+        def settle(err: confluent_kafka.KafkaError | None, msg: Any) -> None:
             if err is None:
                 self._connection.connected()
                 kind, timestamp = msg.timestamp()
@@ -223,7 +249,9 @@ class DataForgeKafkaProducer:
             if callback is not None:
                 try:
                     callback(err, msg)
-                except Exception:  # noqa: BLE001
+                except BaseException as raised:
+                    if not isinstance(raised, Exception) and threading.current_thread() is not self._poller:
+                        raise
                     logger.exception("The delivery callback of a record to topic %r raised", topic)
 
         self._unreported[on_delivery] = (topic, key)
@@ -267,10 +295,12 @@ class DataForgeKafkaProducer:
 
         Raises:
             KafkaTimeoutError: Records are still on their way.
-            KafkaError: A record that was sent async without a callback failed since the last flush.
+            KafkaError: A record that was sent async without a callback failed since the last flush; or it was called
+                from a delivery callback.
         """
-        if self._closed.is_set():
+        if self._closed.is_set() or self.inherited:
             return
+        self._refuse_in_callback("flush", "Call it where the records are sent")
         # A record's own deadline comes first, so that its error says why.
         seconds = self.config.delivery_timeout + 2 if timeout is None else timeout
         deadline = time.monotonic() + seconds
@@ -300,15 +330,16 @@ class DataForgeKafkaProducer:
             KafkaTimeoutError: Records were given up; each one's callback and future say so too.
             KafkaError: As `flush`.
         """
-        if self._closed.is_set():
+        if self._closed.is_set() or self.inherited:
             return
+        self._refuse_in_callback("close", "Call it where the producer was made")
         try:
             self.flush(timeout)
         finally:
             self._producer.purge()
             self._serve(self._producer.flush, SLICE)
             self._closed.set()
-            if self._poller is not None and self._poller is not threading.current_thread():
+            if self._poller is not None:
                 self._poller.join(2)
             with contextlib.suppress(confluent_kafka.KafkaException):  # a fatal error, which its records have told
                 self._producer.close()
@@ -325,6 +356,17 @@ class DataForgeKafkaProducer:
         with contextlib.suppress(KafkaError):
             # An interrupt is not to wait for a broker that may be away.
             self.close(None if isinstance(error, Exception) else 1.0)
+
+
+def _keep_inherited() -> None:
+    """In a forked process, keep its parent's clients for ever: their end would wait for threads that are not there."""
+    for producer in list(_alive):
+        producer.inherited = True
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(producer._producer))  # noqa: SLF001
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_keep_inherited)
 
 
 def _record(value: Any, *rest: Any) -> KafkaRecord:
