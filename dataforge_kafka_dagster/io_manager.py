@@ -140,10 +140,14 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                 encoded = events.add(encoded)
             upsert = self._upsert(context, target, identity)
             with writer:
-                writer.send_chunks(encoded if upsert is None else upsert.remember(encoded))
-                if upsert is not None:
+                if upsert is None:
+                    writer.send_chunks(encoded)
+                else:
                     untold = writer.predecessor(upsert.replaces)
-                    writer.send_tombstones(upsert.tombstones(writer.topic_ids, [untold] if untold else []))
+                    upsert.find(writer.topic_ids, writer.partition_counts, [untold] if untold else [])
+                    writer.send_tombstones(upsert.moved())
+                    writer.send_chunks(upsert.remember(encoded))
+                    writer.send_tombstones(upsert.tombstones())
             return writer.commit()
 
         with self.kafka.errors_in_dagster(context, topic):

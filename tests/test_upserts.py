@@ -5,7 +5,7 @@ import uuid
 import dagster as dg
 import pytest
 from confluent_kafka import Producer, TopicPartition
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
 
 from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource, KafkaRecord, io_manager
 from dataforge_kafka_dagster.kafka.upserts import Upsert
@@ -93,6 +93,36 @@ def test_a_tombstone_is_where_its_key_was(publish, kafka_topic, read):
         places[record.key].add((record.partition, record.value is None))
     assert all({deleted for _, deleted in found} == {True, False} for found in places.values())
     assert all(len({partition for partition, _ in found}) == 1 for found in places.values())
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_key_that_goes_elsewhere_since_the_topic_has_more_partitions_is_there_once(
+    killed, publish, kafka_topic, read, kafka_bootstrap_servers, monkeypatch
+):
+    topic, keys = kafka_topic(partitions=2), [f"k{i}" for i in range(20)]
+    if killed:
+        with monkeypatch.context() as patch:
+            patch.setattr(io_manager, "publication_metadata", lambda *_: 1 / 0)
+            publish(topic, _rows(*keys), fail=True)
+    else:
+        publish(topic, _rows(*keys))
+    admin = AdminClient({"bootstrap.servers": kafka_bootstrap_servers})
+    admin.create_partitions([NewPartitions(topic, 5)])[topic].result(30)
+    said = publish(topic, _rows(*keys[1:], v=2))
+    assert (said["kafka/tombstones"], said["dagster/row_count"]) == (20, 19)
+    assert _rows_by_place(read(topic)) == {key: [2] for key in keys[1:]}
+    assert publish(topic, _rows(*keys[2:], v=3))["kafka/tombstones"] == 1
+    assert _rows_by_place(read(topic)) == {key: [3] for key in keys[2:]}
+
+
+def _rows_by_place(found):
+    """By key, what each Kafka partition has of it in the end."""
+    by_place = {(record.key.decode(), record.partition): record.value for record in found}
+    rows = collections.defaultdict(list)
+    for (key, _), value in by_place.items():
+        if value is not None:
+            rows[key].append(json.loads(value)["v"])
+    return rows
 
 
 def test_an_empty_output_deletes_all_and_none_is_refused(publish, kafka_topic, read):

@@ -75,6 +75,7 @@ class Publication:
         tombstones: How many of the records an upsert added, to delete keys.
         statistics: What librdkafka measured, by name: `Statistics.summary`; empty if it took no second.
         topic_ids: Kafka's own id of each topic, which another one of the same name does not have.
+        partition_counts: How many Kafka partitions each topic had.
         dead_letters: Number of records that could not be published and went to the dead-letter topic instead; they are
             not among `records`, `bytes` and `offsets`.
         dead_letter_topic: That topic; None if bad records end a publication.
@@ -91,6 +92,7 @@ class Publication:
     replayed: bool
     seconds: float
     topic_ids: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    partition_counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
     dead_letters: int = 0
     dead_letter_topic: str | None = None
     tombstones: int = 0
@@ -123,14 +125,15 @@ class Publication:
         Raises:
             KeyError: A value is missing.
         """
-        names = (f.name for f in dataclasses.fields(cls) if f.name not in {"offsets", "schemas"})
+        names = (f.name for f in dataclasses.fields(cls) if f.name not in {"offsets", "partition_counts", "schemas"})
         schemas = tuple(RegisteredSchema(**schema) for schema in values.get("schemas", ()))
         offsets = tuple(
             PartitionOffsets(topic, int(partition), _unpack([int(number) for number in packed.split()]))
             for topic, partitions in values["offsets"].items()
             for partition, packed in partitions.items()
         )
-        return cls(**{name: values[name] for name in names}, offsets=offsets, schemas=schemas)
+        counts = values.get("partition_counts", {})
+        return cls(**{name: values[name] for name in names}, offsets=offsets, partition_counts=counts, schemas=schemas)
 
 
 def make_transactional_id(prefix: str, name: Sequence[str], partition: Sequence[str] = ()) -> str:
@@ -198,6 +201,7 @@ def encode_ledger(publication: Publication) -> list[list[TopicPartition]]:
         "format": publication.value_format,
         "dead": [publication.dead_letters, publication.dead_letter_topic],
         "tombstones": publication.tombstones,
+        "counts": dict(publication.partition_counts),
     }
     schemas = [dataclasses.astuple(schema) for schema in publication.schemas]
     # What a replay then does not tell, the ids in the records do.
@@ -274,5 +278,6 @@ def decode_ledger(
         dead_letters=header["dead"][0],
         dead_letter_topic=header["dead"][1],
         tombstones=header["tombstones"],
+        partition_counts=header.get("counts", {}),
         schemas=tuple(RegisteredSchema(*schema) for schema in header.get("schemas", ())),
     )

@@ -669,6 +669,7 @@ class PublicationWriter:
             dead_letters=self._dead_letters,
             dead_letter_topic=self._dead_topic,
             topic_ids=self.topic_ids,
+            partition_counts=self.partition_counts,
             tombstones=self._tombstones,
             schemas=tuple(schema for encoders in self._encoders.values() for schema in encoders.registered),
         )
@@ -685,6 +686,11 @@ class PublicationWriter:
     def topic_ids(self) -> dict[str, str]:
         """Kafka's own id of each topic that this publication goes to."""
         return {track.topic: track.topic_id for track in self._tracks.values() if track.topic_id is not None}
+
+    @property
+    def partition_counts(self) -> dict[str, int]:
+        """How many Kafka partitions each of these topics has."""
+        return {track.topic: track.partitions for track in self._tracks.values()}
 
     def _ends(self, track: Track) -> list[int]:
         """The offset that each Kafka partition's next record would get."""

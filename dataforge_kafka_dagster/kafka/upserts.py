@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
@@ -35,6 +36,8 @@ class Upsert:
         # A digest each, whatever a key's length: about 100 bytes of memory.
         self._settled: set[bytes] = set()
         self._records = 0
+        self._moved: list[Publication] = []
+        self._stayed: list[Publication] = []
 
     def remember(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
         """Pass chunks on, and remember their keys.
@@ -61,41 +64,65 @@ class Upsert:
         """Ids of the publications that this one replaces."""
         return [publication.publication_id for publication in self._previous]
 
-    def tombstones(self, topic_ids: Mapping[str, str], more: Sequence[Publication] = ()) -> Iterator[Chunk]:
-        """The records that delete each other key, each in the Kafka partition where that key is.
-
-        Records that compaction has removed are not missed: a later record has their key, or it is deleted already.
+    def find(
+        self, topic_ids: Mapping[str, str], partition_counts: Mapping[str, int], more: Sequence[Publication] = ()
+    ) -> None:
+        """Learn what of the last publications is to be deleted, before anything is sent.
 
         Args:
             topic_ids: Kafka's own ids of the topics as they are now: one that was made anew holds nothing to delete.
+            partition_counts: How many Kafka partitions they have now.
             more: Publications that it replaces too.
+        """
+        topic = self._topic
+        self._moved, self._stayed = [], []
+        for publication in (*self._previous, *more):
+            if publication.topic_ids.get(topic) == topic_ids.get(topic):
+                before = publication.partition_counts.get(topic)
+                stayed = before is None or before == partition_counts.get(topic)
+                (self._stayed if stayed else self._moved).append(publication)
+
+    def moved(self) -> Iterator[Chunk]:
+        """The records that delete every key of the last publications where a key may go elsewhere by now.
+
+        They come before this publication's own records, which win where a key stays in its Kafka partition: a record in
+        another one would not replace it.
 
         Raises:
             KafkaError: The last publications could not be read.
         """
-        keys: list[bytes] = []
-        extras: list[Extra] = []
-        for publication in (*self._previous, *more):
-            if publication.topic_ids.get(self._topic) != topic_ids.get(self._topic):
-                continue
-            for record in read_publication(self._config, publication, self._timeout, partial=True):
-                if record.key is None or record.value is None or record.message.topic() != self._topic:
-                    continue
-                digest = _digest(record.key)
-                if digest in self._settled:
-                    continue
+        return _in_chunks(self._keys_of(self._moved))
+
+    def tombstones(self) -> Iterator[Chunk]:
+        """The records that delete each other key, each in the Kafka partition where that key is.
+
+        Records that compaction has removed are not missed: a later record has their key, or it is deleted already.
+
+        Raises:
+            KafkaError: The last publications could not be read.
+        """
+        return _in_chunks(self._others(self._stayed))
+
+    def _others(self, publications: Sequence[Publication]) -> Iterator[tuple[bytes, int]]:
+        for key, partition in self._keys_of(publications):
+            digest = _digest(key)
+            if digest not in self._settled:
                 self._settled.add(digest)
-                keys.append(record.key)
-                extras.append(Extra(None, record.message.partition() or 0, 0))
-                if len(keys) == _TOMBSTONES:
-                    yield _chunk(keys, extras)
-                    keys, extras = [], []
-        if keys:
-            yield _chunk(keys, extras)
+                yield key, partition
+
+    def _keys_of(self, publications: Sequence[Publication]) -> Iterator[tuple[bytes, int]]:
+        """Each record's key and Kafka partition."""
+        for publication in publications:
+            for record in read_publication(self._config, publication, self._timeout, partial=True):
+                if record.key is not None and record.value is not None and record.message.topic() == self._topic:
+                    yield record.key, record.message.partition() or 0
 
 
-def _chunk(keys: Sequence[bytes], extras: Sequence[Extra]) -> Chunk:
-    return Chunk([None] * len(keys), keys, extras, sum(map(len, keys)), None)
+def _in_chunks(deleted: Iterator[tuple[bytes, int]]) -> Iterator[Chunk]:
+    while some := list(itertools.islice(deleted, _TOMBSTONES)):
+        keys = [key for key, _ in some]
+        extras = [Extra(None, partition, 0) for _, partition in some]
+        yield Chunk([None] * len(keys), keys, extras, sum(map(len, keys)), None)
 
 
 def _digest(key: bytes | str) -> bytes:
