@@ -15,7 +15,7 @@ from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, check_topic
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError
 from dataforge_kafka_dagster.kafka.ledger import Publication
 from dataforge_kafka_dagster.kafka.publication import settle
-from dataforge_kafka_dagster.kafka.reader import ReadRecord, read_publication
+from dataforge_kafka_dagster.kafka.reader import ReadRecord, read_publication, refuse_lost_topics
 from dataforge_kafka_dagster.kafka.records import KafkaRecord, key_fields
 from dataforge_kafka_dagster.kafka.registry import SchemaRegistry, SchemaRegistryConfig
 from dataforge_kafka_dagster.kafka.schemas import KafkaSchema, SchemaDecoder, SchemaFormat
@@ -230,6 +230,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         with self.kafka.errors_in_dagster(context):
             publications = list(_publications(context))
             config = self.kafka.publication_config()
+            refuse_lost_topics(config.producer, publications, self.read_timeout)
             records = (
                 record
                 for publication in publications

@@ -489,6 +489,37 @@ def test_records_that_are_gone_are_told(kafka_bootstrap_servers, manager, kafka_
     assert into == []
 
 
+@pytest.mark.parametrize("made_anew", [False, True])
+def test_others_records_in_a_topic_made_anew_are_not_read(made_anew, kafka_bootstrap_servers, manager, instance):
+    from confluent_kafka.admin import AdminClient, NewTopic
+
+    topic, into = f"made-anew-{uuid.uuid4().hex}", []
+    admin = AdminClient({"bootstrap.servers": kafka_bootstrap_servers})
+    admin.create_topics([NewTopic(topic, 1)], operation_timeout=30)[topic].result(30)
+    try:
+        made = _asset(READ, topic)
+        _materialize(made, manager, instance)
+    finally:
+        admin.delete_topics([topic], operation_timeout=30)[topic].result(30)
+    try:
+        if made_anew:
+            admin.create_topics([NewTopic(topic, 1)], operation_timeout=30)[topic].result(30)
+            producer = Producer({"bootstrap.servers": kafka_bootstrap_servers})
+            for _ in range(10):
+                producer.produce(topic, '{"of": "others"}')
+            assert producer.flush(30) == 0
+        began = time.monotonic()
+        assets = [made, _reader(list, into)]
+        result = _materialize(assets, manager, instance, selection=["reader"], raise_on_error=False)
+        assert time.monotonic() - began < 10
+    finally:
+        if made_anew:
+            admin.delete_topics([topic], operation_timeout=30)[topic].result(30)
+    assert into == []
+    cause = "deleted and made anew" if made_anew else "deleted"
+    assert f"{topic!r}: the topic was {cause} since the records were published" in _failure(result).description
+
+
 # Dagster partitions
 
 LETTERS = dg.StaticPartitionsDefinition(["a", "b", "c"])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 import confluent_kafka
@@ -15,6 +16,7 @@ from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig
 from dataforge_kafka_dagster.kafka.connection import SLICE, Connection
 from dataforge_kafka_dagster.kafka.errors import KafkaError, Remedy, remedy_of
 from dataforge_kafka_dagster.kafka.ledger import PartitionOffsets, Publication
+from dataforge_kafka_dagster.kafka.topics import current_id
 
 _BATCH: Final = 5_000
 
@@ -64,6 +66,41 @@ def read_publication(
             yield from _read_partition(connection, consumer, offsets, timeout, partial)
     finally:
         consumer.close()
+
+
+def refuse_lost_topics(config: KafkaProducerConfig, publications: Iterable[Publication], timeout: float) -> None:
+    """Refuse to read publications whose topic was deleted: in one made anew, their offsets are others' records.
+
+    Args:
+        config: The cluster.
+        publications: What is to be read.
+        timeout: Longest wait for each topic's answer, seconds.
+
+    Raises:
+        KafkaError: A topic was deleted, or made anew, or the broker does not answer.
+    """
+    now: dict[str, str | None] = {}
+    with contextlib.closing(Connection(config)) as connection:
+        for publication in publications:
+            for offsets in publication.offsets:
+                topic, known = offsets.topic, publication.topic_ids.get(offsets.topic)
+                if known is None:
+                    continue
+                if topic not in now:
+                    try:
+                        now[topic] = current_id(connection, topic, timeout)
+                    except KafkaError as error:
+                        if error.code != "UNKNOWN_TOPIC_OR_PART":
+                            raise
+                        raise _lost(topic, "the topic was deleted") from None
+                if now[topic] not in {None, known}:
+                    raise _lost(topic, "the topic was deleted and made anew")
+
+
+def _lost(topic: str, cause: str) -> KafkaError:
+    return KafkaError(
+        f"topic {topic!r}", f"{cause} since the records were published", "Materialize the upstream asset again"
+    )
 
 
 def _read_partition(
