@@ -604,6 +604,18 @@ def test_options_become_the_clients():
         assert "canary" not in shown
 
 
+def test_raw_settings_that_are_numbers_are_given_as_text():
+    numbers = {"timeout": "2.5", "max.retries": "5", "cache.capacity": "10", "cache.latest.ttl.sec": "60"}
+    waits = {"retries.wait.ms": "10", "retries.max.wait.ms": "100"}
+    config = SchemaRegistryConfig(url="http://h", client_config=numbers | waits)
+    assert {name: client_options(config)[name] for name in numbers | waits} == {
+        name: float(text) for name, text in (numbers | waits).items()
+    }
+    SchemaRegistry(config)
+    with pytest.raises(KafkaConfigError, match="max.retries is not a number"):
+        SchemaRegistry(SchemaRegistryConfig(url="http://h", client_config={"max.retries": "many"}))
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

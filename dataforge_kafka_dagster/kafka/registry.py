@@ -16,7 +16,10 @@ from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError, K
 INSTALL: Final = "Install it with: pip install 'dataforge-kafka-dagster[schema-registry]'"
 
 _FILES: Final = ("ssl_ca_location", "ssl_certificate_location", "ssl_key_location")
-_MOCK: Final = "mock://"
+# confluent-kafka's settings that are no text, which Dagster's configuration of them is.
+_NUMBERS: Final = frozenset(
+    {"timeout", "max.retries", "retries.wait.ms", "retries.max.wait.ms", "cache.capacity", "cache.latest.ttl.sec"}
+)
 
 
 class SchemaRegistryConfig(BaseModel):
@@ -74,7 +77,11 @@ class SchemaRegistryConfig(BaseModel):
 
 
 def client_options(config: SchemaRegistryConfig) -> dict[str, Any]:
-    """The settings of confluent-kafka's `SchemaRegistryClient`; raw settings last."""
+    """The settings of confluent-kafka's `SchemaRegistryClient`; raw settings last.
+
+    Raises:
+        ValueError: A raw setting is not the number that it should be.
+    """
     options: dict[str, Any] = {
         "url": config.url,
         "timeout": config.timeout,
@@ -94,7 +101,15 @@ def client_options(config: SchemaRegistryConfig) -> dict[str, Any]:
             "bearer.auth.logical.cluster": "",
             "bearer.auth.identity.pool.id": "",
         }
-    return {name: value for name, value in options.items() if value is not None} | config.client_config
+    raw = {name: _number(name, text) if name in _NUMBERS else text for name, text in config.client_config.items()}
+    return {name: value for name, value in options.items() if value is not None} | raw
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        raise ValueError(f"{name} is not a number") from None
 
 
 class SchemaRegistry:
