@@ -329,12 +329,18 @@ def test_empty_frames_have_no_records(make):
         (pd.DataFrame([[1, 2]]), "str"),
         (pl.DataFrame({"b": [b"x"]}), "bytes"),
         (pl.DataFrame({"d": [dt.timedelta(1)]}), "timedelta"),
+        (pd.DataFrame(index=range(3)), "no columns"),
     ],
 )
 def test_frames_that_cannot_be_written_are_refused(frame, said):
     with pytest.raises(InvalidRecordError) as caught:
         _values(frame)
     assert said in str(caught.value)
+
+
+def test_a_key_in_the_index_of_a_pandas_frame_is_told_how_to_be_one():
+    with pytest.raises(InvalidRecordError, match=r"reset_index\(\)"):
+        chunks(pd.DataFrame({"delay": [3.5]}, index=pd.Index(["UA"], name="carrier")), "carrier")
 
 
 def test_a_row_of_a_frame_that_cannot_be_written_is_named():

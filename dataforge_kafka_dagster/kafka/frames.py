@@ -53,14 +53,17 @@ def open_frame(native: Any, fields: Sequence[str]) -> nw.DataFrame[Any] | None:
             f"it cannot be read: {error}",
             "Give it unique column names that are all str",
         ) from error
+    index = "; its index is none of them, reset_index() makes it one" if frame.implementation.is_pandas() else ""
     for name in (*fields, *columns):
         if name not in columns or not isinstance(name, str):
             raise InvalidRecordError(
                 f"data frame, column {name!r}",
                 "the key column is missing" if name in fields else "its name is not a str",
-                f"Its columns are {', '.join(map(repr, columns[:30]))}",
+                f"Its columns are {', '.join(map(repr, columns[:30]))}{index}",
                 field=str(name),
             )
+    if not columns and len(frame):
+        raise InvalidRecordError(f"data frame of {len(frame)} rows", "it has no columns", f"Give it columns{index}")
     return frame
 
 

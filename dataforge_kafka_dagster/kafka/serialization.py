@@ -95,6 +95,12 @@ def _jsonable(value: Any) -> Any:
         return value.isoformat()
     if isinstance(value, tuple):
         return list(value)
+    if (type(value).__module__, type(value).__name__) == ("numpy", "ndarray"):
+        # orjson takes arrays of numbers in C order; to copy one keeps the short form of a float32.
+        if not value.flags.c_contiguous:
+            return value.copy()
+        if value.dtype.kind in "biufOU":
+            return value.tolist()
     if isinstance(value, (bytes, bytearray, memoryview)):
         raise _UnsupportedTypeError("bytes inside a JSON value; decode them, or publish the record as bytes")
     raise _UnsupportedTypeError(f"type {type(value).__qualname__} has no JSON form; convert it first")
