@@ -194,10 +194,53 @@ def test_a_class_inside_itself_is_named_not_repeated(registry):
     assert SchemaDecoder(registry)(data, "avro") == {"n": 1, "next": {"n": 2, "next": None}}
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_class_that_is_there_again_is_one_type(registry, form):
+    given = Leg(Place(1.0, 2.0), Place(3.0, 4.0), [Place(5.0, 6.0)], Node(1, Node(2, None)))
+    (data,) = encoder(registry, {"format": form, "name": "org.example.Leg"})([given])
+    assert SchemaDecoder(registry)(data, form) == dataclasses.asdict(given)
+    (data,) = encoder(registry, {"format": form, "name": "org.example.N"}, "nodes")([given.node])
+    assert SchemaDecoder(registry)(data, form) == dataclasses.asdict(given.node)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_classes_of_one_name_are_several_types(registry, form):
+    given = Invoice(Order(Order.Item(1)), Invoice.Item("a"))
+    (data,) = encoder(registry, {"format": form})([given])
+    assert SchemaDecoder(registry)(data, form) == dataclasses.asdict(given)
+
+
 @dataclasses.dataclass
 class Node:
     n: int
     next: "Node | None"
+
+
+@dataclasses.dataclass
+class Leg:
+    origin: Place
+    dest: Place
+    stops: list[Place]
+    node: Node
+
+
+@dataclasses.dataclass
+class Order:
+    @dataclasses.dataclass
+    class Item:
+        n: int
+
+    item: Item
+
+
+@dataclasses.dataclass
+class Invoice:
+    @dataclasses.dataclass
+    class Item:
+        name: str
+
+    order: Order
+    item: Item
 
 
 # Frames.

@@ -10,6 +10,7 @@ import dataclasses
 import datetime as dt
 import decimal
 import enum
+import itertools
 import re
 import types
 import typing
@@ -60,22 +61,26 @@ def record_name(text: str) -> str:
     return ".".join(part if part and not part[0].isdigit() else f"_{part}" for part in parts)
 
 
-def avro_of_class(cls: type) -> dict[str, Any]:
+def avro_of_class(cls: type, name: str | None = None) -> dict[str, Any]:
     """The Avro record of a dataclass or pydantic model.
 
     Optional fields are unions with null; defaults that JSON has are defaults of the schema; enums and literals are
     what their values are.
 
+    Args:
+        cls: The class.
+        name: Name of the record; the class's if None.
+
     Raises:
         InvalidRecordError: A field's type has no Avro type.
     """
-    return cast("dict[str, Any]", _of_class(cls, set()))
+    return cast("dict[str, Any]", _of_class(cls, {}, name))
 
 
-def _of_class(cls: type, seen: set[str]) -> AvroType:
-    if cls.__qualname__ in seen:
-        return cls.__name__
-    seen.add(cls.__qualname__)
+def _of_class(cls: type, seen: dict[type, str], given: str | None = None) -> AvroType:
+    if cls in seen:
+        return seen[cls]
+    own = seen[cls] = _free_name(cls, seen, given)
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = []
     for name, default, metadata in _fields(cls):
@@ -86,7 +91,15 @@ def _of_class(cls: type, seen: set[str]) -> AvroType:
         elif type(default) in {bool, int, float, str} and not isinstance(field["type"], list):
             field["default"] = default
         fields.append(field)
-    return {"type": "record", "name": cls.__name__, "fields": fields}
+    return {"type": "record", "name": own, "fields": fields}
+
+
+def _free_name(cls: type, seen: Mapping[type, str], given: str | None) -> str:
+    """A record's name: the class's, or a longer one if another class in the schema has that."""
+    long = record_name(cls.__qualname__.replace(".", "_"))
+    numbered = (f"{long}_{number}" for number in itertools.count(2))
+    names = itertools.chain([record_name(given or cls.__name__), long], numbered)
+    return next(name for name in names if name not in seen.values())
 
 
 def _fields(cls: type) -> list[tuple[str, Any, Sequence[Any]]]:
@@ -102,7 +115,7 @@ def _fields(cls: type) -> list[tuple[str, Any, Sequence[Any]]]:
     ]
 
 
-def _of_hint(hint: Any, place: str, metadata: Sequence[Any], seen: set[str]) -> AvroType:
+def _of_hint(hint: Any, place: str, metadata: Sequence[Any], seen: dict[type, str]) -> AvroType:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         extra = [part for item in arguments[1:] for part in (item.metadata if isinstance(item, FieldInfo) else [item])]
@@ -308,11 +321,15 @@ def protobuf_of(avro: Mapping[str, Any]) -> Any:
 
     package, _, name = avro["name"].rpartition(".")
     file = descriptor_pb2.FileDescriptorProto(name=f"{avro['name']}.proto", package=package, syntax="proto3")
-    _add_message(file.message_type.add(), name, avro["fields"], f".{avro['name']}", file)
+    path = f".{avro['name']}"
+    _add_message(file.message_type.add(), name, avro["fields"], path, file, {avro["name"]: path})
     return message_class(file, [0])
 
 
-def _add_message(message: Any, name: str, fields: Sequence[Mapping[str, Any]], path: str, file: Any) -> None:
+def _add_message(
+    message: Any, name: str, fields: Sequence[Mapping[str, Any]], path: str, file: Any, known: dict[str, str]
+) -> None:
+    """Add fields to a message at a path; `known` has the paths of all messages by their Avro names."""
     message.name = name
     for number, field in enumerate(fields, 1):
         avro, repeated = field["type"], False
@@ -334,7 +351,10 @@ def _add_message(message: Any, name: str, fields: Sequence[Mapping[str, Any]], p
             added.type = kind
         elif isinstance(avro, dict) and avro["type"] == "record":
             added.type, added.type_name = 11, f"{path}.{avro['name']}"
-            _add_message(message.nested_type.add(), avro["name"], avro["fields"], added.type_name, file)
+            known[avro["name"]] = added.type_name
+            _add_message(message.nested_type.add(), avro["name"], avro["fields"], added.type_name, file, known)
+        elif isinstance(avro, str) and avro in known:
+            added.type, added.type_name = 11, known[avro]
         else:
             raise _not_in_protobuf(f"{name}.{field['name']}", str(avro))
         if not repeated:

@@ -36,7 +36,6 @@ from dataforge_kafka_dagster.kafka.schema_types import (
     message_class,
     message_to_dict,
     protobuf_of,
-    record_name,
     rows_of_frame,
 )
 from dataforge_kafka_dagster.kafka.serialization import (
@@ -204,7 +203,7 @@ class KafkaSchema(BaseModel):
             )
         if self.format == "json_schema":
             return self._with_json(json_schema_of_class(model) | ({"title": self.name} if self.name else {}))
-        return self.with_avro(avro_of_class(model) | ({"name": record_name(self.name)} if self.name else {}))
+        return self.with_avro(avro_of_class(model, self.name))
 
     def with_avro(self, avro: Any) -> KafkaSchema:
         """This schema, of what an Avro schema describes, in its own format.
