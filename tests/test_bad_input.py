@@ -230,6 +230,7 @@ VALUES: dict[str, Case] = {
     "too large": Case(lambda: {"x": "x" * 3_000_000}, ["MSG_SIZE_TOO_LARGE", "message.max.bytes"], KafkaError),
 }
 PARTS: dict[str, Case] = {
+    "record in a record": Case(lambda: _r(_r()), ["its value is a KafkaRecord itself"]),
     "object as key": Case(lambda: _r(key=object()), ["key", "object"]),
     "NaN as key": Case(lambda: _r(key=NAN), ["key", "nan"]),
     "set as key": Case(lambda: _r(key={1}), ["key", "set"]),
@@ -511,6 +512,23 @@ def test_what_the_topic_refuses_is_told_at_every_door(
         with pytest.raises((KafkaError, dg.Failure)) as caught:
             door()
         _check(caught.value, case)
+
+
+BESIDE = {"key": "k", "headers": {}, "partition": 0, "timestamp": 1}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_is_beside_a_record_is_refused_not_ignored(name):
+    config = PublicationConfig(producer=KafkaProducerConfig())
+    with pytest.raises(InvalidRecordError, match=f"record 0: {name} beside a KafkaRecord would be ignored"):
+        _writer(config, "topic").send(_r(), **{name: BESIDE[name]})
+
+
+@pytest.mark.kafka
+def test_what_is_beside_a_single_record_is_refused_not_ignored(producer, resource, shared_topic):
+    for send in (producer.send_sync, producer.send_async, resource.send_sync, resource.send_async):
+        with pytest.raises(InvalidRecordError, match="key, partition beside a KafkaRecord"):
+            send(shared_topic, _r(), "k", partition=0)
 
 
 @pytest.mark.kafka

@@ -23,7 +23,7 @@ from typing_extensions import Self
 from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig, check_topic, producer_options
 from dataforge_kafka_dagster.kafka.connection import SLICE, Connection, logger, timed_out
 from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError
-from dataforge_kafka_dagster.kafka.records import Extra, KafkaRecord, encode_record
+from dataforge_kafka_dagster.kafka.records import Extra, KafkaRecord, as_record, encode_record
 from dataforge_kafka_dagster.kafka.serialization import Headers
 
 DeliveryCallback = Callable[["confluent_kafka.KafkaError | None", confluent_kafka.Message], object]
@@ -135,7 +135,7 @@ class DataForgeKafkaProducer:
             InvalidRecordError: It cannot be encoded; nothing was sent.
         """
         self._refuse_in_callback(f"send_sync to topic {topic!r}", "Call send_async there")
-        future = self._produce(topic, _record(value, key, headers, partition, timestamp), None)
+        future = self._produce(topic, as_record(value, key, headers, partition, timestamp), None)
         deadline = time.monotonic() + self.config.delivery_timeout + 5
         while not future.done():
             if self._poller is None:
@@ -181,7 +181,7 @@ class DataForgeKafkaProducer:
                 if self._poller is None:
                     self._poller = threading.Thread(target=self._poll, name="dataforge-kafka-poll", daemon=True)
                     self._poller.start()
-        return self._produce(topic, _record(value, key, headers, partition, timestamp), callback or _count_only)
+        return self._produce(topic, as_record(value, key, headers, partition, timestamp), callback or _count_only)
 
     def _poll(self) -> None:
         while not self._closed.is_set():
@@ -367,10 +367,6 @@ def _keep_inherited() -> None:
 
 if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_keep_inherited)
-
-
-def _record(value: Any, *rest: Any) -> KafkaRecord:
-    return value if isinstance(value, KafkaRecord) else KafkaRecord(value, *rest)
 
 
 def _count_only(_err: object, _msg: object) -> None:

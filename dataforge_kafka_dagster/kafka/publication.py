@@ -43,7 +43,7 @@ from dataforge_kafka_dagster.kafka.ledger import (
     group_id,
     ledger_key,
 )
-from dataforge_kafka_dagster.kafka.records import PLAIN, Chunk, KafkaRecord, encode_record, key_fields
+from dataforge_kafka_dagster.kafka.records import PLAIN, Chunk, KafkaRecord, as_record, encode_record, key_fields
 from dataforge_kafka_dagster.kafka.schemas import (
     KafkaSchema,
     SchemaEncoders,
@@ -326,7 +326,7 @@ class PublicationWriter:
         """
         if self.replayed:
             return
-        record = value if isinstance(value, KafkaRecord) else KafkaRecord(value, key, headers, partition, timestamp)
+        record = as_record(value, key, headers, partition, timestamp, self._position)
         encoders = self.encoders(topic)
         try:
             value_bytes, key_bytes, extra = encode_record(record, self._position, self._key, encoders)

@@ -52,6 +52,41 @@ class KafkaRecord:
     timestamp: int | dt.datetime | None = None
 
 
+def as_record(
+    value: Any,
+    key: Any = None,
+    headers: Headers | None = None,
+    partition: int | None = None,
+    timestamp: int | dt.datetime | None = None,
+    index: int | None = None,
+) -> KafkaRecord:
+    """One record of the arguments that it is sent with.
+
+    Args:
+        value: Its value, or a `KafkaRecord`, which has all of it.
+        key: See `KafkaRecord`, and so are headers, partition and timestamp.
+        headers: See key.
+        partition: See key.
+        timestamp: See key.
+        index: Its position, for errors.
+
+    Raises:
+        InvalidRecordError: There is something beside a `KafkaRecord`.
+    """
+    if not isinstance(value, KafkaRecord):
+        return KafkaRecord(value, key, headers, partition, timestamp)
+    beside = {"key": key, "headers": headers, "partition": partition, "timestamp": timestamp}
+    given = [name for name, part in beside.items() if part is not None]
+    if given:
+        raise InvalidRecordError(
+            record_name(index),
+            f"{', '.join(given)} beside a KafkaRecord would be ignored",
+            "Give it to the KafkaRecord",
+            index=index,
+        )
+    return value
+
+
 class Extra(NamedTuple):
     """What a record has besides value and key, ready for librdkafka."""
 
@@ -216,7 +251,10 @@ class RowEncoder:
     def _uniform_records(self, rows: Sequence[KafkaRecord], start: int) -> Chunk | None:
         """Records whose values have one format, and all keys or no key; None if they have not."""
         inner = [row.value for row in rows]
-        forms = set(map(format_of, set(map(type, inner))))
+        types = set(map(type, inner))
+        if KafkaRecord in types:
+            return None
+        forms = set(map(format_of, types))
         form = forms.pop()
         if forms or form is None or form != (self._form or form) or self._encoders.value or self._encoders.key:
             return None
@@ -306,6 +344,8 @@ def encode_record(
     """
     name = record_name(index)
     value, key = record.value, record.key
+    if isinstance(value, KafkaRecord):
+        raise InvalidRecordError(name, "its value is a KafkaRecord itself", "Publish that one", index=index)
     if key is None and fields and value is not None and (encoders.value or format_of(type(value)) == "json"):
         key = key_of(value, fields, index)
     at = index or 0
