@@ -31,6 +31,7 @@ from dataforge_kafka_dagster import (
 from dataforge_kafka_dagster.kafka.config import PublicationConfig
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError
 from dataforge_kafka_dagster.kafka.publication import PublicationWriter, publish
+from dataforge_kafka_dagster.kafka.sources import chunks
 
 NAN, INF = float("nan"), float("inf")
 CANARY = "canary-3f77"
@@ -230,7 +231,6 @@ VALUES: dict[str, Case] = {
     "too large": Case(lambda: {"x": "x" * 3_000_000}, ["MSG_SIZE_TOO_LARGE", "message.max.bytes"], KafkaError),
 }
 PARTS: dict[str, Case] = {
-    "record in a record": Case(lambda: _r(_r()), ["its value is a KafkaRecord itself"]),
     "object as key": Case(lambda: _r(key=object()), ["key", "object"]),
     "NaN as key": Case(lambda: _r(key=NAN), ["key", "nan"]),
     "set as key": Case(lambda: _r(key={1}), ["key", "set"]),
@@ -512,6 +512,12 @@ def test_what_the_topic_refuses_is_told_at_every_door(
         with pytest.raises((KafkaError, dg.Failure)) as caught:
             door()
         _check(caught.value, case)
+
+
+@pytest.mark.parametrize("good", [[], [_r("v")]], ids=["first", "second"])
+def test_a_record_in_a_record_is_refused(good):
+    with pytest.raises(InvalidRecordError, match=f"record {len(good)}: its value is a KafkaRecord itself"):
+        list(chunks([*good, _r(_r()), _r("v")]))
 
 
 BESIDE = {"key": "k", "headers": {}, "partition": 0, "timestamp": 1}

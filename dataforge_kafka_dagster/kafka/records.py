@@ -274,7 +274,8 @@ class RowEncoder:
     def _mixed_records(self, rows: Sequence[KafkaRecord], start: int) -> Chunk:
         values, keys, extras = [], [], []
         for index, row in enumerate(rows, start):
-            form = None if row.value is None or self._encoders.value else format_of(type(row.value))
+            formless = row.value is None or isinstance(row.value, KafkaRecord) or self._encoders.value
+            form = None if formless else format_of(type(row.value))
             if form is not None:
                 self._form = self._form or form
                 if form != self._form:
