@@ -315,7 +315,14 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
         Raises:
             dagster.RetryRequested: It failed for a cause that may pass.
             dagster.Failure: It failed for good, or the asset's own RetryPolicy is to decide.
+            KafkaConfigError: The context is that of no step, but of a sensor, say.
         """
+        if not isinstance(context, (dg.OpExecutionContext, dg.AssetExecutionContext, dg.AssetCheckExecutionContext)):
+            raise KafkaConfigError(
+                f"context of type {type(context).__qualname__}",
+                "only the step of an asset, check or op can publish",
+                "Give the step's context; in a sensor or schedule call send_sync, or request a run that publishes",
+            )
         with self.errors_in_dagster(context, topic if isinstance(topic, str) else None):
             session_name = name or check_topic(topic)
             if not isinstance(session_name, str):

@@ -472,6 +472,41 @@ def test_to_flush_or_close_in_a_delivery_callback_is_refused_at_once(call, confi
     assert [record.value for record in read(topic)] == [b"first", b"second"]
 
 
+def test_close_does_not_wait_for_what_other_threads_go_on_sending(config, kafka_topic, read):
+    topic, sent, refused = kafka_topic(), [], []
+    producer = DataForgeKafkaProducer(config)
+
+    def send():
+        try:
+            while True:
+                sent.append(producer.send_async(topic, "x"))
+        except KafkaError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=send, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)
+    producer.close()
+    for thread in threads:
+        thread.join(10)
+    assert len(refused) == 2
+    assert all("the producer is closed" in error for error in refused)
+    assert len(read(topic)) == len(sent) > 0
+
+
+def test_a_callback_may_send_until_the_end_of_close(config, kafka_topic, read):
+    topic = kafka_topic()
+
+    def again(_err, msg):
+        if msg.value() != b"3":
+            producer.send_async(topic, str(int(msg.value()) + 1), callback=again)
+
+    with DataForgeKafkaProducer(config) as producer:
+        producer.send_async(topic, "0", callback=again)
+    assert [record.value for record in read(topic)] == [b"0", b"1", b"2", b"3"]
+
+
 def test_a_callback_that_ends_its_thread_ends_no_other_callback(producer, kafka_topic, read, caplog):
     topic = kafka_topic()
 

@@ -7,7 +7,7 @@ import pytest
 from dagster._core.definitions.job_base import InMemoryJob
 from dagster._core.execution.api import execute_run
 
-from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource
+from dataforge_kafka_dagster import KafkaError, KafkaIOManager, KafkaProducerResource
 
 pytestmark = pytest.mark.kafka
 
@@ -236,3 +236,8 @@ def test_to_ask_for_a_result_inside_the_block_is_not_tried_again(kafka, kafka_to
     assert "Ask for its result after the with block" in _failure(result, "early")
     assert len(attempts) == 1
     assert read(topic) == []
+
+
+def test_a_sensor_has_no_step_to_publish_in(kafka):
+    with pytest.raises(KafkaError, match="send_sync"), kafka.publishing(dg.build_sensor_context(), topic="t"):
+        pytest.fail("it opened")

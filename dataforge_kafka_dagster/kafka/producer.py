@@ -84,6 +84,7 @@ class DataForgeKafkaProducer:
         self._first_failure: KafkaError | None = None
         self._lock = threading.Lock()
         self._poller: threading.Thread | None = None
+        self._closing = False
         self._closed = threading.Event()
         self._reporting = threading.local()
         self._unreported: dict[_Report, tuple[str, bytes | None]] = {}
@@ -214,7 +215,8 @@ class DataForgeKafkaProducer:
                 f"process {os.getpid()} was forked, and the threads of this producer are its parent's",
                 "Make a producer in each process",
             )
-        if self._closed.is_set():
+        # What is sent while close waits would keep it waiting; a callback may send on until the end.
+        if self._closed.is_set() or (self._closing and not getattr(self._reporting, "now", False)):
             raise KafkaError(f"topic {topic!r}", "the producer is closed", "Send before close()", code="_STATE")
         value, key, extra = encode_record(record)
         future: concurrent.futures.Future[RecordMetadata] = concurrent.futures.Future()
@@ -333,6 +335,7 @@ class DataForgeKafkaProducer:
         if self._closed.is_set() or self.inherited:
             return
         self._refuse_in_callback("close", "Call it where the producer was made")
+        self._closing = True
         try:
             self.flush(timeout)
         finally:
