@@ -335,9 +335,11 @@ def test_what_comes_out_of_a_poll_is_remembered_told_or_raised(connection):
     lost = SystemError("<method 'poll' of 'cimpl.Producer' objects> returned NULL without setting an exception")
     with pytest.raises(KeyboardInterrupt):
         connection.serve(_raising(lost), 0.1)
+    assert not connection.serve(_raising(lost), 0.1, lambda: True)
     fenced = confluent_kafka.KafkaException(_theirs("_FENCED"))
     assert not connection.serve(_raising(SystemError("a result with an exception set"), fenced), 0.1)
     assert connection.fatal.name() == "_FENCED"
+    assert not connection.serve(_raising(lost), 0.1)
     assert not connection.serve(_raising(ZeroDivisionError()), 0.1)
 
 

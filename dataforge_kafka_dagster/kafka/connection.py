@@ -90,7 +90,9 @@ class Connection:
         self._latched = self._transport = self._oauth_error = None
         self._all_down = self.silent = False
 
-    def serve(self, wait: Callable[[float], object], seconds: float) -> bool:
+    def serve(
+        self, wait: Callable[[float], object], seconds: float, failed: Callable[[], bool] = lambda: False
+    ) -> bool:
         """Let a producer call back, by its poll or flush.
 
         A fatal error may come out of it instead (confluent-kafka 2.16): it is remembered, unless it comes as a
@@ -99,6 +101,7 @@ class Connection:
         Args:
             wait: The producer's poll or flush.
             seconds: Longest wait.
+            failed: Asked whether the producer has met a fatal error, where nothing else tells it from Ctrl-C.
 
         Returns:
             Whether nothing came out.
@@ -113,7 +116,9 @@ class Connection:
             for behind in _chain(error):
                 if not isinstance(behind, Exception):  # an interrupt during a callback
                     raise behind from None
-            if _LOST in str(error) and threading.current_thread() is threading.main_thread():
+            told = self.fatal is not None or threading.current_thread() is not threading.main_thread()
+            # A fatal error gets lost in the same way.
+            if _LOST in str(error) and not told and not failed():
                 raise KeyboardInterrupt from None
             if self.fatal is None and not isinstance(error, SystemError):
                 raise

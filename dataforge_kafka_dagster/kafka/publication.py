@@ -626,6 +626,9 @@ class PublicationWriter:
             return error if error.txn_requires_abort() or error.fatal() else None
         return None
 
+    def _has_failed(self) -> bool:
+        return self._in_transaction and self._transaction_error() is not None
+
     def _check(self) -> None:
         failure = self._failure()
         if failure is not None:
@@ -637,7 +640,7 @@ class PublicationWriter:
         self._serve(self._live_producer().poll, seconds)
 
     def _serve(self, wait: Callable[[float], object], seconds: float) -> None:
-        if self._connection.serve(wait, seconds):
+        if self._connection.serve(wait, seconds, self._has_failed):
             return
         fatal = self._transaction_error() if self._in_transaction else None
         if fatal is not None:
