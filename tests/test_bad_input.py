@@ -612,6 +612,7 @@ SESSIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
+@pytest.mark.slow
 def test_wrong_arguments_of_a_session_are_refused_before_anything_is_connected(closed_port):
     told = {}
 

@@ -258,7 +258,7 @@ def test_without_attributes_a_cluster_has_the_defaults_and_a_topic_says_what_is_
         KafkaTopicComponent.load(None, context)
 
 
-@pytest.mark.parametrize("form", ["avro", "json_schema", "protobuf"])
+@pytest.mark.parametrize("form", mostly_slow(["avro", "json_schema", "protobuf"]))
 def test_a_format_in_yaml_is_the_schema_that_is_asked_for(form, closed_port):
     component = _component(
         KafkaTopicComponent, f"{{asset: {{key: a}}, function: 'test_components:numbers', value_schema: {form}}}"
