@@ -355,6 +355,7 @@ class LocalKafka:
                 returncode = supervisor.wait(name, timeout)
             finally:
                 supervisor.send(name, signal.SIGKILL)
+                supervisor.wait(name, STOP_WAIT)
             stdout, stderr = (path.read_text(encoding="utf-8", errors="replace") for path in (out, err))
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -4,6 +4,7 @@ import traceback
 import confluent_kafka
 import dagster as dg
 import pytest
+from conftest import mostly_slow
 
 from dataforge_kafka_dagster import (
     KafkaError,
@@ -267,7 +268,7 @@ def test_a_retry_policy_and_step_retries_are_never_multiplied(
     assert closed_port in str(said)
 
 
-@pytest.mark.parametrize("policy", [None, dg.RetryPolicy(max_retries=2)])
+@pytest.mark.parametrize("policy", mostly_slow([None, dg.RetryPolicy(max_retries=2)]))
 def test_what_cannot_pass_is_tried_once_whatever_the_policy(policy, closed_port, instance):
     began = []
 

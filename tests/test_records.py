@@ -445,6 +445,7 @@ def test_any_json_rows_come_back_in_order(rows, times, lazily):
     assert [json.loads(value) for value in _values(output)] == rows
 
 
+@pytest.mark.slow
 @given(st.lists(st.text() | st.none(), max_size=50))
 def test_any_text_column_comes_back(texts):
     frame = pl.DataFrame({"t": pl.Series(texts, dtype=pl.String)})

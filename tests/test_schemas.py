@@ -18,6 +18,7 @@ import pandas as pd
 import polars as pl
 import pytest
 from confluent_kafka.schema_registry import Schema, SchemaReference
+from conftest import mostly_slow
 from google.protobuf import descriptor_pb2
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -139,7 +140,7 @@ def test_what_is_no_schema_is_refused_with_what_is_wrong(given, said):
     assert said in caught.value.cause
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", mostly_slow(FORMATS))
 def test_dataclasses_make_their_schema_and_come_back_as_mappings(registry, form):
     encode = encoder(registry, KafkaSchema.of(Flight, format=form))
     first, second = (SchemaDecoder(registry)(data, form) for data in encode(FLIGHTS))
@@ -194,7 +195,7 @@ def test_a_class_inside_itself_is_named_not_repeated(registry):
     assert SchemaDecoder(registry)(data, "avro") == {"n": 1, "next": {"n": 2, "next": None}}
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", mostly_slow(FORMATS))
 def test_a_class_that_is_there_again_is_one_type(registry, form):
     given = Leg(Place(1.0, 2.0), Place(3.0, 4.0), [Place(5.0, 6.0)], Node(1, Node(2, None)))
     (data,) = encoder(registry, {"format": form, "name": "org.example.Leg"})([given])
@@ -203,7 +204,7 @@ def test_a_class_that_is_there_again_is_one_type(registry, form):
     assert SchemaDecoder(registry)(data, form) == dataclasses.asdict(given.node)
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", mostly_slow(FORMATS))
 def test_classes_of_one_name_are_several_types(registry, form):
     given = Invoice(Order(Order.Item(1)), Invoice.Item("a"))
     (data,) = encoder(registry, {"format": form})([given])
@@ -256,7 +257,7 @@ COLUMNS = {
 }
 
 
-@pytest.mark.parametrize("library", ["polars", "pandas", "pyarrow"])
+@pytest.mark.parametrize("library", mostly_slow(["polars", "pandas", "pyarrow"]))
 def test_a_frames_columns_make_avros_logical_types_and_nulls(registry, library):
     frame = frame_of(library, COLUMNS)
     encode = encoder(registry, "avro")
@@ -338,7 +339,9 @@ def test_keys_of_a_frame_have_the_type_of_their_column(registry):
 
 @pytest.mark.parametrize(
     ("strategy", "subject"),
-    [("topic", "flights-value"), ("record", "org.example.Flight"), ("topic_record", "flights-org.example.Flight")],
+    mostly_slow(
+        [("topic", "flights-value"), ("record", "org.example.Flight"), ("topic_record", "flights-org.example.Flight")]
+    ),
 )
 def test_the_subject_follows_the_strategy(registry, strategy, subject):
     texts = {"avro": json.dumps(FLIGHT), "json_schema": '{"title": "org.example.Flight", "type": "object"}'}
@@ -369,7 +372,7 @@ def test_without_auto_register_the_schema_must_be_there(registry, form):
     assert encode.registered.version == 1
 
 
-@pytest.mark.parametrize(("form", "text"), [("avro", json.dumps(FLIGHT)), ("protobuf", PROTO)])
+@pytest.mark.parametrize(("form", "text"), mostly_slow([("avro", json.dumps(FLIGHT)), ("protobuf", PROTO)]))
 def test_the_latest_version_is_the_registrys(registry, form, text):
     registry.client.register_schema("flights-value", Schema(text, form.upper()))
     encode = encoder(registry, KafkaSchema(format=form, use_latest_version=True))
@@ -388,17 +391,22 @@ def test_what_cannot_be_derived_says_what_to_give(registry):
 
 @pytest.mark.parametrize(
     ("schema", "said"),
-    [
-        (KafkaSchema(text="{"), "no avro schema"),
-        (KafkaSchema(text='{"type": "recor"}'), "recor"),
-        (KafkaSchema(format="json_schema", text='{"type": 3}'), "no json_schema schema"),
-        (KafkaSchema(format="json_schema", text='{"$ref": "http://localhost:1/x.json"}'), "neither in the schema nor"),
-        (KafkaSchema(format="protobuf", text="message Flight {"), "schema.proto:1"),
-        (KafkaSchema(format="protobuf", text='syntax = "proto3"; message A {} message B {}'), "the messages A, B"),
-        (KafkaSchema(file="missing.avsc"), "missing.avsc"),
-        (KafkaSchema(message="no_such_module:Flight"), "no_such_module"),
-        (KafkaSchema(message="json:loads"), "no Protobuf message class"),
-    ],
+    mostly_slow(
+        [
+            (KafkaSchema(text="{"), "no avro schema"),
+            (KafkaSchema(text='{"type": "recor"}'), "recor"),
+            (KafkaSchema(format="json_schema", text='{"type": 3}'), "no json_schema schema"),
+            (
+                KafkaSchema(format="json_schema", text='{"$ref": "http://localhost:1/x.json"}'),
+                "neither in the schema nor",
+            ),
+            (KafkaSchema(format="protobuf", text="message Flight {"), "schema.proto:1"),
+            (KafkaSchema(format="protobuf", text='syntax = "proto3"; message A {} message B {}'), "the messages A, B"),
+            (KafkaSchema(file="missing.avsc"), "missing.avsc"),
+            (KafkaSchema(message="no_such_module:Flight"), "no_such_module"),
+            (KafkaSchema(message="json:loads"), "no Protobuf message class"),
+        ]
+    ),
 )
 def test_a_broken_schema_is_refused_before_the_registry_is_asked(registry, schema, said):
     with pytest.raises(KafkaConfigError) as caught:
@@ -437,13 +445,15 @@ def test_a_message_class_of_protoc_is_used_as_it_is(registry, monkeypatch):
 
 @pytest.mark.parametrize(
     ("row", "field", "said"),
-    [
-        ({"tailnum": 3}, "tailnum", "of type int, not string"),
-        ({"delay": 3}, "tailnum", "lacks it"),
-        ({"tailnum": "N1", "dely": 3}, "dely", "no such field"),
-        ({"tailnum": "N1", "delay": "late"}, "delay", "of type str, not null or long"),
-        ({"tailnum": "N1", "at": dt.datetime(2013, 1, 1)}, "at", "without a time zone"),
-    ],
+    mostly_slow(
+        [
+            ({"tailnum": 3}, "tailnum", "of type int, not string"),
+            ({"delay": 3}, "tailnum", "lacks it"),
+            ({"tailnum": "N1", "dely": 3}, "dely", "no such field"),
+            ({"tailnum": "N1", "delay": "late"}, "delay", "of type str, not null or long"),
+            ({"tailnum": "N1", "at": dt.datetime(2013, 1, 1)}, "at", "without a time zone"),
+        ]
+    ),
 )
 def test_a_record_that_does_not_fit_names_index_and_field(registry, row, field, said):
     with pytest.raises(InvalidRecordError) as caught:
@@ -461,28 +471,36 @@ NAIVE = dt.datetime(2013, 1, 1)
 
 @pytest.mark.parametrize(
     ("avro", "value", "field", "said"),
-    [
-        ("boolean", "no", "f", "of type str, not boolean"),
-        ("boolean", None, "f", "of type NoneType, not boolean"),
-        ("int", 2**31, "f", "2147483648 does not fit into an int of 32 bits"),
-        ("long", 1.5, "f", "of type float, not long"),
-        ("long", decimal.Decimal("1.5"), "f", "of type Decimal, not long"),
-        ("float", 1e300, "f", "1e+300 does not fit into a float of 32 bits"),
-        ("double", "5", "f", "of type str, not double"),
-        ("null", 5, "f", "of type int, not null"),
-        (["null", "float"], 1e300, "f", "does not fit into a float"),
-        ({"type": "array", "items": "string"}, "abc", "f", "of type str, not array"),
-        ({"type": "array", "items": POINT}, [{"n": 1}, {"n": True}], "f.1.n", "of type bool, not int"),
-        ({"type": "map", "values": "int"}, {"a": 2**40}, "f.a", "does not fit into an int"),
-        ({"type": "int", "logicalType": "date"}, 1.5, "f", "of type float, not a whole number"),
-        ({"type": "int", "logicalType": "date"}, "soon", "f", "Invalid isoformat"),
-        ({"type": "bytes", "logicalType": "decimal", "precision": 3, "scale": 1}, decimal.Decimal("1.23"), "f", "cale"),
-        ({"type": "string", "logicalType": "uuid"}, "N1", "f", "'N1' is no UUID"),
-        (["null", {"type": "array", "items": UTC_MICROS}], [NAIVE], "f.0", "without a time zone"),
-        (["null", {"type": "map", "values": UTC_MICROS}, "string"], {"a": NAIVE}, "f.a", "without a time zone"),
-        (LIST, {"at": dt.datetime.now(UTC), "next": {"at": NAIVE}}, "f.next.at", "without a time zone"),
-        (POINT, {"n": 1, "m": 2}, "m", "more fields"),
-    ],
+    mostly_slow(
+        [
+            ("boolean", "no", "f", "of type str, not boolean"),
+            ("boolean", None, "f", "of type NoneType, not boolean"),
+            ("int", 2**31, "f", "2147483648 does not fit into an int of 32 bits"),
+            ("long", 1.5, "f", "of type float, not long"),
+            ("long", decimal.Decimal("1.5"), "f", "of type Decimal, not long"),
+            ("float", 1e300, "f", "1e+300 does not fit into a float of 32 bits"),
+            ("double", "5", "f", "of type str, not double"),
+            ("null", 5, "f", "of type int, not null"),
+            (["null", "float"], 1e300, "f", "does not fit into a float"),
+            ({"type": "array", "items": "string"}, "abc", "f", "of type str, not array"),
+            ({"type": "array", "items": POINT}, [{"n": 1}, {"n": True}], "f.1.n", "of type bool, not int"),
+            ({"type": "map", "values": "int"}, {"a": 2**40}, "f.a", "does not fit into an int"),
+            ({"type": "int", "logicalType": "date"}, 1.5, "f", "of type float, not a whole number"),
+            ({"type": "int", "logicalType": "date"}, "soon", "f", "Invalid isoformat"),
+            (
+                {"type": "bytes", "logicalType": "decimal", "precision": 3, "scale": 1},
+                decimal.Decimal("1.23"),
+                "f",
+                "cale",
+            ),
+            ({"type": "string", "logicalType": "uuid"}, "N1", "f", "'N1' is no UUID"),
+            (["null", {"type": "array", "items": UTC_MICROS}], [NAIVE], "f.0", "without a time zone"),
+            (["null", {"type": "map", "values": UTC_MICROS}, "string"], {"a": NAIVE}, "f.a", "without a time zone"),
+            (LIST, {"at": dt.datetime.now(UTC), "next": {"at": NAIVE}}, "f.next.at", "without a time zone"),
+            (POINT, {"n": 1, "m": 2}, "m", "more fields"),
+        ],
+        2,
+    ),
 )
 def test_what_avros_serializer_would_write_as_something_else_is_refused(registry, avro, value, field, said):
     schema = {"type": "record", "name": "R", "namespace": "org.example", "fields": [{"name": "f", "type": avro}]}
@@ -679,6 +697,7 @@ def test_options_that_cannot_work_are_refused(options, said):
     assert "canary" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_registry_that_is_away_may_come_back(closed_port):
     registry = SchemaRegistry(SchemaRegistryConfig(url=f"http://{closed_port}", timeout=2))
     with pytest.raises(KafkaError, match="cannot be reached") as caught:
@@ -719,18 +738,21 @@ def answering():
 
 @pytest.mark.parametrize(
     ("status", "said", "fix", "remedy"),
-    [
-        (401, "access was refused", "username", Remedy.FAIL),
-        (403, "access was refused", "rights", Remedy.FAIL),
-        (302, "no Schema Registry", "url", Remedy.FAIL),
-        (404, "is not there", "auto_register", Remedy.FAIL),
-        (405, "no Schema Registry", "url", Remedy.FAIL),
-        (407, "proxy refused", "proxy", Remedy.FAIL),
-        (408, "registry failed", "health", Remedy.RETRY),
-        (409, "not compatible", "default", Remedy.FAIL),
-        (422, "schema was refused", "Correct", Remedy.FAIL),
-        (503, "registry failed", "health", Remedy.RETRY),
-    ],
+    mostly_slow(
+        [
+            (401, "access was refused", "username", Remedy.FAIL),
+            (403, "access was refused", "rights", Remedy.FAIL),
+            (302, "no Schema Registry", "url", Remedy.FAIL),
+            (404, "is not there", "auto_register", Remedy.FAIL),
+            (405, "no Schema Registry", "url", Remedy.FAIL),
+            (407, "proxy refused", "proxy", Remedy.FAIL),
+            (408, "registry failed", "health", Remedy.RETRY),
+            (409, "not compatible", "default", Remedy.FAIL),
+            (422, "schema was refused", "Correct", Remedy.FAIL),
+            (503, "registry failed", "health", Remedy.RETRY),
+        ],
+        2,
+    ),
 )
 def test_the_registrys_refusals_keep_its_words_and_say_what_to_do(answering, status, said, fix, remedy):
     handler, url, asked = answering
@@ -749,6 +771,7 @@ def test_the_registrys_refusals_keep_its_words_and_say_what_to_do(answering, sta
     assert {headers.get("Authorization", headers.get("authorization")) for _, _, headers in asked} == {expected}
 
 
+@pytest.mark.slow
 def test_an_answer_that_is_no_registrys_says_so(answering):
     handler, url, _ = answering
     handler.status, handler.body = 200, b"<html>Please log in</html>"

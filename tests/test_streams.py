@@ -76,7 +76,7 @@ def test_each_source_gives_its_rows_in_order(make, tmp_path):
     assert len(found) >= 5
 
 
-@pytest.mark.parametrize("make", SOURCES.values(), ids=SOURCES)
+@pytest.mark.parametrize("make", mostly_slow(SOURCES.values()), ids=SOURCES)
 def test_a_missing_key_is_refused_before_anything_is_connected(make, tmp_path):
     """By the call itself for frames, whose columns are known; by the first chunk for rows."""
     source = make(tmp_path)

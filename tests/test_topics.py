@@ -81,7 +81,7 @@ def test_wrong_specs_in_metadata_fail_the_step(options, closed_port, instance):
 
 
 @pytest.mark.parametrize(
-    "spec", [KafkaTopicSpec(partitions=3, configs={"a": "b"}), {"partitions": 3, "configs": {"a": "b"}}]
+    "spec", mostly_slow([KafkaTopicSpec(partitions=3, configs={"a": "b"}), {"partitions": 3, "configs": {"a": "b"}}])
 )
 def test_the_spec_of_the_resource_reaches_publications(spec, instance):
     seen = []
