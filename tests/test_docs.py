@@ -29,6 +29,7 @@ REGISTRY = "http://localhost:8081"
 """The same of the Schema Registry, which is started for the pages that use it."""
 
 _BLOCK = re.compile(r"^(?P<indent> *)```(?P<tag>[^\n`]*)\n(?P<source>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
+_FILE = re.compile(r'python title="(conftest|test_\w+)\.py"')
 _TOPICS = re.compile(r"<!-- topics: (.*?) -->", re.DOTALL)
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -83,9 +84,11 @@ def _make_targets(commands):
 
 
 def _parse(block):
+    # Else the site shows it as text.
+    assert block.language in {block.tag, "python"}, block.tag
     match block.language:
         case "python":
-            assert block.tag in {"python", "python pytest"}, block.tag
+            assert block.tag == "python" or _FILE.fullmatch(block.tag), block.tag
             compile(block.source, f"{block.page.name}:{block.line}", "exec")
         case "yaml":
             assert list(yaml.safe_load_all(block.source))
@@ -187,14 +190,13 @@ def flights():
 
 
 @pytest.mark.kafka
-@pytest.mark.parametrize("page", [p for p in PAGES if any(b.tag == "python pytest" for b in _blocks(p))], ids=_named)
+@pytest.mark.parametrize("page", [p for p in PAGES if any(_FILE.fullmatch(b.tag) for b in _blocks(p))], ids=_named)
 def test_tests_of_a_page_pass(page, kafka_bootstrap_servers, pytester, monkeypatch):
     (pytester.path / "my_project").mkdir()
     (pytester.path / "my_project" / "assets.py").write_text(FLIGHTS)
     for block in _blocks(page):
-        if block.tag == "python pytest":
-            name = block.source.partition("\n")[0].removeprefix("# ")
-            (pytester.path / name).write_text(block.source)
+        if found := _FILE.fullmatch(block.tag):
+            (pytester.path / f"{found[1]}.py").write_text(block.source)
     monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", kafka_bootstrap_servers)
     monkeypatch.setenv("PYTHONPATH", f"{pytester.path}:{ROOT}")
     pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=1)
