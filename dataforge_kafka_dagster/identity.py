@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
 import dagster as dg
 
@@ -93,10 +94,8 @@ def _name(context: dg.OutputContext) -> str:
 
 
 def _origin_of_output(context: dg.OutputContext) -> str:
-    try:
-        step = context.step_context
-    except dg.DagsterInvariantViolationError:
-        # A context made by build_output_context: each is work of its own.
+    step = step_context_of(context)
+    if step is None:  # each is work of its own
         return str(uuid.uuid4())
     return origin_run_id(step.instance, step.dagster_run, context.step_key)
 
@@ -110,17 +109,27 @@ def op_context_of(
     return context
 
 
+def step_context_of(context: Any) -> Any:
+    """The step execution context behind any of Dagster's contexts; None behind one that was built for a test."""
+    try:
+        if isinstance(context, (dg.InputContext, dg.OutputContext)):
+            return context.step_context
+        return op_context_of(context).get_step_execution_context()
+    except dg.DagsterError:
+        return None
+
+
 def session_identity(
     context: dg.OpExecutionContext | dg.AssetExecutionContext | dg.AssetCheckExecutionContext, session: str
 ) -> Identity:
     """Names of what a step publishes from its body, in one of its sessions."""
     op_context = op_context_of(context)
-    try:
-        step = op_context.get_step_execution_context().step
-    except dg.DagsterError:
+    step_context = step_context_of(context)
+    if step_context is None:
         # The asset or op was called directly, as unit tests do: each call is work of its own.
         call = str(uuid.uuid4())
         return _identity(("call", call, "publishing", session), (), call)
+    step = step_context.step
     origin = origin_run_id(op_context.instance, op_context.run, step.key)
     if op_context.has_assets_def:
         assets_def = op_context.assets_def

@@ -144,10 +144,11 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                     writer.send_chunks(encoded)
                 else:
                     untold = writer.predecessor(upsert.replaces)
-                    upsert.find(writer.topic_ids, writer.partition_counts, [untold] if untold else [])
-                    writer.send_tombstones(upsert.moved())
+                    more = [untold] if untold else []
+                    moved, stayed = upsert.find(writer.topic_ids, writer.partition_counts, more)
+                    writer.send_tombstones(upsert.delete_all(moved))
                     writer.send_chunks(upsert.remember(encoded))
-                    writer.send_tombstones(upsert.tombstones())
+                    writer.send_tombstones(upsert.delete_others(stayed))
             return writer.commit()
 
         with self.kafka.errors_in_dagster(context, topic):

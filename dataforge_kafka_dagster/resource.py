@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, field_validator
 from typing_extensions import Self
 
 from dataforge_kafka_dagster.failures import raise_in_dagster
-from dataforge_kafka_dagster.identity import Identity, op_context_of, session_identity
+from dataforge_kafka_dagster.identity import Identity, op_context_of, session_identity, step_context_of
 from dataforge_kafka_dagster.kafka.config import (
     KafkaOptions,
     KafkaProducerConfig,
@@ -27,7 +27,7 @@ from dataforge_kafka_dagster.kafka.config import (
     registry_config,
 )
 from dataforge_kafka_dagster.kafka.connection import logger
-from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError, Remedy
+from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError, out_of_turn
 from dataforge_kafka_dagster.kafka.ledger import Publication, make_transactional_id
 from dataforge_kafka_dagster.kafka.producer import DataForgeKafkaProducer, DeliveryCallback, RecordMetadata
 from dataforge_kafka_dagster.kafka.publication import PublicationWriter
@@ -386,7 +386,7 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
         try:
             yield
         except KafkaError as error:
-            step = _step_context(context)
+            step = step_context_of(context)
             raise_in_dagster(
                 error,
                 attempt=step.previous_attempt_count if step else 0,
@@ -435,13 +435,7 @@ class PublishingSession:
             KafkaError: The with block has not ended.
         """
         if self._writer.publication is None:
-            raise KafkaError(
-                "publication",
-                "it is not committed yet",
-                "Ask for its result after the with block",
-                code="_STATE",
-                remedy=Remedy.FAIL,
-            )
+            raise out_of_turn("publication", "it is not committed yet", "Ask for its result after the with block")
         return self._writer.publication
 
     def materialize_result(
@@ -515,7 +509,7 @@ def describe(publication: Publication) -> str:
 
 
 def _session_name(context: Any, name: str) -> str:
-    step = _step_context(context)
+    step = step_context_of(context)
     if step is None:
         return name
     with _sessions_lock:
@@ -549,16 +543,6 @@ def _refuse_that_of_other_assets(op_context: dg.OpExecutionContext, identity: Id
         if named or run.run_id == identity.origin or run.parent_run_id is None:
             return
         run = op_context.instance.get_run_by_id(run.parent_run_id)
-
-
-def _step_context(context: Any) -> Any:
-    """The step execution context behind any of Dagster's contexts; None behind one that was built for a test."""
-    try:
-        if isinstance(context, (dg.InputContext, dg.OutputContext)):
-            return context.step_context
-        return op_context_of(context).get_step_execution_context()
-    except dg.DagsterError:
-        return None
 
 
 def _check_at_definition(options: dict[str, Any], known: Container[str]) -> None:

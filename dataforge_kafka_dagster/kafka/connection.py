@@ -235,10 +235,14 @@ class Connection:
         if self._latched is None:
             return None
         code = self._latched.name()
-        if self._latched.str().startswith(_NO_TOKEN):
+        if self._lacks_token:
             return self._no_token(self._latched.str().removeprefix(_NO_TOKEN), code)
         cause = f"{self.config.redact(self._latched.str())} [{code}]"
         return NoBrokersAvailable(self.name, cause, fix_for(code), code=code)
+
+    @property
+    def _lacks_token(self) -> bool:
+        return self._latched is not None and self._latched.str().startswith(_NO_TOKEN)
 
     def _no_token(self, answer: str, code: str) -> KafkaError:
         """The error for a token server that gives librdkafka no token, after its answer (RFC 6749, 5.2) or without."""
@@ -345,10 +349,10 @@ class Connection:
         librdkafka tells at once that one does not, but goes on trying. Another broker might: it is heard first. A token
         is for all of them.
         """
-        hidden = self._hidden_cause()
-        if self._latched is None or hidden is None or hidden.remedy is not Remedy.FAIL:
+        if self._latched is None or not (self._all_down or self._lacks_token):
             return False
-        return self._all_down or self._latched.str().startswith(_NO_TOKEN)
+        hidden = self._hidden_cause()
+        return hidden is not None and hidden.remedy is Remedy.FAIL
 
     def _serve_errors(self) -> None:
         """The error callback of an admin client is called from its poll only."""

@@ -70,6 +70,11 @@ def _rebuild_error(cls: type[KafkaError], state: dict[str, object], message: str
     return error
 
 
+def out_of_turn(culprit: str, cause: str, fix: str) -> KafkaError:
+    """The error for a call at a time when it cannot work, nor when it is tried again."""
+    return KafkaError(culprit, cause, fix, code="_STATE", remedy=Remedy.FAIL)
+
+
 class KafkaConfigError(KafkaError, ValueError):
     """A setting that cannot work, alone or together with another one."""
 

@@ -190,8 +190,12 @@ class DataForgeKafkaProducer:
             with contextlib.suppress(BaseException):
                 self._serve(self._producer.poll, 0.1)
 
+    @property
+    def _in_callback(self) -> bool:
+        return getattr(self._reporting, "now", False)
+
     def _refuse_in_callback(self, name: str, fix: str) -> None:
-        if getattr(self._reporting, "now", False):
+        if self._in_callback:
             raise KafkaError(
                 name, "it was called from a delivery callback, before the end of which nothing is delivered", fix
             )
@@ -216,7 +220,7 @@ class DataForgeKafkaProducer:
                 "Make a producer in each process",
             )
         # What is sent while close waits would keep it waiting; a callback may send on until the end.
-        if self._closed.is_set() or (self._closing and not getattr(self._reporting, "now", False)):
+        if self._closed.is_set() or (self._closing and not self._in_callback):
             raise KafkaError(f"topic {topic!r}", "the producer is closed", "Send before close()", code="_STATE")
         value, key, extra = encode_record(record)
         future: concurrent.futures.Future[RecordMetadata] = concurrent.futures.Future()
@@ -226,7 +230,7 @@ class DataForgeKafkaProducer:
             # With a fatal error pending, the first call raises it, so that this does nothing: `_serve` does it again.
             if self._unreported.get(on_delivery) is None or self._unreported.pop(on_delivery, None) is None:
                 return
-            outer, self._reporting.now = getattr(self._reporting, "now", False), True
+            outer, self._reporting.now = self._in_callback, True
             try:
                 settle(err, msg)
             finally:

@@ -34,6 +34,7 @@ from dataforge_kafka_dagster.kafka.errors import (
     KafkaError,
     Remedy,
     fix_for,
+    out_of_turn,
 )
 from dataforge_kafka_dagster.kafka.ledger import (
     Publication,
@@ -197,12 +198,10 @@ class PublicationWriter:
 
     def __enter__(self) -> Self:
         if self._span is not None:
-            raise KafkaError(
+            raise out_of_turn(
                 f"publication {self._publication_id!r}",
                 "it was begun before, and what is added now would be taken for what it had published",
                 "Begin another one",
-                code="_STATE",
-                remedy=Remedy.FAIL,
             )
         self._span = PublicationSpan(self.topic, self._publication_id, self._transactional_id)
         try:
@@ -520,13 +519,7 @@ class PublicationWriter:
 
     def _live_producer(self) -> confluent_kafka.Producer:
         if self._producer is None:
-            raise KafkaError(
-                f"publication {self._publication_id!r}",
-                "it has ended",
-                "Send inside the with block",
-                code="_STATE",
-                remedy=Remedy.FAIL,
-            )
+            raise out_of_turn(f"publication {self._publication_id!r}", "it has ended", "Send inside the with block")
         return self._producer
 
     def _refused(

@@ -36,8 +36,6 @@ class Upsert:
         # A digest each, whatever a key's length: about 100 bytes of memory.
         self._settled: set[bytes] = set()
         self._records = 0
-        self._moved: list[Publication] = []
-        self._stayed: list[Publication] = []
 
     def remember(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
         """Pass chunks on, and remember their keys.
@@ -66,42 +64,47 @@ class Upsert:
 
     def find(
         self, topic_ids: Mapping[str, str], partition_counts: Mapping[str, int], more: Sequence[Publication] = ()
-    ) -> None:
-        """Learn what of the last publications is to be deleted, before anything is sent.
+    ) -> tuple[list[Publication], list[Publication]]:
+        """The last publications that are still in the topic.
 
         Args:
             topic_ids: Kafka's own ids of the topics as they are now: one that was made anew holds nothing to delete.
             partition_counts: How many Kafka partitions they have now.
             more: Publications that it replaces too.
+
+        Returns:
+            Those whose keys may go elsewhere by now, for `delete_all`, and those whose keys stay, for `delete_others`.
         """
         topic = self._topic
-        self._moved, self._stayed = [], []
+        moved: list[Publication] = []
+        stayed: list[Publication] = []
         for publication in (*self._previous, *more):
             if publication.topic_ids.get(topic) == topic_ids.get(topic):
                 before = publication.partition_counts.get(topic)
-                stayed = before is None or before == partition_counts.get(topic)
-                (self._stayed if stayed else self._moved).append(publication)
+                same = before is None or before == partition_counts.get(topic)
+                (stayed if same else moved).append(publication)
+        return moved, stayed
 
-    def moved(self) -> Iterator[Chunk]:
-        """The records that delete every key of the last publications where a key may go elsewhere by now.
+    def delete_all(self, publications: Sequence[Publication]) -> Iterator[Chunk]:
+        """The records that delete every key of these publications.
 
         They come before this publication's own records, which win where a key stays in its Kafka partition: a record in
         another one would not replace it.
 
         Raises:
-            KafkaError: The last publications could not be read.
+            KafkaError: They could not be read.
         """
-        return _in_chunks(self._keys_of(self._moved))
+        return _in_chunks(self._keys_of(publications))
 
-    def tombstones(self) -> Iterator[Chunk]:
-        """The records that delete each other key, each in the Kafka partition where that key is.
+    def delete_others(self, publications: Sequence[Publication]) -> Iterator[Chunk]:
+        """The records that delete each other key of these, each in the Kafka partition where that key is.
 
         Records that compaction has removed are not missed: a later record has their key, or it is deleted already.
 
         Raises:
-            KafkaError: The last publications could not be read.
+            KafkaError: They could not be read.
         """
-        return _in_chunks(self._others(self._stayed))
+        return _in_chunks(self._others(publications))
 
     def _others(self, publications: Sequence[Publication]) -> Iterator[tuple[bytes, int]]:
         for key, partition in self._keys_of(publications):
