@@ -560,6 +560,7 @@ import os, sys, time
 from dataforge_kafka_dagster import DataForgeKafkaProducer, KafkaError, KafkaProducerConfig
 config = KafkaProducerConfig(bootstrap_servers=sys.argv[1])
 with DataForgeKafkaProducer(config) as producer:
+    producer.send_sync(sys.argv[2], "first")  # connects
     producer.send_async(sys.argv[2], "parent")
     child = os.fork()
     if child == 0:
@@ -583,4 +584,4 @@ def test_a_forked_process_is_refused_its_parents_producer_and_ends_well(kafka_bo
     assert code == 0
     assert said.count("was forked") == 2
     assert said.splitlines()[-1] == "5"
-    assert sorted(record.value for record in read(topic)) == [b"own", b"parent"]
+    assert sorted(record.value for record in read(topic)) == [b"first", b"own", b"parent"]
