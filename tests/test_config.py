@@ -73,6 +73,10 @@ REFUSED = {
     "retries negative": ({"retries": -1}, ["retries", "-1", "0 to"]),
     "retries bool": ({"retries": False}, ["retries", "False"]),
     "linger_ms negative": ({"linger_ms": -0.5}, ["linger_ms", "-0.5", "0 to 900000"]),
+    "linger_ms as long as delivery_timeout": (
+        {"linger_ms": 30_000, "delivery_timeout": 30},
+        ["delivery_timeout=30 s", "linger_ms=30000", "lower linger_ms"],
+    ),
     "linger_ms nan": ({"linger_ms": float("nan")}, ["linger_ms", "nan"]),
     "buffer_memory small": ({"buffer_memory": 1023}, ["buffer_memory", "1023", "1024 to"]),
     "buffer_memory inf": ({"buffer_memory": float("inf")}, ["buffer_memory", "inf"]),

@@ -46,6 +46,8 @@ _FILES: Final = (
     "ssl_crl_location",
     "https_ca_location",
 )
+# Raw settings of which librdkafka judges itself whether they fit together.
+_TIMES: Final = {"linger.ms", "queue.buffering.max.ms", "message.timeout.ms", "delivery.timeout.ms"}
 _PEMS: Final = ("ssl_ca_pem", "ssl_certificate_pem", "ssl_key_pem", "https_ca_pem")
 # Ours, or librdkafka's under another name.
 _NOT_LIBRDKAFKAS: Final = (
@@ -381,6 +383,12 @@ class KafkaProducerConfig(KafkaOptions):
         if "security_protocol" not in later:
             self._check_sasl(given, later)
             self._check_ssl(given)
+        waits = self.linger_ms >= self.delivery_timeout * 1000
+        if waits and not {"linger_ms", "delivery_timeout"} & set(later) and not _TIMES & set(self.librdkafka_config):
+            raise ValueError(
+                f"delivery_timeout={self.delivery_timeout:g} s is over before linger_ms={self.linger_ms:g} is, so a"
+                " record may fail before it is sent: raise delivery_timeout, or lower linger_ms"
+            )
         for name in _FILES:
             self._check_file(name)
         for name in _PEMS:

@@ -125,15 +125,14 @@ class Publication:
         Raises:
             KeyError: A value is missing.
         """
-        names = (f.name for f in dataclasses.fields(cls) if f.name not in {"offsets", "partition_counts", "schemas"})
-        schemas = tuple(RegisteredSchema(**schema) for schema in values.get("schemas", ()))
+        names = (f.name for f in dataclasses.fields(cls) if f.name not in {"offsets", "schemas"})
+        schemas = tuple(RegisteredSchema(**schema) for schema in values["schemas"])
         offsets = tuple(
             PartitionOffsets(topic, int(partition), _unpack([int(number) for number in packed.split()]))
             for topic, partitions in values["offsets"].items()
             for partition, packed in partitions.items()
         )
-        counts = values.get("partition_counts", {})
-        return cls(**{name: values[name] for name in names}, offsets=offsets, partition_counts=counts, schemas=schemas)
+        return cls(**{name: values[name] for name in names}, offsets=offsets, schemas=schemas)
 
 
 def make_transactional_id(prefix: str, name: Sequence[str], partition: Sequence[str] = ()) -> str:
@@ -278,6 +277,6 @@ def decode_ledger(
         dead_letters=header["dead"][0],
         dead_letter_topic=header["dead"][1],
         tombstones=header["tombstones"],
-        partition_counts=header.get("counts", {}),
+        partition_counts=header["counts"],
         schemas=tuple(RegisteredSchema(*schema) for schema in header.get("schemas", ())),
     )

@@ -53,6 +53,8 @@ class DataForgeKafkaProducer:
     """Sends single records to Kafka and says what became of each.
 
     Thread-safe. A forked process needs one of its own: there, this one refuses to send, and to close it does nothing.
+    Fork before the first producer is made, or after one has delivered: glibc keeps the lock of a name lookup that was
+    under way at a fork, and the forked process then reaches no broker.
     Every failure is logged to the logger ``dataforge_kafka_dagster``.
 
     Args:

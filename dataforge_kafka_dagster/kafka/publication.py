@@ -725,9 +725,10 @@ class PublicationWriter:
         self._check_topics()
         delivered = sum(offsets.records for track in self._all_tracks for offsets in track.offsets)
         if delivered != self._position:
+            unseen = "" if self._ends_before is None else ": Kafka partitions may have been added meanwhile"
             raise KafkaError(
                 f"publication to {', '.join(self._tracks)!r}",
-                f"{self._position} records were sent, but {delivered} acknowledged",
+                f"{self._position} records were sent, but {delivered} acknowledged{unseen}",
                 "Try again",
                 remedy=Remedy.REBUILD,
             )

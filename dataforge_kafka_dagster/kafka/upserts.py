@@ -80,8 +80,7 @@ class Upsert:
         stayed: list[Publication] = []
         for publication in (*self._previous, *more):
             if publication.topic_ids.get(topic) == topic_ids.get(topic):
-                before = publication.partition_counts.get(topic)
-                same = before is None or before == partition_counts.get(topic)
+                same = publication.partition_counts.get(topic) == partition_counts.get(topic)
                 (stayed if same else moved).append(publication)
         return moved, stayed
 
