@@ -11,6 +11,7 @@ import dagster as dg
 
 from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource
 from dataforge_kafka_dagster.kafka.connection import Connection
+from dataforge_kafka_dagster.kafka.ledger import Ledger
 from dataforge_kafka_dagster.kafka.publication import PublicationWriter
 
 POINTS = ("before_begin", "mid_write", "after_flush", "before_commit", "after_commit")
@@ -62,7 +63,7 @@ def _crash_after(owner, name, point):
     setattr(owner, name, wrapped)
 
 
-_crash_before(PublicationWriter, "_read_ledger", "before_begin")
+_crash_before(Ledger, "read", "before_begin")
 _crash_after(PublicationWriter, "_flush", "after_flush")
 _crash_before(
     Connection, "resume", "before_commit", lambda _, call, *__: getattr(call, "__name__", "") == "commit_transaction"

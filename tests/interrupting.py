@@ -161,6 +161,7 @@ def _call_at_each_phase(reach, full):
     """Call ``reach`` with a phase's name as it begins; ``full`` grows with each record that finds the queue full."""
     from dataforge_kafka_dagster.kafka import publication
     from dataforge_kafka_dagster.kafka.connection import Connection
+    from dataforge_kafka_dagster.kafka.ledger import Ledger
     from dataforge_kafka_dagster.kafka.publication import PublicationWriter
 
     def before_call(owner, name, here, when=lambda *_: True):
@@ -178,7 +179,7 @@ def _call_at_each_phase(reach, full):
 
     before_call(publication, "check_topic_exists", "connect")
     before_call(Connection, "resume", "init_transactions", is_call("init_transactions"))
-    before_call(PublicationWriter, "_read_ledger", "ledger")
+    before_call(Ledger, "read", "ledger")
     before_call(PublicationWriter, "_produce_with_room", "queue_full", lambda *_: full.append(1) is None)
     before_call(PublicationWriter, "_flush", "flush")
     before_call(PublicationWriter, "_commit_transaction", "send_offsets")

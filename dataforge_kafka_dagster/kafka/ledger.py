@@ -8,14 +8,19 @@ from __future__ import annotations
 import base64
 import collections
 import dataclasses
+import functools
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
+import confluent_kafka
 import orjson
-from confluent_kafka import TopicPartition
+from confluent_kafka import KafkaException, TopicPartition
 
+from dataforge_kafka_dagster.kafka.connection import Connection
+from dataforge_kafka_dagster.kafka.errors import KafkaError
 from dataforge_kafka_dagster.kafka.schemas import RegisteredSchema, SchemaFormat
 from dataforge_kafka_dagster.kafka.serialization import ValueFormat
 
@@ -24,6 +29,8 @@ _LEDGER_VERSION: Final = 1
 _LEDGER_BYTES: Final = 3500
 _LEDGER_SCHEMA_BYTES: Final = 800
 _ID_BYTES: Final = 180
+_REQUEST_SECONDS: Final = 10.0
+_WARM_SECONDS: Final = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,3 +287,117 @@ def decode_ledger(
         partition_counts=header["counts"],
         schemas=tuple(RegisteredSchema(*schema) for schema in header.get("schemas", ())),
     )
+
+
+class Ledger:
+    """A publisher's ledger in its cluster: what its last publication was, whoever made it.
+
+    Used by one thread. It is read by consumers: the admin client's request for group offsets crashes the process now
+    and then (confluent-kafka 2.16).
+
+    Args:
+        connection: Makes its clients.
+        transactional_id: The publisher.
+        topic: The publication's own topic, whose first Kafka partition has the header.
+        timeout: Longest wait for the brokers, seconds.
+    """
+
+    def __init__(self, connection: Connection, transactional_id: str, topic: str, timeout: float) -> None:
+        self._connection = connection
+        self._transactional_id = transactional_id
+        self._topic = topic
+        self._timeout = timeout
+        self._groups: dict[int, confluent_kafka.Consumer] = {}
+        self._last: tuple[str, dict[str, Any]] | None = None
+
+    def warm_up(self) -> None:
+        """Find the group's coordinator while others connect; what it answers does not count yet."""
+        anchor = [TopicPartition(self._topic, 0)]
+        self._connection.aside(functools.partial(self._group(0).committed, anchor, _WARM_SECONDS))
+
+    def read(self, publication_id: str) -> Publication | None:
+        """What the last publication was, if it is this one. Only after its attempt is fenced does it stay so.
+
+        Raises:
+            KafkaError: The brokers do not answer, refuse the group, or somebody has changed its offsets.
+        """
+        self._last = find_header(self._committed(0, {self._topic: 1}))
+        if self._last is None or self._last[0] != ledger_key(publication_id):
+            return None
+        done = self._decoded(*self._last, publication_id)
+        found = sum(offsets.records for offsets in done.offsets)
+        if found != done.records:
+            raise KafkaError(
+                f"ledger group {self._transactional_id!r}",
+                f"it names {done.records} records, but the offsets of {found}",
+                "Somebody changed the group's offsets: start a new run, which publishes again",
+            )
+        return done
+
+    def other_than(self, known: Iterable[str]) -> Publication | None:
+        """What `read` has found, if it is none of these publications; its id is not known.
+
+        Args:
+            known: Publication ids.
+
+        Raises:
+            KafkaError: The brokers do not answer.
+        """
+        if self._last is None or self._last[0] in set(map(ledger_key, known)):
+            return None
+        return self._decoded(*self._last, "")
+
+    def write(self, producer: confluent_kafka.Producer, publication: Publication, name: str) -> None:
+        """Add a publication to the producer's transaction.
+
+        Args:
+            producer: Its producer, in the transaction that its records are in.
+            publication: The publication.
+            name: What an error calls it.
+
+        Raises:
+            KafkaError: The brokers do not answer, or refuse the group.
+        """
+        for number, entries in enumerate(encode_ledger(publication)):
+            metadata = self._group(number).consumer_group_metadata()
+            send = functools.partial(producer.send_offsets_to_transaction, entries, metadata, self._timeout)
+            # It ignores its time-out while a broker does not answer.
+            self._connection.in_thread(send, self._timeout, name)
+
+    def let_go(self) -> list[confluent_kafka.Consumer]:
+        """Its clients, which it does not use any more."""
+        clients = list(self._groups.values())
+        self._groups.clear()
+        return clients
+
+    def _decoded(self, key: str, header: Mapping[str, Any], publication_id: str) -> Publication:
+        entries = [entry for number in range(header["groups"]) for entry in self._committed(number, header["places"])]
+        return decode_ledger(key, header, entries, self._transactional_id, publication_id)
+
+    def _committed(self, number: int, places: Mapping[str, int]) -> list[TopicPartition]:
+        """The entries of a group in the first so many Kafka partitions of each topic."""
+        consumer = self._group(number)
+        asked = [TopicPartition(topic, partition) for topic, count in places.items() for partition in range(count)]
+        waits = itertools.chain((1.0, 2.0, 4.0), itertools.repeat(_REQUEST_SECONDS))
+
+        def read() -> list[TopicPartition]:
+            try:
+                found: list[TopicPartition] = consumer.committed(asked, next(waits))
+            except KafkaException:
+                # Only a poll tells that the group is refused, and it has to wait for the call above.
+                message = consumer.poll(0)
+                refused = None if message is None else message.error()
+                if refused is not None:
+                    raise KafkaException(refused) from None
+                raise
+            return found
+
+        name = f"ledger group {group_id(self._transactional_id, number)!r}"
+        return self._connection.in_thread(read, self._timeout, name)
+
+    def _group(self, number: int) -> confluent_kafka.Consumer:
+        """The consumer that stands for one of its groups, made when first asked for."""
+        if number not in self._groups:
+            options = {"group.id": group_id(self._transactional_id, number), "enable.auto.commit": False}
+            self._groups[number] = self._connection.consumer(options)
+        return self._groups[number]

@@ -11,16 +11,15 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import datetime as dt
-import functools
 import itertools
 import operator
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Final
 
 import confluent_kafka
-from confluent_kafka import KafkaException, TopicPartition
+from confluent_kafka import KafkaException
 from typing_extensions import Self
 
 from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, PublicationConfig, check_topic, publication_options
@@ -36,14 +35,7 @@ from dataforge_kafka_dagster.kafka.errors import (
     fix_for,
     out_of_turn,
 )
-from dataforge_kafka_dagster.kafka.ledger import (
-    Publication,
-    decode_ledger,
-    encode_ledger,
-    find_header,
-    group_id,
-    ledger_key,
-)
+from dataforge_kafka_dagster.kafka.ledger import Ledger, Publication
 from dataforge_kafka_dagster.kafka.records import PLAIN, Chunk, KafkaRecord, as_record, encode_record, key_fields
 from dataforge_kafka_dagster.kafka.schemas import (
     KafkaSchema,
@@ -67,8 +59,6 @@ _PROGRESS_SECONDS: Final = 5.0
 # Fewer records are not worth the requests that take the place of their delivery reports.
 _MANY: Final = 20_000
 _STATISTICS_MS: Final = 1_000
-_REQUEST_SECONDS: Final = 10.0
-_WARM_SECONDS: Final = 1.0
 # To look why records were not delivered; part of what a failure may take longer than its deadline.
 _DIAGNOSIS_SECONDS: Final = 0.5
 _ABORT_SECONDS: Final = 5.0
@@ -155,8 +145,7 @@ class PublicationWriter:
         self._producer: confluent_kafka.Producer | None = None
         self._statistics = Statistics()
         self._span: PublicationSpan | None = None
-        self._groups: dict[int, confluent_kafka.Consumer] = {}
-        self._last: tuple[str, dict[str, Any]] | None = None
+        self._ledger = Ledger(self._connection, transactional_id, self.topic, config.producer.delivery_timeout)
         self._tracks: dict[str, Track] = {}
         self._form: ValueFormat | None = None
         self._records = 0
@@ -215,9 +204,7 @@ class PublicationWriter:
         config = self._config
         connection = self._connection
         if self._exactly_once:
-            # What it answers does not count yet: it finds the group's coordinator while the producer connects.
-            anchor = [TopicPartition(self.topic, 0)]
-            connection.aside(functools.partial(self._ledger_group(0).committed, anchor, _WARM_SECONDS))
+            self._ledger.warm_up()
         options: dict[str, Any] = {"statistics.interval.ms": _STATISTICS_MS, "stats_cb": self._statistics.take}
         options |= publication_options(config, self._transactional_id)
         if not self._reports:
@@ -250,7 +237,7 @@ class PublicationWriter:
                 error.fix,
                 code=error.code,
             ) from None
-        done = self._read_ledger()
+        done = self._ledger.read(self._publication_id)
         if done is not None:
             # Brokers forget a group's offsets in a topic that is deleted: the topics are those of the ledger.
             self.publication = dataclasses.replace(done, topic_ids=self.topic_ids)
@@ -761,11 +748,7 @@ class PublicationWriter:
         timeout = self._config.producer.delivery_timeout
         name = f"commit of {publication.records} records to {', '.join(self._tracks)!r}"
         try:
-            for number, entries in enumerate(encode_ledger(publication)):
-                metadata = self._ledger_group(number).consumer_group_metadata()
-                send_offsets = functools.partial(producer.send_offsets_to_transaction, entries, metadata, timeout)
-                # It ignores its time-out while a broker does not answer.
-                self._connection.in_thread(send_offsets, timeout, name)
+            self._ledger.write(producer, publication, name)
             self._committing = True
             self._connection.resume(producer.commit_transaction, timeout, name)
         except KafkaError as error:
@@ -811,9 +794,8 @@ class PublicationWriter:
     def _close(self) -> None:
         # Neither is closed: a producer with an open transaction waits for minutes for a dead broker, a consumer for its
         # coordinator.
-        self._connection.close(self._producer, *self._groups.values())
+        self._connection.close(self._producer, *self._ledger.let_go())
         self._producer = None
-        self._groups.clear()
         self._in_transaction = False
 
     def __exit__(
@@ -828,25 +810,6 @@ class PublicationWriter:
             self._abandon(failure)
             raise
 
-    def _read_ledger(self) -> Publication | None:
-        """What the last publication with this transactional id was, if it is this one."""
-        self._last = find_header(self._committed(0, {self.topic: 1}))
-        if self._last is None or self._last[0] != ledger_key(self._publication_id):
-            return None
-        done = self._in_ledger(*self._last, self._publication_id)
-        found = sum(offsets.records for offsets in done.offsets)
-        if found != done.records:
-            raise KafkaError(
-                f"ledger group {self._transactional_id!r}",
-                f"it names {done.records} records, but the offsets of {found}",
-                "Somebody changed the group's offsets: start a new run, which publishes again",
-            )
-        return done
-
-    def _in_ledger(self, key: str, header: Mapping[str, Any], publication_id: str) -> Publication:
-        entries = [entry for number in range(header["groups"]) for entry in self._committed(number, header["places"])]
-        return decode_ledger(key, header, entries, self._transactional_id, publication_id)
-
     def predecessor(self, known: Iterable[str]) -> Publication | None:
         """What was committed last with this transactional id, if the ledger has it and it is none of the known.
 
@@ -858,42 +821,8 @@ class PublicationWriter:
         Raises:
             KafkaError: The broker does not answer.
         """
-        keys = {ledger_key(publication_id) for publication_id in (self._publication_id, *known)}
-        if self._last is None or self._last[0] in keys:
-            return None
-        return dataclasses.replace(self._in_ledger(*self._last, ""), topic_ids=self.topic_ids)
-
-    def _committed(self, number: int, places: Mapping[str, int]) -> list[TopicPartition]:
-        """The ledger's entries in the first so many Kafka partitions of each topic.
-
-        By a consumer: the admin client's request for group offsets crashes the process now and then
-        (confluent-kafka 2.16).
-        """
-        consumer = self._ledger_group(number)
-        asked = [TopicPartition(topic, partition) for topic, count in places.items() for partition in range(count)]
-        waits = itertools.chain((1.0, 2.0, 4.0), itertools.repeat(_REQUEST_SECONDS))
-
-        def read() -> list[TopicPartition]:
-            try:
-                found: list[TopicPartition] = consumer.committed(asked, next(waits))
-            except KafkaException:
-                # Only a poll tells that the group is refused, and it has to wait for the call above.
-                message = consumer.poll(0)
-                refused = None if message is None else message.error()
-                if refused is not None:
-                    raise KafkaException(refused) from None
-                raise
-            return found
-
-        name = f"ledger group {group_id(self._transactional_id, number)!r}"
-        return self._connection.in_thread(read, self._config.producer.delivery_timeout, name)
-
-    def _ledger_group(self, number: int) -> confluent_kafka.Consumer:
-        """The consumer that stands for one of the ledger's groups, made when first asked for."""
-        if number not in self._groups:
-            options = {"group.id": group_id(self._transactional_id, number), "enable.auto.commit": False}
-            self._groups[number] = self._connection.consumer(options)
-        return self._groups[number]
+        found = self._ledger.other_than((self._publication_id, *known))
+        return None if found is None else dataclasses.replace(found, topic_ids=self.topic_ids)
 
 
 def publish(
