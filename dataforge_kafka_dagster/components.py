@@ -103,6 +103,10 @@ def _is_template(value: object) -> bool:
     return isinstance(value, str) and re.search(_TEMPLATE, value) is not None
 
 
+def _has_template(value: object) -> bool:
+    return any(map(_has_template, value.values())) if isinstance(value, dict) else _is_template(value)
+
+
 def _secret(value: Any) -> Any:
     if not isinstance(value, Mapping):
         raise ValueError("a secret is not written into YAML, nor a template of it: write {env: NAME_OF_A_VARIABLE}")  # noqa: TRY004  (pydantic's)
@@ -114,7 +118,13 @@ def _raw_setting(name: str, value: Any) -> Any:
         return _secret(value)
     if isinstance(value, Mapping):
         return _Env.model_validate(value)
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return _text(value)
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, (int, float)) else value
 
 
 def _field(name: str, info: Any) -> tuple[Any, Any]:
@@ -192,6 +202,7 @@ def _model(name: str, base: type[T], resource: type[BaseModel], leave: Container
 _IOManagerAttributes: Any = _model("_IOManagerAttributes", _Attributes, KafkaIOManager, ["kafka"])
 
 _PARTITION_KEY: Final = "{partition_key}"
+_OF_TEXTS: Final = ("create_topics", "librdkafka_config", "schema_registry_client_config")
 _OWN_KEYS: Final = ("resource_key", "io_manager_key", "io_manager")
 
 
@@ -215,7 +226,7 @@ class _ResourceAttributesBase(_Attributes):
     def _fits(self) -> Self:
         """What a schema cannot say, such as options that do not go together."""
         options = _options(self, KafkaProducerResource, _OWN_KEYS)
-        if not any(map(_is_template, options.values())):
+        if not _has_template(options):
             try:
                 KafkaProducerResource(**options)
             except pydantic.ValidationError as error:
@@ -226,16 +237,16 @@ class _ResourceAttributesBase(_Attributes):
 _ResourceAttributes: Final = _model("_ResourceAttributes", _ResourceAttributesBase, KafkaProducerResource)
 
 
-def _resolved(context: dg.ResolutionContext, value: Any) -> Any:
-    """The value with its templates filled in; all else as it is ('01' would become 1).
+def _resolved(context: dg.ResolutionContext, value: Any, *, text: bool = False) -> Any:
+    """The value with its templates filled in, a number as text where ``text``; all else as it is ('01' would become 1).
 
     Raises:
         KafkaConfigError: A template gives nothing, which would stand for what is left out.
     """
     if isinstance(value, list):
-        return [_resolved(context, item) for item in value]
+        return [_resolved(context, item, text=text) for item in value]
     if isinstance(value, dict):
-        return {name: _resolved(context, item) for name, item in value.items()}
+        return {name: _resolved(context, item, text=text) for name, item in value.items()}
     if not _is_template(value):
         return value
     filled = context.resolve_value(value)
@@ -243,7 +254,7 @@ def _resolved(context: dg.ResolutionContext, value: Any) -> Any:
         raise KafkaConfigError(
             f"template {value!r}", "it gives nothing", "Set the environment variable that it names, or leave it out"
         )
-    return filled
+    return _text(filled) if text else filled
 
 
 class _ResourceScaffolder(dg.Scaffolder):
@@ -314,7 +325,9 @@ class KafkaResourceComponent(_Component):
         """
         attributes = typing.cast("_ResourceAttributesBase", model)
         options = _options(attributes, KafkaProducerResource, _OWN_KEYS)
-        kafka = KafkaProducerResource(**_resolved(context, options))
+        kafka = KafkaProducerResource(
+            **{name: _resolved(context, value, text=name in _OF_TEXTS) for name, value in options.items()}
+        )
         key = _resolved(context, attributes.io_manager_key)
         io_manager = None
         if key is not None:
@@ -494,6 +507,9 @@ class KafkaTopicComponent(_Component):
         schemas = [_resolved(context, given) for given in (attributes.value_schema, attributes.key_schema)]
         value_schema, key_schema = (None if given is None else KafkaSchema.parse(given) for given in schemas)
         topic = _resolved(context, attributes.topic)
+        spec = attributes.create_topic
+        if spec is not None:
+            spec = KafkaTopicSpec(**_resolved(context, spec.model_dump(exclude_unset=True), text=True))
         source = _resolved(context, attributes.path)
         if source is None:
             function = _resolved(context, attributes.function)
@@ -503,7 +519,7 @@ class KafkaTopicComponent(_Component):
             source=source,
             topic=None if topic is None else check_topic(topic),
             key=_resolved(context, attributes.key),
-            create_topic=attributes.create_topic,
+            create_topic=spec,
             value_schema=value_schema,
             key_schema=key_schema,
             write_mode=attributes.write_mode,

@@ -62,7 +62,12 @@ _COLUMNS: Final = dg.TableSchema(
 
 
 class _TopicSpec(dg.Config, KafkaTopicSpec):
-    """`KafkaTopicSpec` as a part of Dagster's configuration."""
+    """`KafkaTopicSpec` as a part of Dagster's configuration, which resolves an EnvVar."""
+
+    @field_validator("configs", mode="before")
+    @classmethod
+    def _variables(cls, value: Any) -> Any:
+        return value
 
 
 class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistryOptions):  # type: ignore[type-arg]
@@ -553,25 +558,34 @@ def _check_at_definition(options: dict[str, Any], known: Container[str]) -> None
         for name, value in options.items()
         if name not in later and (name in KafkaProducerConfig.model_fields or name not in known)
     }
-    raw = given.get("librdkafka_config")
-    if isinstance(raw, dict):
-        given["librdkafka_config"] = {name: value for name, value in raw.items() if not _is_env_var(value)}
+    if "librdkafka_config" in given:
+        given["librdkafka_config"] = _known(given["librdkafka_config"])
     context = {"later": later}
     producer = KafkaProducerConfig.model_validate(given, context=context)
     rest = {name: options[name] for name in _PUBLICATION_OPTIONS if name in options and name not in later}
+    spec = rest.get("create_topics")
+    if isinstance(spec, dict) and "configs" in spec:
+        rest["create_topics"] = spec | {"configs": _known(spec["configs"])}
     PublicationConfig.model_validate({"producer": producer, **rest}, context=context)
     registry = {name: _stand_in(name) if name in later else value for name, value in options.items()}
-    raw = registry.get("schema_registry_client_config")
-    if isinstance(raw, dict):
-        registry["schema_registry_client_config"] = {n: value for n, value in raw.items() if not _is_env_var(value)}
+    if "schema_registry_client_config" in registry:
+        registry["schema_registry_client_config"] = _known(registry["schema_registry_client_config"])
     registry_config({name: value for name, value in registry.items() if value is not None})
 
 
 def _stand_in(name: str) -> Any:
     """What an option of the registry may be, as long as its environment variable's value is not known."""
-    if name.endswith(("_location", "_timeout")):
+    if name.endswith("_timeout"):
         return None
+    if name.endswith("_location"):
+        return "."  # which exists
     return "https://later" if name == "schema_registry_url" else "later"
+
+
+def _known(settings: Any) -> Any:
+    if not isinstance(settings, dict):
+        return settings
+    return {name: value for name, value in settings.items() if not _is_env_var(value)}
 
 
 def _is_env_var(value: Any) -> bool:

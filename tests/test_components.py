@@ -22,6 +22,7 @@ from dataforge_kafka_dagster import (
     KafkaResourceComponent,
     KafkaSchema,
     KafkaTopicComponent,
+    KafkaTopicSpec,
 )
 from dataforge_kafka_dagster.kafka.config import REGISTRY_SECRET_OPTIONS, SECRET_OPTIONS
 from dataforge_kafka_dagster.kafka.errors import KafkaConfigError
@@ -131,6 +132,40 @@ def test_templates_are_filled_in(monkeypatch):
     monkeypatch.setenv("CLIENT_OF_TEST", "me")
     component = _component(KafkaResourceComponent, 'client_id: "{{ env.CLIENT_OF_TEST }}"')
     assert component.kafka.client_id == "me"
+
+
+def test_a_template_of_a_number_is_text_where_settings_are_text(monkeypatch):
+    monkeypatch.setenv("NUMBER_OF_TEST", "604800000")
+    number = "{{ env.NUMBER_OF_TEST }}"
+    kafka = KafkaResourceComponent.from_attributes_dict(
+        attributes={
+            "batch_size": "{{ env.NUMBER_OF_TEST }}",
+            "schema_registry_url": "http://a:1",
+            "schema_registry_client_config": {"cache.capacity": number},
+            "librdkafka_config": {"message.timeout.ms": number, "client.rack": "01"},
+            "create_topics": {"partitions": 2, "configs": {"retention.ms": number}},
+        }
+    ).kafka
+    assert kafka.batch_size == 604800000
+    assert kafka.schema_registry_client_config == {"cache.capacity": "604800000"}
+    assert kafka.librdkafka_config == {"message.timeout.ms": "604800000", "client.rack": "01"}
+    assert kafka.publication_config().create_topics == KafkaTopicSpec(
+        partitions=2, configs={"retention.ms": "604800000"}
+    )
+
+
+def test_templates_of_a_topics_settings_are_filled_in_as_text(monkeypatch):
+    monkeypatch.setenv("NUMBER_OF_TEST", "604800000")
+    topic = KafkaTopicComponent.from_attributes_dict(
+        attributes={
+            "asset": {"key": "a"},
+            "function": "test_components:day",
+            "create_topic": {"configs": {"retention.ms": "{{ env.NUMBER_OF_TEST }}", "preallocate": "{{ 1 > 0 }}"}},
+        }
+    )
+    (asset,) = _defs(topic).assets
+    (spec,) = asset.specs
+    assert spec.metadata["kafka/create_topic"] == {"configs": {"retention.ms": "604800000", "preallocate": "true"}}
 
 
 BAD_RESOURCES = [

@@ -225,6 +225,38 @@ def test_security_options_that_may_fit_are_accepted_at_definition(options):
     KafkaProducerResource(bootstrap_servers="a:1", **options)
 
 
+REGISTRY = {"schema_registry_url": "https://registry"}
+
+
+@pytest.mark.parametrize(("known", "later"), [("key", "certificate"), ("certificate", "key")])
+def test_a_file_for_the_registry_may_be_an_env_var_beside_one_that_is_known(known, later, tmp_path, monkeypatch):
+    (tmp_path / "known.pem").touch()
+    options = REGISTRY | {
+        f"schema_registry_ssl_{known}_location": str(tmp_path / "known.pem"),
+        f"schema_registry_ssl_{later}_location": dg.EnvVar("FILE_OF_TEST"),
+    }
+    resource = KafkaProducerResource(**options)
+    monkeypatch.setenv("FILE_OF_TEST", str(tmp_path / "later.pem"))
+    with pytest.raises(ValueError, match=r"later\.pem.* no such file"), resource.process_config_and_initialize_cm():
+        pass
+    (tmp_path / "later.pem").touch()
+    with resource.process_config_and_initialize_cm() as kafka:
+        registry = kafka.publication_config().schema_registry
+    assert getattr(registry, f"ssl_{later}_location") == str(tmp_path / "later.pem")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"username": UNKNOWN, "password": UNKNOWN, "token": "t"}, "exclude each other"),
+        ({"ssl_key_location": UNKNOWN}, "ssl_key_location needs ssl_certificate_location"),
+    ],
+)
+def test_options_of_the_registry_that_do_not_fit_are_refused_at_definition(options, said):
+    with pytest.raises(ValueError, match=said):
+        KafkaProducerResource(**REGISTRY, **{f"schema_registry_{name}": value for name, value in options.items()})
+
+
 def test_an_env_var_in_the_list_of_servers_is_refused(monkeypatch):
     monkeypatch.setenv("SERVER_OF_TEST", "real-host:9092")
     # Dagster cannot put an environment variable into a part of a text.

@@ -510,6 +510,67 @@ def test_what_avros_serializer_would_write_as_something_else_is_refused(registry
     assert said in caught.value.cause
 
 
+def record(name, **fields):
+    return {"type": "record", "name": name, "fields": [{"name": n, "type": avro} for n, avro in fields.items()]}
+
+
+UUID = {"type": "string", "logicalType": "uuid"}
+LOCAL_MICROS = {"type": "long", "logicalType": "local-timestamp-micros"}
+ORDER, NOTE = record("Order", id=UUID, total="double"), record("Note", id="string", text="string")
+MOMENTS = [record("A", at=UTC_MICROS, a="int"), record("B", at=LOCAL_MICROS, b="int")]
+NUMBERS = [record("A", f="float", a="int"), "null", record("B", f="double", b="int")]
+NESTED = [
+    record("A", of={"type": "array", "items": ORDER}),
+    record("B", of={"type": "array", "items": ["Order", NOTE]}),
+]
+
+
+@pytest.mark.parametrize(
+    ("members", "value"),
+    mostly_slow(
+        [
+            ([ORDER, NOTE], {"id": "N-17", "text": "hi"}),
+            (MOMENTS, {"at": NAIVE, "b": 1}),
+            (NUMBERS, {"f": 1e300, "b": 1}),
+            (NESTED, {"of": [{"id": "N-17", "text": "hi"}]}),
+            ([ORDER, {"type": "map", "values": "string"}], {"id": "N-17"}),
+        ],
+        2,
+    ),
+)
+def test_of_a_union_the_member_that_is_written_is_checked(registry, members, value):
+    again = [part if part == "null" else part.get("name", part) for part in members]
+    encode = encoder(registry, {"text": record("R", f=members, again=again) | {"namespace": "org.example"}})
+    row = {"f": value, "again": value}
+    assert SchemaDecoder(registry)(encode([row])[0], "avro") == row
+
+
+@pytest.mark.parametrize(
+    ("members", "value", "field", "said"),
+    mostly_slow(
+        [
+            ([ORDER, NOTE], {"id": "N-17", "total": 1.5}, "f.id", "'N-17' is no UUID"),
+            ([record("A", id=UUID), record("B", id="string")], {"id": "N-17"}, "f.id", "'N-17' is no UUID"),
+            (MOMENTS, {"at": NAIVE, "a": 1}, "f.at", "without a time zone"),
+            (NUMBERS, {"f": 1e300, "a": 1}, "f.f", "does not fit into a float"),
+            ([{"type": "map", "values": UUID}, NOTE], {"id": "N-17", "text": "hi"}, "f.id", "'N-17' is no UUID"),
+        ],
+        2,
+    ),
+)
+def test_what_a_unions_member_would_write_as_something_else_is_refused(registry, members, value, field, said):
+    with pytest.raises(InvalidRecordError) as caught:
+        encoder(registry, {"text": record("R", f=members)})([{"f": value}])
+    assert caught.value.field == field
+    assert said in caught.value.cause
+
+
+def test_the_names_in_a_union_are_those_of_its_records_namespace(registry):
+    schema = record("R", a=record("Outer", f=[ORDER, NOTE]), b=["null", "Outer"]) | {"namespace": "org.example"}
+    note = {"f": {"id": "N-17", "text": "hi"}}
+    assert encoder(registry, {"text": schema})([{"a": note, "b": note}])
+
+
 def test_a_name_in_an_avro_schema_is_checked_like_what_it_names(registry):
     fields = [{"name": "a", "type": ["null", POINT]}, {"name": "b", "type": "Point"}]
     encode = encoder(registry, {"text": {"type": "record", "name": "org.example.Two", "fields": fields}})

@@ -66,6 +66,16 @@ def test_wrong_specs_are_refused_at_definition(options):
             door()
 
 
+def test_an_env_var_among_the_settings_is_resolved_from_a_mapping_and_refused_in_a_spec(monkeypatch):
+    monkeypatch.setenv("RETENTION_OF_TEST", "604800000")
+    configs = {"retention.ms": dg.EnvVar("RETENTION_OF_TEST")}
+    with KafkaProducerResource(create_topics={"configs": configs}).process_config_and_initialize_cm() as kafka:
+        assert kafka.publication_config().create_topics.configs == {"retention.ms": "604800000"}
+    said = r"configs=\{'retention.ms': EnvVar\('RETENTION_OF_TEST'\)\}.* name would be.* create_topics as a mapping"
+    with pytest.raises(ValidationError, match=said):
+        KafkaTopicSpec(configs=configs)
+
+
 @pytest.mark.parametrize("options", mostly_slow([*WRONG, "six"]), ids=str)
 def test_wrong_specs_in_metadata_fail_the_step(options, closed_port, instance):
     @dg.asset(metadata={"kafka/topic": "t", "kafka/create_topic": options})

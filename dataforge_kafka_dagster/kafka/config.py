@@ -538,6 +538,18 @@ class KafkaTopicSpec(BaseModel):
         ),
     )
 
+    @field_validator("configs", mode="before")
+    @classmethod
+    def _variables(cls, value: Any) -> Any:
+        for name, text in value.items() if isinstance(value, Mapping) else ():
+            # Dagster's EnvVar is a str.
+            if isinstance(text, str) and hasattr(text, "env_var_name"):
+                raise ValueError(
+                    f"configs={{{name!r}: EnvVar({text.env_var_name!r})}} is not possible: the variable's name would be"
+                    " the value. Give the resource's create_topics as a mapping, where an EnvVar is resolved"
+                )
+        return value
+
     def describe(self) -> str:
         """One line for logs and errors."""
         factor = (
