@@ -1,5 +1,6 @@
 """`KafkaIOManager`: one output, one publication; and a publication back as an input."""
 
+import itertools
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -495,7 +496,33 @@ def _frame(library: str, lines: Sequence[Any]) -> Any:
     if library == "pandas":
         import pandas as pd  # noqa: PLC0415
 
-        return pd.DataFrame(rows)
+        frame = pd.DataFrame(rows)
+        if rows and isinstance(rows[0], dict):
+            for name in frame.columns[[dtype.kind == "f" for dtype in frame.dtypes]]:
+                if (exact := _exact_integers(rows, frame[name])) is not None:
+                    frame[name] = exact
+        return frame
     import pyarrow as pa  # noqa: PLC0415
 
-    return pa.Table.from_pylist(rows)
+    # Table.from_pylist takes the columns of the first row only.
+    names = dict.fromkeys(itertools.chain.from_iterable(rows))
+    return pa.Table.from_pydict({name: [row.get(name) for row in rows] for name in names})
+
+
+def _exact_integers(rows: Sequence[Any], column: Any) -> Any:
+    """An array for a column of integers and gaps that pandas has rounded to floats; None for one of other values."""
+    import numpy as np  # noqa: PLC0415
+    import pandas as pd  # noqa: PLC0415
+
+    name = column.name
+    if type(next((value for row in rows if (value := row.get(name)) is not None), None)) is not int:
+        return None
+    values = [row.get(name) for row in rows]
+    if not set(map(type, values)) <= {int, types.NoneType}:
+        return None
+    filled = [value or 0 for value in values]
+    low, high = min(filled), max(filled)
+    if low < (0 if high >= 2**63 else -(2**63)) or high >= 2**64:
+        return pd.array(values, dtype=object)
+    exact = np.array(filled, dtype="int64" if high < 2**63 else "uint64")
+    return pd.arrays.IntegerArray(exact, column.isna().to_numpy())

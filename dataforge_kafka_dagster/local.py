@@ -367,13 +367,12 @@ class LocalKafka:
         self._choose_ports()
         self._root = self._data_dir or Path(tempfile.mkdtemp(prefix="local-kafka-"))
         temporary = self._root / "tmp"
-        temporary.mkdir(parents=True, exist_ok=True)
-        with (self._root / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise LocalKafkaError(f"Another LocalKafka uses {self._root}: stop it, or use another one.") from error
-            self._supervisor = Supervisor(None if self._data_dir else self._root, lock.fileno())
+        try:
+            self._supervisor = self._make_supervisor(temporary)
+        except BaseException:
+            if self._data_dir is None:
+                shutil.rmtree(self._root, ignore_errors=True)
+            raise
         STARTED.add(self)
         self._java = [
             java,
@@ -395,6 +394,15 @@ class LocalKafka:
         self._wait_ready(self._nodes)
         if classes.exists():
             self._make_archive(classes, archive)
+
+    def _make_supervisor(self, temporary: Path) -> Supervisor:
+        temporary.mkdir(parents=True, exist_ok=True)
+        with (self._root / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise LocalKafkaError(f"Another LocalKafka uses {self._root}: stop it, or use another one.") from error
+            return Supervisor(None if self._data_dir else self._root, lock.fileno())
 
     def _end(self) -> None:
         supervisor, self._supervisor = self._supervisor, None

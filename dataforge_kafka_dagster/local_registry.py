@@ -165,6 +165,7 @@ class LocalSchemaRegistry:
             raise LocalKafkaError(str(error)) from error
         except BaseException:
             self.stop()
+            shutil.rmtree(self._root, ignore_errors=True)  # stop() leaves it where there is no supervisor
             raise
 
     def _wait(self, log: Path) -> None:

@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -6,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,9 +15,10 @@ import psutil
 import pytest
 from confluent_kafka import Consumer, KafkaException, Producer
 
-from dataforge_kafka_dagster import local
+from dataforge_kafka_dagster import local, local_registry
 from dataforge_kafka_dagster.local import LocalKafka, LocalKafkaError
 from dataforge_kafka_dagster.local_java import free_ports
+from dataforge_kafka_dagster.local_registry import LocalSchemaRegistry
 
 pytest_plugins = ["dataforge_kafka_dagster.pytest_plugin", "pytester"]
 
@@ -355,6 +358,24 @@ def test_an_interrupted_start_leaves_nothing(monkeypatch):
         kafka.start()
     assert set(java_pids()) <= before
     assert not kafka._root.exists()
+
+
+@pytest.mark.parametrize("server", [LocalKafka, LocalSchemaRegistry])
+@pytest.mark.parametrize("failing", ["subprocess.Popen", "pathlib.Path.open"])
+def test_a_start_without_a_supervisor_leaves_nothing(server, failing, monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise OSError(errno.EAGAIN, "no more")
+
+    for module in (local, local_registry):
+        monkeypatch.setattr(module, "java_program", lambda: "java")
+        monkeypatch.setattr(module, "fetch_jars", lambda *_: "jars")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    started = server()
+    monkeypatch.setattr(failing, fail)
+    with pytest.raises(OSError, match="no more"):
+        started.start()
+    assert started._root.parent == tmp_path
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.kafka

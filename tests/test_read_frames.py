@@ -1,0 +1,80 @@
+"""The frames that records are read back as: all columns, exact values."""
+
+import orjson
+import pandas as pd
+import polars as pl
+import pytest
+
+from dataforge_kafka_dagster import io_manager
+
+BIG = 2**53 + 1  # not a float
+
+
+@pytest.fixture(params=["json", "decoded"])
+def frame(request):
+    """Makes a frame of rows, from their JSON or as a schema decodes them."""
+    return lambda library, rows: io_manager._frame(
+        library, list(map(orjson.dumps, rows)) if request.param == "json" else rows
+    )
+
+
+def listed(made):
+    """A frame's columns as lists, in order, with None for what is missing."""
+    if isinstance(made, pd.DataFrame):
+        return [(name, [None if pd.isna(value) else value for value in made[name].tolist()]) for name in made]
+    return list((made.to_dict(as_series=False) if isinstance(made, pl.DataFrame) else made.to_pydict()).items())
+
+
+@pytest.mark.parametrize("library", ["polars", "pandas", "pyarrow"])
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [
+        ([{"a": 1}, {"a": 2, "b": 3}], [("a", [1, 2]), ("b", [None, 3])]),
+        ([{"z": 1}, {"b": "x", "a": None}, {"a": 0.5}], [("z", [1, None, None]), ("b", [None, "x", None]), ("a", [None, None, 0.5])]),
+        ([{"id": BIG}, {"id": None}], [("id", [BIG, None])]),
+        ([{"s": "x"}, {"id": -BIG, "s": "y"}], [("s", ["x", "y"]), ("id", [None, -BIG])]),
+        ([{"id": 2**63 - 1}, {}, {"id": -(2**63)}], [("id", [2**63 - 1, None, -(2**63)])]),
+        ([], []),
+    ],
+)  # fmt: skip
+def test_all_columns_of_all_rows_come_back_exact(library, rows, columns, frame):
+    made = dict(listed(frame(library, rows)))
+    assert made == dict(columns)
+    if library != "polars":  # which begins with those of its longest row
+        assert list(made) == [name for name, _ in columns]
+    for name, values in columns:
+        assert list(map(type, made[name])) == list(map(type, values))
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        ([BIG, None], "Int64"),
+        ([0, None], "Int64"),
+        ([None, 2**64 - 1, BIG], "UInt64"),
+        ([1, BIG], "int64"),
+        ([1, 2**64 - 1], "uint64"),
+        ([1, 0.5, None], "float64"),
+        ([0.5, None], "float64"),
+        ([True, None], "object"),
+        ([True, 1, None], "object"),
+        ([[1], None], "object"),
+        ([None, None], "object"),
+    ],
+)
+def test_only_columns_of_integers_and_missing_values_get_another_dtype(values, dtype, frame):
+    rows = [{"id": value} for value in values]
+    made = frame("pandas", rows)
+    assert made["id"].dtype == dtype
+    assert listed(made) == [("id", values)]
+    if dtype not in {"Int64", "UInt64"}:
+        pd.testing.assert_frame_equal(made, pd.DataFrame(rows))
+
+
+@pytest.mark.parametrize(
+    "values", [[None, 2**63, -1, BIG], [2**64, BIG, None], [None, 2**63, None, 2**64, BIG], [-(2**63) - 1, None, BIG]]
+)
+def test_integers_that_need_more_than_64_bits_stay_pythons_own(values):
+    made = io_manager._frame("pandas", [{"id": value} for value in values])
+    assert made["id"].dtype == object
+    assert listed(made) == [("id", values)]
