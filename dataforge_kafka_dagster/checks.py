@@ -64,9 +64,9 @@ def build_publication_checks(
     if isinstance(assets, (str, dg.AssetKey, dg.AssetSpec, dg.AssetsDefinition)):
         kind = type(assets).__qualname__
         raise KafkaConfigError(f"assets of type {kind}", "it is a single one", "Give a list of them")
-    specs = [(spec, manager) for asset in assets for spec, manager in _specs(asset)]
-    checks = [_build_check(spec, thorough, severity, blocking, resource_key, timeout) for spec, _ in specs]
-    for spec, io_manager_key in specs:
+    specs = [(spec, manager, bare) for asset in assets for spec, manager, bare in _specs(asset)]
+    checks = [_build_check(spec, bare, thorough, severity, blocking, resource_key, timeout) for spec, _, bare in specs]
+    for spec, io_manager_key, _ in specs:
         schemas = _schemas(spec)
         if schemas:
             checks.append(_build_schema_check(spec, schemas, severity, blocking, resource_key, io_manager_key))
@@ -131,16 +131,17 @@ def _build_schema_check(
     return schema_is_compatible
 
 
-def _specs(asset: dg.AssetsDefinition | dg.AssetSpec | dg.AssetKey | str) -> Iterable[tuple[dg.AssetSpec, str]]:
-    """Each asset's spec and the key of its IO manager."""
+def _specs(asset: dg.AssetsDefinition | dg.AssetSpec | dg.AssetKey | str) -> Iterable[tuple[dg.AssetSpec, str, bool]]:
+    """Each asset's spec, the key of its IO manager, and whether only its key is known."""
     if isinstance(asset, dg.AssetsDefinition):
-        return [(spec, asset.get_io_manager_key_for_asset_key(spec.key)) for spec in asset.specs]
+        return [(spec, asset.get_io_manager_key_for_asset_key(spec.key), False) for spec in asset.specs]
     spec = asset if isinstance(asset, dg.AssetSpec) else dg.AssetSpec(asset)
-    return [(spec, spec.metadata.get("dagster/io_manager_key", "io_manager"))]
+    return [(spec, spec.metadata.get("dagster/io_manager_key", "io_manager"), spec is not asset)]
 
 
 def _build_check(
     spec: dg.AssetSpec,
+    bare: bool,
     thorough: bool,
     severity: dg.AssetCheckSeverity,
     blocking: bool,
@@ -161,7 +162,7 @@ def _build_check(
         op_context = context.op_execution_context
         with kafka.errors_in_dagster(op_context):
             config = kafka.producer_config()
-            publications = dict(_publications(op_context, spec))
+            publications = dict(_publications(op_context, spec, bare))
             found = {
                 name: find_missing(config, publication, thorough=thorough, timeout=timeout)
                 for name, publication in publications.items()
@@ -172,12 +173,21 @@ def _build_check(
     return publication_is_in_kafka
 
 
-def _publications(context: dg.OpExecutionContext, spec: dg.AssetSpec) -> Iterator[tuple[str, Publication | None]]:
-    """What the asset's materializations published, by name; each publication once."""
+def _publications(
+    context: dg.OpExecutionContext, spec: dg.AssetSpec, bare: bool
+) -> Iterator[tuple[str, Publication | None]]:
+    """What the asset's materializations published, by name; each publication once.
+
+    Dagster's event log also has materializations from before an asset's partitions changed: what they are now, its
+    definition says, and the log only where that is not known.
+    """
     partitions: Sequence[str | None] = [None]
-    if spec.partitions_def is not None or context.instance.get_materialized_partitions(spec.key):
+    materialized = context.instance.get_materialized_partitions(spec.key)
+    if spec.partitions_def is not None:
+        materialized &= set(spec.partitions_def.get_partition_keys(dynamic_partitions_store=context.instance))
+    if spec.partitions_def is not None or (bare and materialized):
         given = context.partition_keys if context.has_partition_key or context.has_partition_key_range else None
-        partitions = sorted(context.instance.get_materialized_partitions(spec.key)) if given is None else list(given)
+        partitions = sorted(materialized) if given is None else list(given)
     seen = set()
     for partition in partitions or [None]:
         last = last_published(context.instance, spec.key, partition)

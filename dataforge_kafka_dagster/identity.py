@@ -13,7 +13,8 @@ from typing import Any
 
 import dagster as dg
 
-_RETRY_TAGS = ("dagster/retry_number", "dagster/is_resume_retry")
+_NUMBER_TAG = "dagster/retry_number"
+_RESUME_TAG = "dagster/is_resume_retry"
 _ASSET_RESUME_TAG = "dagster/is_asset_resume_retry"
 
 
@@ -23,7 +24,7 @@ class Identity:
 
     Attributes:
         name: Of the publisher: asset key and output, or job, step and run for an op.
-        partition: Dagster partition keys; empty if not partitioned.
+        partition: Dagster partition keys, sorted; empty if not partitioned.
         publication_id: The same for each attempt at the same work.
         origin: Id of the run whose work it is.
     """
@@ -42,26 +43,41 @@ def origin_run_id(instance: dg.DagsterInstance, run: dg.DagsterRun, step_key: st
     """Id of the run whose work a step does: the first ancestor that is not itself a retry.
 
     Automatic run retries and re-executions from failure are retries. A re-execution of everything is new work, and so
-    is a re-execution of selected steps for a step that had succeeded.
+    is a re-execution of selected steps for a step that had succeeded, also if what they repeat was a retry itself.
     """
-    while run.parent_run_id is not None and _is_retry(instance, run, step_key):
+    while run.parent_run_id is not None:
         parent = instance.get_run_by_id(run.parent_run_id)
+        if not _is_retry(instance, run, parent, step_key):
+            break
         if parent is None:
             return run.parent_run_id
         run = parent
     return run.run_id
 
 
-def _is_retry(instance: dg.DagsterInstance, run: dg.DagsterRun, step_key: str) -> bool:
-    if any(tag in run.tags for tag in _RETRY_TAGS):
+def _is_retry(instance: dg.DagsterInstance, run: dg.DagsterRun, parent: dg.DagsterRun | None, step_key: str) -> bool:
+    # A re-execution of selected steps has the number of its parent; an automatic retry has a higher one.
+    number, before = (one.tags.get(_NUMBER_TAG) if one else None for one in (run, parent))
+    if _RESUME_TAG in run.tags or (number is not None and number != before):
         return True
     # Neither of these two is sure: a re-execution of everything inherits the tag from a parent that has it, and a
     # re-execution from failure that was launched from Python has no tag, but starts from its parent's state as one of
     # selected steps does.
     if _ASSET_RESUME_TAG not in run.tags and not _starts_from_parent(instance, run):
         return False
-    successes = instance.all_logs(run.parent_run_id or "", of_type=dg.DagsterEventType.STEP_SUCCESS)
-    return all(entry.step_key != step_key for entry in successes)
+    if step_key not in _steps(instance, run.parent_run_id, dg.DagsterEventType.STEP_SUCCESS):
+        return True
+    # A graph's asset is executed again as a whole if one of its steps has failed.
+    if _ASSET_RESUME_TAG not in run.tags or (parent is not None and _ASSET_RESUME_TAG in parent.tags):
+        return False
+    graph, inside, _ = step_key.partition(".")
+    failed = _steps(instance, run.parent_run_id, dg.DagsterEventType.STEP_FAILURE)
+    return bool(inside) and any(key.startswith(f"{graph}.") for key in failed)
+
+
+def _steps(instance: dg.DagsterInstance, run_id: str | None, event: dg.DagsterEventType) -> set[str]:
+    """The keys of the steps of a run that ended so."""
+    return {entry.step_key for entry in instance.all_logs(run_id or "", of_type=event) if entry.step_key}
 
 
 def _starts_from_parent(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
@@ -148,5 +164,7 @@ def session_identity(
 
 
 def _identity(name: Sequence[str], partition: tuple[str, ...], origin: str) -> Identity:
+    # Dagster gives the partitions of a range in no order, and in another one in each process.
+    partition = tuple(sorted(partition))
     # Not the step key: Dagster renames the step of a multi-asset when a retry selects some of its assets.
     return Identity(tuple(name), partition, "/".join([origin, *name, "|".join(partition)]), origin)

@@ -9,7 +9,7 @@ from typing import Any, Final
 import dagster as dg
 from pydantic import ConfigDict, Field, ValidationError
 
-from dataforge_kafka_dagster.history import last_published, name_of, published
+from dataforge_kafka_dagster.history import Published, last_published, name_of, published
 from dataforge_kafka_dagster.identity import Identity, output_identity
 from dataforge_kafka_dagster.kafka.cloudevents import CloudEventHeaders
 from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, check_topic
@@ -391,14 +391,14 @@ def _publications(context: dg.InputContext) -> Iterator[Publication]:
         places = {key: place for place, key in enumerate(keys)}
         asked.sort(key=lambda key: places.get(key or "", 0))
     lenient = bool((context.definition_metadata or {}).get("allow_missing_partitions"))
+    last = {partition: last_published(context.instance, asset_key, partition) for partition in asked}
     seen = set()
-    for partition in asked:
-        last = last_published(context.instance, asset_key, partition)
-        if last is None:
+    for partition, found in last.items():
+        if found is None:
             if lenient:
                 continue
             raise KafkaError(name_of(asset_key, partition), "it was never materialized", "Materialize it first")
-        publication, covered = last
+        publication, covered = found
         if publication is None or publication.publication_id in seen:
             continue
         _refuse_others(
@@ -407,8 +407,22 @@ def _publications(context: dg.InputContext) -> Iterator[Publication]:
             asked,
             "Read them all, or return a mapping from partition key to records from the upstream asset",
         )
+        anew = next((other for other in covered if not _holds(last[other], publication)), None)
+        if anew is not None:
+            raise KafkaError(
+                name_of(asset_key, partition),
+                f"it was published together with {anew!r} in one publication, and {anew!r} anew since: which records of"
+                " the first are out of date is not known",
+                "Materialize them together again, or return a mapping from partition key to records",
+            )
         seen.add(publication.publication_id)
         yield publication
+
+
+def _holds(last: Published | None, publication: Publication) -> bool:
+    """Whether a Dagster partition's last publication is this one."""
+    found = last.publication if last else None
+    return found is not None and found.publication_id == publication.publication_id
 
 
 def _refuse_others(name: str, covered: Sequence[str], asked: Sequence[str | None], fix: str) -> None:

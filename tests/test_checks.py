@@ -3,7 +3,7 @@ import uuid
 
 import dagster as dg
 import pytest
-from confluent_kafka import TopicPartition
+from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from dataforge_kafka_dagster import (
@@ -181,3 +181,44 @@ def test_freshness_is_dagsters_own(resources, kafka_topic, instance):
     (evaluation,) = result.get_asset_check_evaluations()
     assert evaluation.passed
     assert evaluation.check_name == "freshness_check"
+
+
+def test_what_was_published_before_the_asset_lost_its_partitions_does_not_count(resources, kafka_topic, instance):
+    daily = dg.DailyPartitionsDefinition("2026-01-01", end_date="2026-01-03")
+    before = _rows(kafka_topic(), 1, partitions_def=daily)
+    dg.materialize([before], partition_key="2026-01-01", resources=resources, instance=instance)
+    asset = _rows(kafka_topic(), 2)
+    dg.materialize([asset], resources=resources, instance=instance)
+    checks = build_publication_checks([asset])
+    assert _plain(_evaluate([asset], checks, resources, instance))["kafka/records"] == 2
+    # By its key alone, only what the event log says is known.
+    bare = build_publication_checks([asset.key])
+    assert _plain(_evaluate([asset], bare, resources, instance))["kafka/records"] == 1
+
+
+def test_a_dynamic_partition_that_was_deleted_is_not_asked_for(resources, kafka_topic, instance):
+    dynamic = dg.DynamicPartitionsDefinition(name="checked")
+    asset = _rows(kafka_topic(), 3, partitions_def=dynamic)
+    instance.add_dynamic_partitions("checked", ["x", "y"])
+    for key in "xy":
+        dg.materialize([asset], partition_key=key, resources=resources, instance=instance)
+    instance.delete_dynamic_partition("checked", "x")
+    evaluation = _evaluate([asset], build_publication_checks([asset]), resources, instance)
+    assert _plain(evaluation)["kafka/records"] == 3
+
+
+def test_somebody_elses_open_transaction_is_not_taken_for_the_end(
+    resources, kafka_topic, instance, kafka_bootstrap_servers
+):
+    topic = kafka_topic()
+    other = Producer({"bootstrap.servers": kafka_bootstrap_servers, "transactional.id": topic})
+    other.init_transactions(30)
+    other.begin_transaction()
+    other.produce(topic, b"not committed")
+    assert other.flush(30) == 0
+    asset = _rows(topic)
+    dg.materialize([asset], resources=resources, instance=instance)
+    try:
+        assert _evaluate([asset], build_publication_checks([asset]), resources, instance).passed
+    finally:
+        other.abort_transaction(30)

@@ -22,6 +22,7 @@ from crashing import POINTS, RECORDS, assert_once, assert_told_truly
 from dagster._core.execution.api import ReexecutionOptions, execute_run
 
 from dataforge_kafka_dagster import KafkaProducerConfig
+from dataforge_kafka_dagster.identity import origin_run_id
 from dataforge_kafka_dagster.kafka.config import PublicationConfig
 from dataforge_kafka_dagster.kafka.ledger import make_transactional_id
 from dataforge_kafka_dagster.kafka.publication import PublicationWriter
@@ -194,6 +195,36 @@ def test_dagsters_retry_tags_tell_a_retry(tags, same, instance, crash, kafka_boo
     assert result.success
     records = read(kafka_bootstrap_servers, crash.topic)
     assert len(records) == (RECORDS if same else 2 * RECORDS)
+
+
+def test_what_is_launched_from_an_automatic_retry_is_no_retry_for_its_tag(instance):
+    """The UI's re-execution of selected steps has its parent's tags; the daemon counts on."""
+
+    @dg.op
+    def work():
+        return 1
+
+    job = dg.GraphDefinition("job", node_defs=[work]).to_job()
+    runs = []
+
+    def launched(number, parent):
+        tags = {} if number is None else {"dagster/retry_number": str(number)}
+        runs.append(
+            instance.create_run_for_job(job, tags=tags, parent_run_id=parent, root_run_id=parent and runs[0].run_id)
+        )
+        return origin_run_id(instance, runs[-1], "work"), runs[-1].run_id
+
+    origin, first = launched(None, None)
+    assert origin == first
+    origin, second = launched(1, first)
+    assert origin == first
+    origin, selected = launched(1, second)
+    assert origin == selected
+    origin, third = launched(2, second)
+    assert origin == first
+    origin, _ = launched(3, selected)
+    assert origin == selected
+    assert len({first, second, selected, third}) == 4
 
 
 def start(job, dagster_home, tags):

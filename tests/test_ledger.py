@@ -1,6 +1,7 @@
 """The ledger of a publication that other writers cut into thousands of runs of offsets."""
 
 import collections
+import dataclasses
 
 import orjson
 import pytest
@@ -8,9 +9,11 @@ from confluent_kafka import Producer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataforge_kafka_dagster import KafkaProducerConfig
+from dataforge_kafka_dagster import KafkaError, KafkaProducerConfig
 from dataforge_kafka_dagster.kafka.config import PublicationConfig
+from dataforge_kafka_dagster.kafka.connection import Connection
 from dataforge_kafka_dagster.kafka.ledger import (
+    Ledger,
     PartitionOffsets,
     Publication,
     decode_ledger,
@@ -18,9 +21,7 @@ from dataforge_kafka_dagster.kafka.ledger import (
     find_header,
     ledger_key,
 )
-from dataforge_kafka_dagster.kafka.publication import (
-    PublicationWriter,
-)
+from dataforge_kafka_dagster.kafka.publication import PublicationWriter, publish
 from dataforge_kafka_dagster.kafka.reader import read_publication
 
 LARGEST_METADATA = 4096
@@ -45,10 +46,10 @@ def _publication(offsets):
     return Publication("run/asset", "id", "t", records, 1, "json", tuple(offsets), replayed=True, seconds=0.0)
 
 
-@given(st.dictionaries(st.tuples(st.sampled_from(["t", "other"]), st.integers(0, 4)), runs, max_size=4))
+@given(st.dictionaries(st.tuples(st.sampled_from(["t", "o" * 249]), st.integers(0, 4)), runs, max_size=4))
 def test_any_ledger_comes_back(places):
     publication = _publication([_offsets(*place, steps) for place, steps in sorted(places.items())])
-    groups = encode_ledger(publication)
+    groups = encode_ledger(publication, [ledger_key(str(number)) for number in range(10)])
     entries = [entry for group in groups for entry in group]
     assert max(len(entry.metadata.encode()) for entry in entries) < LARGEST_METADATA
     key, header = find_header(groups[0])
@@ -56,6 +57,23 @@ def test_any_ledger_comes_back(places):
     assert decode_ledger(key, header, entries, "id", "run/asset") == publication
     assert key != ledger_key("another run/asset")
     assert decode_ledger(ledger_key("another"), header, entries, "id", "run/asset").offsets == ()
+
+
+def test_what_an_earlier_writing_of_it_has_left_elsewhere_does_not_count():
+    left = encode_ledger(_publication([_offsets("t", 0, [(1, 1)]), _offsets("t", 1, [(1, 1)])]))[0]
+    again = _publication([_offsets("t", 0, [(9, 4)])])
+    (entries,) = encode_ledger(again)
+    key, header = find_header(entries)
+    assert decode_ledger(key, header, [*entries, left[-1]], "id", "run/asset").offsets == again.offsets
+
+
+def test_a_publication_to_more_topics_than_the_ledger_can_name_is_refused():
+    topics = [f"{number:040}" for number in range(90)]
+    publication = _publication([_offsets(topic, 0, [(1, 1)]) for topic in topics])
+    publication = dataclasses.replace(publication, partition_counts=dict.fromkeys(topics, 1))
+    connection = Connection(KafkaProducerConfig(bootstrap_servers="localhost:1"))
+    with pytest.raises(KafkaError, match="no room for the names of 90 topics"):
+        Ledger(connection, "id", "t", 1.0).write(None, publication, "commit")
 
 
 @pytest.mark.kafka
@@ -108,3 +126,22 @@ def test_a_publication_of_thousands_of_runs_is_found_and_read_again(kafka_bootst
     assert again.publication.replayed
     assert again.publication.offsets == short.publication.offsets
     assert again.publication.records == 1
+
+
+@pytest.mark.kafka
+def test_a_retry_that_comes_after_another_publication_publishes_nothing(kafka_bootstrap_servers, kafka_topic, read):
+    topic = kafka_topic()
+    config = PublicationConfig(producer=KafkaProducerConfig(bootstrap_servers=kafka_bootstrap_servers))
+
+    def attempt(publication_id):
+        return publish(config, publication_id, transactional_id=topic, publication_id=publication_id, topic=topic)
+
+    for number in range(12):
+        assert attempt(str(number)).records == 1
+    assert attempt("11").replayed
+    for earlier in ("10", "1"):
+        with pytest.raises(KafkaError, match="an earlier attempt had published it, and it has been published anew"):
+            attempt(earlier)
+    assert [record.value for record in read(topic)] == [str(number).encode() for number in range(12)]
+    # So many are known, and no more.
+    assert attempt("0").records == 1

@@ -2,7 +2,10 @@
 
 import collections
 import json
+import os
 import re
+import subprocess
+import sys
 import uuid
 
 import dagster as dg
@@ -61,6 +64,36 @@ def test_transactional_ids_are_legal_stable_and_different(keys):
 def test_the_parts_of_a_name_are_not_mixed_up():
     names = [(("a", "b"), ()), (("a",), ("b",)), (("a.b",), ()), (("a",), ("b", "c")), (("a",), ("b.c",))]
     assert len({make_transactional_id("p", name, partition) for name, partition in names}) == len(names)
+
+
+RANGE = """
+import dagster as dg
+from dataforge_kafka_dagster.identity import output_identity
+
+class Show(dg.IOManager):
+    def handle_output(self, context, obj):
+        print("identity:", output_identity(context).partition)
+
+    def load_input(self, context): ...
+
+@dg.asset(partitions_def=dg.StaticPartitionsDefinition(list("abcdefgh")), backfill_policy=dg.BackfillPolicy.single_run())
+def letters():
+    return 1
+
+tags = {"dagster/asset_partition_range_start": "b", "dagster/asset_partition_range_end": "g"}
+assert dg.materialize([letters], tags=tags, resources={"io_manager": Show()}).success
+"""
+
+
+@pytest.mark.slow
+def test_a_range_has_one_name_in_every_process():
+    """Dagster gives its Dagster partitions as a set, in an order that the process's hash seed makes."""
+    for seed in "01":
+        command = [sys.executable, "-c", RANGE]
+        done = subprocess.run(
+            command, check=False, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, timeout=120
+        )
+        assert f"identity: {tuple('bcdefg')}" in done.stdout, done.stderr
 
 
 @pytest.mark.kafka

@@ -1,5 +1,6 @@
 """Which publication a `publishing` session is: in graphs, multi-assets and their retries, checks, ranges and tests."""
 
+import contextlib
 import uuid
 
 import dagster as dg
@@ -76,7 +77,43 @@ def test_sessions_of_two_resources_in_one_step_do_not_collide(kafka, kafka_topic
     assert _values(read(topic)) == ["x", "x"]
 
 
-def _run_and_resume(several, names, kafka, instance):
+def _some_rows(fails):
+    for i in range(1000):
+        if i == 700:
+            if fails == "bad record":
+                yield {"i": object()}
+            elif fails == "generator":
+                raise ZeroDivisionError
+        yield {"i": i}
+
+
+@pytest.mark.parametrize("fails", ["bad record", "generator", "nothing"])
+def test_records_that_were_sent_by_half_are_not_committed_if_their_error_is_caught(
+    fails, kafka, kafka_topic, read, instance
+):
+    topic = kafka_topic()
+
+    @dg.op
+    def work(context: dg.OpExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=topic) as publication:
+            with contextlib.suppress(KafkaError, ZeroDivisionError):
+                publication.send_all(_some_rows(fails))
+            publication.send({"i": "last"})
+
+    @dg.job(resource_defs={"kafka": kafka})
+    def job():
+        work()
+
+    result = job.execute_in_process(instance=instance, raise_on_error=False)
+    assert result.success is (fails == "nothing")
+    assert len(read(topic)) == (1001 if fails == "nothing" else 0)
+    if fails == "bad record":
+        assert "record 700" in _failure(result, "work")
+    elif fails == "generator":
+        assert "they ended with ZeroDivisionError" in _failure(result, "work")
+
+
+def _run_and_resume(several, names, kafka, instance, tags=None):
     """Fails a run of a multi-asset, and retries the assets with these names, as the UI does "from failure"."""
     job = dg.define_asset_job("job", executor_def=dg.in_process_executor)
     definition = dg.Definitions([several], jobs=[job], resources={"kafka": kafka}).resolve_job_def("job")
@@ -86,7 +123,7 @@ def _run_and_resume(several, names, kafka, instance):
     subset = definition.get_subset(asset_selection=keys)
     run = instance.create_run_for_job(
         subset,
-        tags={"dagster/is_asset_resume_retry": "true"},
+        tags=tags or {"dagster/is_asset_resume_retry": "true"},
         asset_selection=keys,
         parent_run_id=first.run_id,
         root_run_id=first.run_id,
@@ -140,6 +177,35 @@ def test_a_session_is_not_taken_for_that_of_an_asset_which_is_not_retried(named,
         assert "publishing(..., name=)" in event.step_failure_data.user_failure_data.description
 
 
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_graph_asset_that_is_executed_again_finds_what_its_steps_had_published(
+    by_hand, kafka, kafka_topic, read, instance
+):
+    """Dagster executes all of its steps again, also those that had succeeded."""
+    topic = kafka_topic()
+    attempts = []
+
+    @dg.op
+    def publish(context: dg.OpExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=topic) as publication:
+            publication.send("x")
+
+    @dg.op
+    def fail_once(_published):
+        attempts.append(1)
+        if len(attempts) == 1:
+            raise ZeroDivisionError
+        return 1
+
+    @dg.graph_asset
+    def of_steps():
+        return fail_once(publish())
+
+    tags = {"dagster/is_asset_resume_retry": "true"} | ({} if by_hand else {"dagster/retry_number": "1"})
+    assert _run_and_resume(of_steps, ["of_steps"], kafka, instance, tags).success
+    assert _values(read(topic)) == ["x"]
+
+
 def test_a_range_of_a_session_is_read_back_only_as_a_whole(kafka, kafka_topic, read, instance):
     daily = dg.DailyPartitionsDefinition("2026-01-01", end_date="2026-01-05")
     topic = kafka_topic()
@@ -180,6 +246,12 @@ def test_a_range_of_a_session_is_read_back_only_as_a_whole(kafka, kafka_topic, r
         raise_on_error=False,
     )
     assert "published together with 1 other Dagster partitions" in _failure(result, "day")
+    # One of the two anew: the publication of both still holds its old records.
+    assert dg.materialize(
+        assets, selection=[days], partition_key="2026-01-02", resources=resources, instance=instance
+    ).success
+    result = dg.materialize(assets, selection=[both_days], resources=resources, instance=instance, raise_on_error=False)
+    assert "'2026-01-02' anew since" in _failure(result, "both_days")
 
 
 def test_a_check_publishes(kafka, kafka_topic, read, instance):

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import itertools
 import re
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -20,14 +21,18 @@ import orjson
 from confluent_kafka import KafkaException, TopicPartition
 
 from dataforge_kafka_dagster.kafka.connection import Connection
-from dataforge_kafka_dagster.kafka.errors import KafkaError
+from dataforge_kafka_dagster.kafka.errors import KafkaError, Remedy
 from dataforge_kafka_dagster.kafka.schemas import RegisteredSchema, SchemaFormat
 from dataforge_kafka_dagster.kafka.serialization import ValueFormat
 
 _LEDGER_VERSION: Final = 1
 # Brokers refuse more than offset.metadata.max.bytes, 4096 by default.
+_LARGEST: Final = 4096
 _LEDGER_BYTES: Final = 3500
 _LEDGER_SCHEMA_BYTES: Final = 800
+_LEDGER_HEADER_BYTES: Final = 1000
+# So many publications before the last one are known by their keys.
+_EARLIER: Final = 10
 _ID_BYTES: Final = 180
 _REQUEST_SECONDS: Final = 10.0
 _WARM_SECONDS: Final = 1.0
@@ -185,9 +190,15 @@ def ledger_key(publication_id: str) -> str:
     return base64.b32encode(hashlib.sha256(publication_id.encode()).digest()[:15]).decode().lower()
 
 
-def encode_ledger(publication: Publication) -> list[list[TopicPartition]]:
-    """The ledger as offsets to commit, a list per consumer group; more than one only for thousands of runs."""
-    key = ledger_key(publication.publication_id)
+def encode_ledger(publication: Publication, earlier: Sequence[str] = ()) -> list[list[TopicPartition]]:
+    """The ledger as offsets to commit, a list per consumer group; more than one only for thousands of runs.
+
+    Args:
+        publication: The last publication.
+        earlier: The keys of those before it.
+    """
+    # The same publication may be written again, when it is not among the earlier ones any more, and to other places.
+    key = f"{ledger_key(publication.publication_id)}.{secrets.token_hex(3)}"
     groups: list[dict[tuple[str, int], dict[str, Any]]] = [{(publication.topic, 0): {"p": key}}]
     ends = {(publication.topic, 0): 0}
     for offsets in publication.offsets:
@@ -200,14 +211,17 @@ def encode_ledger(publication: Publication) -> list[list[TopicPartition]]:
     groups[0][publication.topic, 0]["h"] = {
         "v": _LEDGER_VERSION,
         "groups": len(groups),
-        "places": {topic: 1 + max(p for t, p in ends if t == topic) for topic, _ in ends},
+        "topics": {
+            topic: [1 + max((p for t, p in ends if t == topic), default=-1), publication.partition_counts.get(topic)]
+            for topic in dict.fromkeys([*(topic for topic, _ in ends), *publication.partition_counts])
+        },
         "topic": publication.topic,
         "records": publication.records,
         "bytes": publication.bytes,
         "format": publication.value_format,
         "dead": [publication.dead_letters, publication.dead_letter_topic],
         "tombstones": publication.tombstones,
-        "counts": dict(publication.partition_counts),
+        "earlier": list(earlier),
     }
     schemas = [dataclasses.astuple(schema) for schema in publication.schemas]
     # What a replay then does not tell, the ids in the records do.
@@ -229,7 +243,7 @@ def _split(runs: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
     end = 0
     for first, last in runs:
         size += len(f"{first - end},{last - first + 1},")
-        if size > _LEDGER_BYTES - 400 - _LEDGER_SCHEMA_BYTES:
+        if size > _LEDGER_BYTES - _LEDGER_HEADER_BYTES - _LEDGER_SCHEMA_BYTES:
             pieces.append([])
             size = 2 * len(f"{last},")
         pieces[-1].append((first, last))
@@ -238,7 +252,10 @@ def _split(runs: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
 
 
 def find_header(entries: Iterable[TopicPartition]) -> tuple[str, dict[str, Any]] | None:
-    """The key of the publication in the ledger, and what the ledger says of it as a whole."""
+    """What stands for the publication in the ledger, and what the ledger says of it as a whole.
+
+    The first is its key, a dot, and what tells this time that it was written from others.
+    """
     for _, content in _ledger_entries(entries):
         if "p" in content and "h" in content:
             return content["p"], content["h"]
@@ -284,7 +301,7 @@ def decode_ledger(
         dead_letters=header["dead"][0],
         dead_letter_topic=header["dead"][1],
         tombstones=header["tombstones"],
-        partition_counts=header["counts"],
+        partition_counts={topic: count for topic, (_, count) in header["topics"].items() if count is not None},
         schemas=tuple(RegisteredSchema(*schema) for schema in header.get("schemas", ())),
     )
 
@@ -319,10 +336,22 @@ class Ledger:
         """What the last publication was, if it is this one. Only after its attempt is fenced does it stay so.
 
         Raises:
-            KafkaError: The brokers do not answer, refuse the group, or somebody has changed its offsets.
+            KafkaError: The brokers do not answer, refuse the group, or somebody has changed its offsets; or this one
+                was published, and others since, which took its place in the ledger.
         """
         self._last = find_header(self._committed(0, {self._topic: 1}))
-        if self._last is None or self._last[0] != ledger_key(publication_id):
+        if self._last is None:
+            return None
+        key = ledger_key(publication_id)
+        if self._last_key != key and key in self._last[1]["earlier"]:
+            raise KafkaError(
+                f"publication {publication_id!r}",
+                "an earlier attempt had published it, and it has been published anew since, by another run",
+                "Nothing is to be done: its records are in Kafka once, and where the last ones are, that run says. To"
+                " publish them again, start a new run",
+                remedy=Remedy.FAIL,
+            )
+        if self._last_key != key:
             return None
         done = self._decoded(*self._last, publication_id)
         found = sum(offsets.records for offsets in done.offsets)
@@ -343,7 +372,7 @@ class Ledger:
         Raises:
             KafkaError: The brokers do not answer.
         """
-        if self._last is None or self._last[0] in set(map(ledger_key, known)):
+        if self._last is None or self._last_key in set(map(ledger_key, known)):
             return None
         return self._decoded(*self._last, "")
 
@@ -358,11 +387,22 @@ class Ledger:
         Raises:
             KafkaError: The brokers do not answer, or refuse the group.
         """
-        for number, entries in enumerate(encode_ledger(publication)):
+        before = [] if self._last is None else [self._last_key, *self._last[1]["earlier"]]
+        for number, entries in enumerate(encode_ledger(publication, before[:_EARLIER])):
+            if max(len(str(entry.metadata)) for entry in entries) > _LARGEST:
+                raise KafkaError(
+                    name,
+                    f"the ledger has no room for the names of {len(publication.partition_counts)} topics",
+                    "Publish to fewer topics at once, in several sessions",
+                )
             metadata = self._group(number).consumer_group_metadata()
             send = functools.partial(producer.send_offsets_to_transaction, entries, metadata, self._timeout)
             # It ignores its time-out while a broker does not answer.
             self._connection.in_thread(send, self._timeout, name)
+
+    @property
+    def _last_key(self) -> str:
+        return self._last[0].partition(".")[0] if self._last else ""
 
     def let_go(self) -> list[confluent_kafka.Consumer]:
         """Its clients, which it does not use any more."""
@@ -371,7 +411,8 @@ class Ledger:
         return clients
 
     def _decoded(self, key: str, header: Mapping[str, Any], publication_id: str) -> Publication:
-        entries = [entry for number in range(header["groups"]) for entry in self._committed(number, header["places"])]
+        places = {topic: places for topic, (places, _) in header["topics"].items()}
+        entries = [entry for number in range(header["groups"]) for entry in self._committed(number, places)]
         return decode_ledger(key, header, entries, self._transactional_id, publication_id)
 
     def _committed(self, number: int, places: Mapping[str, int]) -> list[TopicPartition]:

@@ -14,7 +14,7 @@ import datetime as dt
 import itertools
 import operator
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Final
 
@@ -348,7 +348,7 @@ class PublicationWriter:
         """
         if self.replayed:
             return
-        for chunk in encoded:
+        for chunk in self._whole(encoded):
             self._write(chunk, topic or self.topic)
 
     def send_tombstones(self, deleted: Iterable[Chunk]) -> None:
@@ -359,9 +359,30 @@ class PublicationWriter:
         """
         if self.replayed:
             return
-        for chunk in deleted:
+        for chunk in self._whole(deleted):
             self._write(chunk, self.topic)
             self._tombstones += len(chunk.values)
+
+    def _whole(self, encoded: Iterable[Chunk]) -> Iterator[Chunk]:
+        """The chunks; if not all of them can be made, nothing is committed even if somebody catches the error.
+
+        Who catches it does not know which records were sent.
+        """
+        before = self._position
+        try:
+            yield from encoded
+        except Exception as error:
+            if self._position > before:
+                self._broken = self._broken or (
+                    error
+                    if isinstance(error, KafkaError)
+                    else KafkaError(
+                        f"publication to {self.topic!r}",
+                        f"after record {self._position - 1} they ended with {type(error).__name__}: {error}",
+                        "Let that error end the with block, or catch it where the records are made",
+                    )
+                )
+            raise
 
     def _write(self, chunk: Chunk, topic: str) -> None:
         self._live_producer()
@@ -455,6 +476,7 @@ class PublicationWriter:
         if self._dead_track is None:
             raise error
         error.index = index
+        self._first_sent = self._first_sent or time.monotonic()
         record = dead_letter(bad, error, self.topic, self._longest_dead_letter)
         track = self._dead_track
         report = track.reporter(Span(index, index + 1, record["key"]))

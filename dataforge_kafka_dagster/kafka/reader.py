@@ -122,6 +122,8 @@ def _read_partition(
                 _check(connection, error, offsets)
                 continue
             offset = message.offset()
+            if offset < offsets.first:
+                return  # the log was cut before it: what is at its offsets now is somebody else's
             if offset > offsets.last:
                 break
             if whole or offset <= offsets.runs[bisect.bisect_right(starts, offset) - 1][1]:
