@@ -2,6 +2,7 @@
 
 import datetime as dt
 import decimal
+import json
 import math
 
 import pandas as pd
@@ -22,6 +23,8 @@ TYPES = [
     pl.Datetime("us", "Asia/Kolkata"), pl.Decimal, pl.Categorical, pl.Null, pl.List(pl.Int64), pl.List(pl.String),
     pl.List(pl.Float64), pl.Array(pl.Float32, 2), pl.Struct({"a": pl.Int64, "b": pl.String, "c": pl.Float64}),
     pl.List(pl.Struct({"x": pl.Float64, "y": pl.Boolean})), pl.List(pl.List(pl.Decimal(10, 2))),
+    pl.List(pl.Datetime("us")), pl.Array(pl.Datetime("ms", "Asia/Kolkata"), 2),
+    pl.List(pl.Struct({"a": pl.List(pl.Datetime("us", "UTC")), "b": pl.Int64})),
 ]  # fmt: skip
 
 
@@ -205,6 +208,44 @@ def test_nanoseconds_are_kept():
         b'{"t":"1970-01-01T00:00:00"}',
         b'{"t":null}',
     ]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(
+    "dtype",
+    [pl.Time, pl.Datetime("ns"), pl.Datetime("ns", "Asia/Kolkata")],
+)
+def test_nanoseconds_are_kept_in_lists_and_structs(dtype, exact, monkeypatch):
+    monkeypatch.setattr(frames, "_json_is_exact", lambda: exact)
+    times = pl.Series("^t$", [1, 1_000, 0, None]).cast(dtype)
+    texts = [json.loads(value)["^t$"] for value, _ in encoded(times.to_frame())]
+    assert texts[0].partition("+")[0].endswith("00.000000001")
+    flat = times.to_frame().with_row_index("*")
+    struct = pl.struct(pl.all()).alias("*")
+    for frame, expected in [
+        (times.to_frame().select(pl.all().implode()), [{"^t$": texts}]),
+        (times.to_frame().select(pl.all().reshape((2, 2))), [{"^t$": texts[:2]}, {"^t$": texts[2:]}]),
+        (flat.select(struct), [{"*": {"*": i, "^t$": text}} for i, text in enumerate(texts)]),
+        (
+            flat.select(struct.implode()).vstack(
+                pl.DataFrame({"*": [None]}, schema=flat.select(struct.implode()).schema)
+            ),
+            [{"*": [{"*": i, "^t$": text} for i, text in enumerate(texts)]}, {"*": None}],
+        ),
+    ]:
+        assert [json.loads(value) for value, _ in encoded(frame)] == expected
+        assert [json.loads(value) for value, _ in encoded(frame.to_arrow())] == expected
+
+
+def test_null_structs_of_times_stay_null():
+    frame = pl.DataFrame({"s": [{"t": dt.time(1)}, None, {"t": None}]})
+    assert [json.loads(value)["s"] for value, _ in encoded(frame)] == [{"t": "01:00:00"}, None, {"t": None}]
+
+
+def test_a_decimal_that_is_nan_is_missing_in_a_frame_and_infinity_is_refused():
+    frame = pd.DataFrame({"d": [decimal.Decimal(1), decimal.Decimal("NaN")]})
+    assert encoded(frame, "d") == [(b'{"d":"1"}', b"1"), (b'{"d":null}', None)]
+    assert "infinity" in encoded(pd.DataFrame({"d": [decimal.Decimal("Infinity")]}))
 
 
 def test_an_older_polars_whose_json_loses_values_is_not_asked_for_it(monkeypatch):

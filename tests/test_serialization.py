@@ -2,9 +2,11 @@ import dataclasses
 import datetime as dt
 import decimal
 import enum
+import functools
 import json
 import types
 import uuid
+import zoneinfo
 from collections import OrderedDict
 
 import numpy as np
@@ -22,6 +24,7 @@ from dataforge_kafka_dagster.kafka.serialization import (
     serialize_key,
     serialize_value,
     to_json,
+    to_protobuf_json,
     with_null,
 )
 
@@ -34,6 +37,30 @@ class Colour(enum.Enum):
 class Point:
     x: int
     y: float
+
+
+@dataclasses.dataclass
+class Private:
+    _id: str
+    x: int
+
+    @functools.cached_property
+    def twice(self):
+        return 2 * self.x
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    _id: str
+    x: int
+
+
+class Number(int, enum.Enum):
+    ONE = 1
+
+
+class NotANumber(enum.Enum):
+    NAN = float("nan")
 
 
 class Inner(BaseModel):
@@ -70,6 +97,23 @@ class Model(BaseModel):
 )
 def test_values_by_type(value, encoded):
     assert serialize_value(value) == encoded
+
+
+@pytest.mark.parametrize("cls", [Private, Slots])
+@pytest.mark.parametrize("write", [to_json, to_protobuf_json, serialize_value, serialize_key])
+def test_a_dataclass_is_its_fields(cls, write):
+    thing = cls("a", 2)
+    assert getattr(thing, "twice", 4) == 4
+    fields = b'{"_id":"a","x":2}'
+    assert write(thing) == fields
+    assert write({"in": [thing]}) == b'{"in":[' + fields + b"]}"
+
+
+def test_a_field_without_a_value_is_refused():
+    thing = Private("a", 2)
+    del thing._id
+    with pytest.raises(InvalidRecordError, match="_id"):
+        serialize_value(thing, 0)
 
 
 UUID = uuid.UUID("12345678-1234-5678-1234-567812345678")
@@ -167,6 +211,10 @@ NAN, INF = float("nan"), float("inf")
         ({"a": np.float32("nan")}, "a"),
         ({"a": np.float16("inf")}, "a"),
         ({"a": np.array([1.0, NAN])}, "a"),
+        ({"a": decimal.Decimal("NaN")}, "a"),
+        ({"a": None, "b": [decimal.Decimal("sNaN")]}, "b.0"),
+        (Point(1, decimal.Decimal("-Infinity")), "y"),
+        ({"a": NotANumber.NAN}, "a"),
     ],
 )
 def test_non_finite_floats_are_refused_and_never_become_null(value, field):
@@ -224,13 +272,45 @@ def test_fixes_keep_the_spelling_of_json():
         (Point(1, 2.0), b'{"x":1,"y":2.0}'),
         (np.int64(7), b"7"),
         (np.str_("a"), b"a"),
+        (np.array([0.5, 0.1], np.float32), b"[0.5,0.1]"),
+        (pd.NaT, None),
+        (pd.NA, None),
+        (np.datetime64("NaT"), None),
+        (np.datetime64("NaT", "ns"), None),
     ],
 )
 def test_keys_have_the_text_forms_of_javas_string_serializer(key, encoded):
     assert serialize_key(key) == encoded
 
 
-@pytest.mark.parametrize("key", [object(), {1}, NAN, INF, 1j, {"a": object()}, [{1}], int, "\ud800", {"a": NAN}])
+MOMENTS = st.datetimes(timezones=st.none() | st.just(zoneinfo.ZoneInfo("Europe/Berlin")))
+SINGLE = (
+    st.sampled_from([Number.ONE, Colour.RED, UUID, np.datetime64("2024-01-01"), np.datetime64("2024-01-01T01", "ns")])
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.floats(allow_nan=False, allow_infinity=False, width=32).map(np.float32)
+    | st.decimals(allow_nan=False, allow_infinity=False)
+    | st.dates()
+    | MOMENTS
+)
+
+
+@given(SINGLE)
+def test_a_key_is_the_text_that_the_field_has_in_the_value(key):
+    assert serialize_key(key) == to_json([key])[1:-1].strip(b'"')
+
+
+@pytest.mark.parametrize("key", [decimal.Decimal("NaN"), decimal.Decimal("Infinity"), np.float32("nan"), INF])
+def test_keys_that_are_no_finite_number_are_refused_with_their_field(key):
+    with pytest.raises(InvalidRecordError, match=r"'tailnum'.*a key cannot be") as caught:
+        serialize_key(key, 5, "tailnum")
+    assert caught.value.field == "tailnum"
+
+
+@pytest.mark.parametrize(
+    "key", [np.timedelta64(1, "ns"), object(), {1}, NAN, INF, 1j, {"a": object()}, [{1}], int, "\ud800", {"a": NAN}]
+)
 def test_other_keys_are_refused(key):
     with pytest.raises(InvalidRecordError) as caught:
         serialize_key(key, 5, "tailnum")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,6 +18,8 @@ from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
 from dataforge_kafka_dagster.kafka.records import Chunk, key_of
 from dataforge_kafka_dagster.kafka.serialization import (
     Encoders,
+    is_missing,
+    is_nan,
     json_lines,
     refuse_infinite,
     serialize_key,
@@ -149,9 +150,7 @@ class FrameEncoder:
     def _key(value: Any, index: int, field: str) -> bytes | None:
         if type(value) is str:
             return value.encode()
-        if type(value).__name__ in {"NaTType", "NAType"} or (isinstance(value, float) and math.isnan(value)):
-            return None
-        return serialize_key(value, index, field)
+        return None if is_missing(value) or is_nan(value) else serialize_key(value, index, field)
 
 
 def _in_polars(native: Any) -> pl.DataFrame | None:
@@ -222,20 +221,64 @@ def _without_times(frame: pl.DataFrame) -> pl.DataFrame:
     import polars as pl  # noqa: PLC0415  (optional, and slow to import)
 
     texts = []
-    for series in frame:
-        dtype = series.dtype
+    for column in frame:
+        dtype = column.dtype
+        # A column's own name, and a field's below, may look like a pattern to polars.
+        series = column.alias("it")
         if isinstance(dtype, (pl.Datetime, pl.Time)):
-            date = "" if isinstance(dtype, pl.Time) else "%Y-%m-%dT"
-            zone = "%:z" if isinstance(dtype, pl.Datetime) and dtype.time_zone else ""
+            seconds, *finer = _time_formats(dtype)
             fraction = series.dt.nanosecond()
-            text = series.dt.to_string(f"{date}%H:%M:%S{zone}")
-            for digits, needs in (("%.6f", fraction != 0), ("%.9f", fraction % 1000 != 0)):
+            text = series.dt.to_string(seconds)
+            for form, needs in zip(finer, (fraction != 0, fraction % 1000 != 0), strict=True):
                 if needs.any():
-                    text = text.zip_with(
-                        ~needs.fill_null(value=False), series.dt.to_string(f"{date}%H:%M:%S{digits}{zone}")
-                    )
-            texts.append(text)
+                    text = text.zip_with(~needs.fill_null(value=False), series.dt.to_string(form))
+            texts.append(text.alias(column.name))
+        elif _has_times(dtype):
+            text = series.to_frame().select(_time_texts(pl.col("it"), dtype).alias("it")).to_series()
+            texts.append(text.alias(column.name))
     return frame.with_columns(texts) if texts else frame
+
+
+def _time_formats(dtype: Any) -> tuple[str, str, str]:
+    import polars as pl  # noqa: PLC0415  (optional, and slow to import)
+
+    date = "" if isinstance(dtype, pl.Time) else "%Y-%m-%dT"
+    zone = "%:z" if isinstance(dtype, pl.Datetime) and dtype.time_zone else ""
+    return f"{date}%H:%M:%S{zone}", f"{date}%H:%M:%S%.6f{zone}", f"{date}%H:%M:%S%.9f{zone}"
+
+
+def _has_times(dtype: Any) -> bool:
+    import polars as pl  # noqa: PLC0415  (optional, and slow to import)
+
+    if isinstance(dtype, (pl.List, pl.Array)):
+        return _has_times(dtype.inner)
+    if isinstance(dtype, pl.Struct):
+        return any(_has_times(field.dtype) for field in dtype.fields)
+    return isinstance(dtype, (pl.Datetime, pl.Time))
+
+
+def _time_texts(value: pl.Expr, dtype: Any) -> pl.Expr:
+    """A nested value as `_without_times` writes it: polars' Python objects would end at microseconds."""
+    import polars as pl  # noqa: PLC0415  (optional, and slow to import)
+
+    if not _has_times(dtype):
+        return value
+    if isinstance(dtype, pl.Array):
+        value, dtype = value.arr.to_list(), pl.List(dtype.inner)
+    if isinstance(dtype, pl.List):
+        return value.list.eval(_time_texts(pl.element(), dtype.inner))
+    if isinstance(dtype, pl.Struct):
+        numbers = [str(i) for i in range(len(dtype.fields))]
+        plain = value.struct.rename_fields(numbers)
+        parts = [
+            _time_texts(plain.struct.field(number), field.dtype).alias(number)
+            for number, field in zip(numbers, dtype.fields, strict=True)
+        ]
+        named = pl.struct(parts).struct.rename_fields([field.name for field in dtype.fields])
+        return pl.when(value.is_not_null()).then(named)
+    seconds, micros, nanos = map(value.dt.to_string, _time_formats(dtype))
+    fraction = value.dt.nanosecond()
+    return pl.when(fraction % 1000 != 0).then(nanos).when(fraction != 0).then(micros).otherwise(seconds)
 
 
 def _plain_types(frame: pl.DataFrame) -> pl.DataFrame | None:
@@ -282,4 +325,4 @@ def _has_infinity(series: pl.Series) -> bool:
 def _json_of(frame: pl.DataFrame) -> pl.Series:
     import polars as pl  # noqa: PLC0415  (optional, and slow to import)
 
-    return frame.select(pl.struct(pl.all()).struct.json_encode()).to_series()
+    return frame.select(pl.struct(pl.all()).struct.json_encode()).to_series().alias("json")

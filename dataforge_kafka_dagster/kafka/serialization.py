@@ -11,6 +11,8 @@ import bisect
 import dataclasses
 import datetime as dt
 import decimal
+import enum
+import functools
 import itertools
 import math
 import uuid
@@ -26,8 +28,9 @@ ValueFormat = Literal["json", "string", "bytes", "avro", "json_schema", "protobu
 
 Headers = Mapping[str, "str | bytes | None"] | Sequence[tuple[str, "str | bytes | None"]]
 
-# orjson 3.13 writes a time of 10 to 99 milliseconds without its leading zero, so all of them come to `_jsonable`.
-_OPTIONS: Final = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_PASSTHROUGH_DATETIME
+# orjson 3.13 writes a time of 10 to 99 milliseconds without its leading zero; of a dataclass it leaves out fields that
+# begin with an underscore, and adds attributes that are no fields. So all of them come to `_jsonable`.
+_OPTIONS: Final = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS
 
 
 RowsEncoder = Callable[[Sequence[Any], int], "list[bytes | None]"]
@@ -83,13 +86,15 @@ def _jsonable(value: Any) -> Any:
     """What orjson is to write for a type it does not know."""
     if type(value) is dt.datetime:
         return orjson.Fragment(orjson.dumps(value))
+    if hasattr(type(value), "__dataclass_fields__"):
+        return _fields(value)
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if isinstance(value, decimal.Decimal):
-        return format(value, "f")
-    if value is None or type(value).__name__ in {"NaTType", "NAType"}:
+        return format(value, "f") if value.is_finite() else None
+    if value is None or is_missing(value):
         return None
     if isinstance(value, (dt.datetime, dt.date, dt.time)):
         return value.isoformat()
@@ -104,6 +109,40 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, (bytes, bytearray, memoryview)):
         raise _UnsupportedTypeError("bytes inside a JSON value; decode them, or publish the record as bytes")
     raise _UnsupportedTypeError(f"type {type(value).__qualname__} has no JSON form; convert it first")
+
+
+def _fields(value: object) -> dict[str, Any]:
+    """What a dataclass has in its fields."""
+    names = _field_names(type(value))  # type: ignore[arg-type]
+    attributes: dict[str, Any] | None = getattr(value, "__dict__", None)
+    if attributes is not None and tuple(attributes) == names:
+        return attributes
+    try:
+        return {name: getattr(value, name) for name in names}
+    except AttributeError as error:
+        raise _UnsupportedTypeError(f"{error}; give each field a value") from None
+
+
+@functools.lru_cache(1024)
+def _field_names(cls: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))
+
+
+def is_missing(value: object) -> bool:
+    """Whether a value is pandas' NaT or NA."""
+    return type(value).__name__ in {"NaTType", "NAType"}
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is anything but a float or decimal that is NaN or infinity."""
+    if isinstance(value, decimal.Decimal):
+        return value.is_finite()
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def is_nan(value: object) -> bool:
+    """Whether a value is a float or decimal that is NaN."""
+    return value.is_nan() if isinstance(value, decimal.Decimal) else isinstance(value, float) and math.isnan(value)
 
 
 def to_json(value: Any) -> bytes:
@@ -226,7 +265,7 @@ def is_finite(value: Any, encoded: bytes) -> bool:
 
 def refuse_infinite(value: Any, index: int | None) -> None:
     """Refuse infinity in a frame's row, where NaN is a missing value."""
-    field = _find(value, lambda v: isinstance(v, float) and math.isinf(v))
+    field = _find(value, lambda v: not (is_number(v) or is_nan(v)))
     if field is not None:
         raise InvalidRecordError(
             f"{record_name(index)}, field {field!r}",
@@ -239,7 +278,7 @@ def refuse_infinite(value: Any, index: int | None) -> None:
 
 def refuse_non_finite(value: Any, index: int | None) -> None:
     """Refuse NaN and infinity, for which JSON has no form and which orjson writes as null."""
-    field = _find(value, lambda v: isinstance(v, float) and not math.isfinite(v))
+    field = _find(value, lambda v: not is_number(v))
     if field is not None:
         raise InvalidRecordError(
             f"{record_name(index)}, field {field!r}",
@@ -280,7 +319,9 @@ def _find(value: Any, wrong: Any, path: str = "", depth: int = 0) -> str | None:
     if isinstance(value, BaseModel):
         value = dict(value)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        value = {name: getattr(value, name, None) for name in _field_names(type(value))}
+    elif isinstance(value, enum.Enum):
+        value = value.value
     elif type(value).__module__ == "numpy":
         value = value.tolist()
     if depth > 50:  # noqa: PLR2004  (deeper than any error message is read)
@@ -315,10 +356,10 @@ def serialize_key(key: Any, index: int | None = None, field: str | None = None) 
     Raises:
         InvalidRecordError: The key has no such form.
     """
+    if type(key) is not str:
+        key = _plain_key(key)
     if key is None or isinstance(key, bytes):
         return key
-    if type(key).__module__ == "numpy":
-        key = key.tolist()
     place = f", field {field!r}" if field else ""
     if isinstance(key, str):
         try:
@@ -327,29 +368,56 @@ def serialize_key(key: Any, index: int | None = None, field: str | None = None) 
             raise InvalidRecordError(
                 f"{record_name(index)}{place}", f"the key is not text: {error}", "Use bytes", index=index, field=field
             ) from error
-    if isinstance(key, bool):
-        return b"true" if key else b"false"
-    if isinstance(key, (dt.datetime, dt.date)):
-        return key.isoformat().encode()
-    if isinstance(key, (int, decimal.Decimal, uuid.UUID)) or (isinstance(key, float) and math.isfinite(key)):
-        return str(key).encode()
+    text = _key_text(key)
+    if text is not None:
+        return text.encode()
     if isinstance(key, (bytearray, memoryview)):
         return bytes(key)
-    if isinstance(key, (Mapping, list, tuple, BaseModel)) or dataclasses.is_dataclass(key):
+    of_numpy = type(key).__module__ == "numpy"
+    if of_numpy or isinstance(key, (Mapping, list, tuple, BaseModel)) or dataclasses.is_dataclass(key):
         try:
             encoded = to_json(key)
         except (TypeError, ValueError) as error:
             raise no_json_form(key, index, error) from error
         if b"null" in encoded:
             refuse_non_finite(key, index)
-        return encoded
+        return encoded.strip(b'"') if of_numpy else encoded
     raise InvalidRecordError(
         f"{record_name(index)}{place}",
-        f"a key cannot be {key!r}" if isinstance(key, float) else f"a key cannot be of type {type(key).__qualname__}",
+        f"a key cannot be {key!r}" if not is_number(key) else f"a key cannot be of type {type(key).__qualname__}",
         "Use a str, bytes, int, date, UUID, or a mapping or list of those",
         index=index,
         field=field,
     )
+
+
+def _plain_key(key: Any) -> Any:
+    """A key without what wraps it; None if it is missing. Arrays, and dates of NumPy, stay what they are."""
+    if isinstance(key, enum.Enum):
+        return _plain_key(key.value)
+    if is_missing(key):
+        return None
+    if type(key).__module__ != "numpy" or key.ndim:
+        return key
+    if type(key).__name__ == "ndarray":
+        return _plain_key(key[()])
+    if key.dtype.kind in "mM":
+        return None if key != key else key  # noqa: PLR0124  (NaT)
+    # A float32's own text has fewer digits than the float64 that it is.
+    return float(str(key)) if key.dtype.kind == "f" else key.tolist()
+
+
+def _key_text(key: Any) -> str | None:
+    """The text of a single value, as it stands in the JSON of a record's value; None if it has none."""
+    if isinstance(key, (bool, dt.date)):
+        return to_json(key).decode().strip('"')
+    if isinstance(key, int):
+        return str(int(key))
+    if isinstance(key, uuid.UUID):
+        return str(key)
+    if isinstance(key, decimal.Decimal) and key.is_finite():
+        return format(key, "f")
+    return to_json(float(key)).decode() if isinstance(key, float) and math.isfinite(key) else None
 
 
 def serialize_headers(headers: Headers | None, index: int | None = None) -> list[tuple[str, bytes | None]] | None:
