@@ -306,6 +306,33 @@ def test_no_answer_is_told_as_what_the_error_callback_saw(seen, latched, connect
     assert connection.unreachable(5).code == latched
 
 
+@pytest.mark.parametrize("latched", sorted(LATCHED_CODES))
+@pytest.mark.parametrize("seen", sorted(NO_ANSWER_CODES))
+def test_what_met_one_broker_of_several_is_told_beside_the_time_out(seen, latched, connection):
+    connection._on_error(_theirs(latched))
+    error = connection.cause(_theirs(seen), "topic 't'")
+    assert error.code == seen
+    assert error.remedy is Remedy.RETRY
+    assert f"text of {latched} [{latched}]" in str(error)
+    assert "text of _TRANSPORT" not in connection.cause(_theirs("_TIMED_OUT"), "topic 't'").cause
+    connection._on_error(_theirs("_TRANSPORT"))
+    told = connection.cause(_theirs("_TIMED_OUT"), "topic 't'").cause
+    assert told.index(f"text of {latched}") < told.index("text of _TRANSPORT")
+
+
+@pytest.mark.parametrize(("broker", "told"), [("good:9092/bootstrap", True), ("old:9092/bootstrap", False)])
+def test_beside_a_broker_that_is_no_more_that_of_another_is_told(broker, told, connection):
+    def seen(name, text):
+        connection._on_error(confluent_kafka.KafkaError(getattr(confluent_kafka.KafkaError, name), text))
+
+    seen("_TRANSPORT", f"{broker}: Connect to ipv4#10.0.0.1:9092 failed: Connection refused")
+    seen("_RESOLVE", "old:9092/bootstrap: Failed to resolve 'old:9092': Name or service not known")
+    seen("_ALL_BROKERS_DOWN", "2/2 brokers are down")
+    error = connection.cause(_theirs("_MSG_TIMED_OUT"), "topic 't'")
+    assert error.code == "_RESOLVE"
+    assert ("Connection refused" in str(error)) is told
+
+
 def test_what_a_broker_has_answered_is_its_own_cause(connection):
     connection._on_error(_theirs("_RESOLVE"))
     assert connection.cause(_theirs("NOT_ENOUGH_REPLICAS"), "topic 't'").code == "NOT_ENOUGH_REPLICAS"
@@ -382,3 +409,26 @@ def test_an_error_of_the_token_function_at_a_later_token_is_the_cause(connection
     error = connection.cause(_theirs("_TIMED_OUT"), "x")
     assert "LookupError: no such tenant" in error.cause
     assert error.remedy is Remedy.FAIL
+
+
+def test_an_error_of_the_token_function_is_over_once_it_gives_a_token(connection):
+    answers = ["first", LookupError("away"), "later"]
+
+    def token(_):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer, 1.0
+
+    fetch = connection._first_token_at_once(token, {})
+    assert fetch("") == ("first", 1.0)
+    with pytest.raises(LookupError):
+        fetch("")
+    # What librdkafka then tells.
+    text = "Failed to acquire SASL OAUTHBEARER token: OAuth callback raised exception"
+    connection._on_error(confluent_kafka.KafkaError(confluent_kafka.KafkaError._AUTHENTICATION, text))
+    assert "away" in connection.cause(_theirs("_TIMED_OUT"), "x").cause
+    assert fetch("") == ("later", 1.0)
+    error = connection.cause(_theirs("_TIMED_OUT"), "x")
+    assert (error.code, error.remedy) == ("_TIMED_OUT", Remedy.RETRY)
+    assert "token" not in str(error)

@@ -19,11 +19,13 @@ from dataforge_kafka_dagster import (
     KafkaError,
     KafkaProducerConfig,
     KafkaRecord,
+    KafkaTimeoutError,
     NoBrokersAvailable,
     RecordMetadata,
     create_kafka_producer,
 )
-from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
+from dataforge_kafka_dagster.kafka.connection import Connection
+from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, Remedy
 
 pytestmark = pytest.mark.kafka
 
@@ -493,6 +495,92 @@ def test_close_does_not_wait_for_what_other_threads_go_on_sending(config, kafka_
     assert len(refused) == 2
     assert all("the producer is closed" in error for error in refused)
     assert len(read(topic)) == len(sent) > 0
+
+
+@pytest.fixture
+def unconnected(closed_port, monkeypatch):
+    """Makes producers for an address where nothing listens."""
+    monkeypatch.setattr(Connection, "answer", lambda *_: None)
+    return lambda **options: create_kafka_producer({"bootstrap_servers": closed_port, **options})
+
+
+def _send_until_refused(producer, sent, refused, queued):
+    try:
+        while True:
+            sent.append(producer.send_async("t", "x" * 10_000))
+            queued.release()
+    except KafkaError as error:
+        refused.append(error.code)
+
+
+def test_close_lets_in_nobody_who_waits_for_room(unconnected):
+    for _ in range(3):  # of which most took delivery_timeout
+        producer = unconnected(delivery_timeout=4, buffer_memory=65536)
+        sent, refused, queued = [], [], threading.Semaphore(0)
+        arguments = (producer, sent, refused, queued)
+        threads = [threading.Thread(target=_send_until_refused, args=arguments, daemon=True) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        while queued.acquire(timeout=0.5):
+            pass
+        began = time.monotonic()
+        with pytest.raises(KafkaTimeoutError):
+            producer.close(0.2)
+        assert time.monotonic() - began < 2
+        for thread in threads:
+            thread.join(5)
+        assert refused == ["_STATE"] * 4
+        assert [future.exception(0).code for future in sent] == ["_PURGE_QUEUE"] * len(sent)
+
+
+def test_a_callback_that_sends_again_on_failure_does_not_hold_close_up(unconnected, caplog):
+    told = []
+
+    def again(err, _msg):
+        told.append(err.name())
+        producer.send_async("t", "again", callback=again)
+
+    producer = unconnected(delivery_timeout=4)
+    producer.send_async("t", "first", callback=again)
+    began = time.monotonic()
+    with pytest.raises(KafkaTimeoutError):
+        producer.close(0.2)
+    assert time.monotonic() - began < 2
+    assert told == ["_PURGE_QUEUE"]
+    assert "the producer is closed" in caplog.text
+
+
+def test_close_does_not_wait_for_a_callback_that_does_not_return(unconnected, eventually):
+    entered, go, told = threading.Event(), threading.Event(), []
+
+    def stay(_err, _msg):
+        entered.set()
+        go.wait(20)
+        told.append(1)
+
+    producer = unconnected(delivery_timeout=0.5, linger_ms=0)
+    futures = [producer.send_async("t", "x", callback=stay) for _ in range(3)]
+    assert entered.wait(10)
+    began = time.monotonic()
+    try:
+        with pytest.raises(KafkaTimeoutError):
+            producer.close(0.2)
+        assert time.monotonic() - began < 4
+    finally:
+        go.set()
+    eventually(lambda: len(told) == 3)
+    assert all(future.done() for future in futures)
+
+
+def test_flush_keeps_the_remedy_of_the_first_failure(unconnected, monkeypatch):
+    away = KafkaError("token server", "away", "Check it", code="_AUTHENTICATION", remedy=Remedy.RETRY)
+    producer = unconnected(delivery_timeout=0.5, linger_ms=0)
+    monkeypatch.setattr(producer._connection, "cause", lambda *_: away)
+    producer.send_async("t", "x")
+    with pytest.raises(KafkaError) as caught:
+        producer.flush()
+    assert (caught.value.code, caught.value.remedy) == ("_AUTHENTICATION", Remedy.RETRY)
+    producer.close()
 
 
 def test_a_callback_may_send_until_the_end_of_close(config, kafka_topic, read):

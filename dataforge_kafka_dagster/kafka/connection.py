@@ -158,10 +158,14 @@ class Connection:
             if first:
                 return first.pop()
             try:
-                return token(oauth_config)
+                fetched = token(oauth_config)
             except Exception as error:
                 self._oauth_error = error
                 raise
+            self._oauth_error = None
+            if self._lacks_token:
+                self._latched = None
+            return fetched
 
         first: list[tuple[Any, ...]] = []
         try:
@@ -219,15 +223,19 @@ class Connection:
         """Our error for one of confluent-kafka's, or for the connection error that it stands for.
 
         A wrong password, an unknown host or a TLS mismatch is seen only by the error callback: to the request it looks
-        like a time-out. What a broker itself has answered is its own cause.
+        like a time-out. Where it met one broker of several, it need not be why. What a broker itself has answered is
+        its own cause.
         """
         ours = from_broker(error, culprit)
         if error.name() not in NO_ANSWER_CODES:
             return ours
         hidden = self._hidden_cause()
-        if hidden is None and self._transport is not None:
-            ours.add(f"the last connection error: {self.config.redact(self._transport.str())}")
-        return hidden or ours
+        told = hidden if hidden is not None and self._holds_for_all else ours
+        if hidden is not None and told is ours:
+            ours.add(f"an earlier connection error: {hidden.cause}")
+        if self._transport is not None and (told is ours or self._met_others):
+            told.add(f"the last connection error: {self.config.redact(self._transport.str())}")
+        return told
 
     def _hidden_cause(self) -> KafkaError | None:
         if self._oauth_error is not None:
@@ -239,6 +247,19 @@ class Connection:
             return self._no_token(self._latched.str().removeprefix(_NO_TOKEN), code)
         cause = f"{self.config.redact(self._latched.str())} [{code}]"
         return NoBrokersAvailable(self.name, cause, fix_for(code), code=code)
+
+    @property
+    def _holds_for_all(self) -> bool:
+        """Whether the hidden cause is that of all brokers: none lets us in, or there is no token, which is for all."""
+        return self._all_down or self._lacks_token or self._oauth_error is not None
+
+    @property
+    def _met_others(self) -> bool:
+        """Whether the last connection error is another broker's than the hidden one; librdkafka names it first."""
+        if self._latched is None or self._transport is None or self._oauth_error is not None:
+            return False
+        (of_latched, *_), (of_transport, *said) = (e.str().split(": ") for e in (self._latched, self._transport))
+        return bool(said) and of_latched != of_transport
 
     @property
     def _lacks_token(self) -> bool:
@@ -346,10 +367,9 @@ class Connection:
     def _locked_out(self) -> bool:
         """Whether no broker lets us in, for a reason that waiting does not mend.
 
-        librdkafka tells at once that one does not, but goes on trying. Another broker might: it is heard first. A token
-        is for all of them.
+        librdkafka tells at once that one does not, but goes on trying. Another broker might: it is heard first.
         """
-        if self._latched is None or not (self._all_down or self._lacks_token):
+        if self._latched is None or not self._holds_for_all:
             return False
         hidden = self._hidden_cause()
         return hidden is not None and hidden.remedy is Remedy.FAIL

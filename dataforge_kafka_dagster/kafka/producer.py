@@ -8,7 +8,9 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime as dt
+import functools
 import logging
+import math
 import os
 import threading
 import time
@@ -29,6 +31,8 @@ from dataforge_kafka_dagster.kafka.serialization import Headers
 DeliveryCallback = Callable[["confluent_kafka.KafkaError | None", confluent_kafka.Message], object]
 _Report = Callable[["confluent_kafka.KafkaError | None", confluent_kafka.Message], None]
 
+# How long close waits for a delivery callback that does not return.
+_TOLD_SECONDS: Final = 1.0
 _alive: Final[weakref.WeakSet[DataForgeKafkaProducer]] = weakref.WeakSet()
 
 
@@ -84,10 +88,12 @@ class DataForgeKafkaProducer:
         self._connection = Connection(self.config)
         self._failures: collections.Counter[str] = collections.Counter()
         self._first_failure: KafkaError | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may send, too
         self._poller: threading.Thread | None = None
         self._closing = False
         self._closed = threading.Event()
+        self._users = 0
+        """How many calls of librdkafka that wait are under way, those of close left out."""
         self._reporting = threading.local()
         self._unreported: dict[_Report, tuple[str, bytes | None]] = {}
         """What is to tell the end of each record that was sent, and the record's topic and key."""
@@ -141,7 +147,7 @@ class DataForgeKafkaProducer:
         future = self._produce(topic, as_record(value, key, headers, partition, timestamp), None)
         deadline = time.monotonic() + self.config.delivery_timeout + 5
         while not future.done():
-            if self._poller is None:
+            if self._poller is None and not self._closed.is_set():
                 self._serve(self._producer.poll, SLICE)
             else:
                 concurrent.futures.wait([future], SLICE)
@@ -179,7 +185,7 @@ class DataForgeKafkaProducer:
             KafkaError: The record was refused at once, for instance as too large.
             InvalidRecordError: It cannot be encoded; nothing was sent.
         """
-        if self._poller is None:
+        if self._poller is None and not self.inherited:
             with self._lock:
                 if self._poller is None:
                     self._poller = threading.Thread(target=self._poll, name="dataforge-kafka-poll", daemon=True)
@@ -203,6 +209,25 @@ class DataForgeKafkaProducer:
             )
 
     def _serve(self, wait: Callable[[float], object], seconds: float) -> None:
+        self._use(self._tell, wait, seconds)
+
+    def _use(self, serve: Callable[..., object], wait: Callable[[float], object], seconds: float) -> None:
+        """Call what waits in the client, unless it is closed, which in the midst of a call would crash."""
+        with self._lock:
+            if self._closed.is_set():
+                return
+            self._users += 1
+        try:
+            serve(wait, seconds)
+        finally:
+            with self._lock:
+                self._users -= 1
+
+    def _left(self) -> int:
+        with self._lock:
+            return 0 if self._closed.is_set() else len(self._producer)
+
+    def _tell(self, wait: Callable[[float], object], seconds: float) -> None:
         self._connection.serve(wait, seconds)
         fatal = self._connection.fatal
         if fatal is None or len(self._producer):
@@ -221,9 +246,6 @@ class DataForgeKafkaProducer:
                 f"process {os.getpid()} was forked, and the threads of this producer are its parent's",
                 "Make a producer in each process",
             )
-        # What is sent while close waits would keep it waiting; a callback may send on until the end.
-        if self._closed.is_set() or (self._closing and not self._in_callback):
-            raise KafkaError(f"topic {topic!r}", "the producer is closed", "Send before close()", code="_STATE")
         value, key, extra = encode_record(record)
         future: concurrent.futures.Future[RecordMetadata] = concurrent.futures.Future()
         future.set_running_or_notify_cancel()  # what is sent cannot be taken back
@@ -275,17 +297,23 @@ class DataForgeKafkaProducer:
         while True:
             try:
                 headers: Any = extra.headers
-                self._producer.produce(
-                    topic, value, key, extra.partition, on_delivery, timestamp=extra.timestamp, headers=headers
-                )
+                with self._lock:
+                    # What is sent while close waits would keep it waiting; a callback may send on until the end.
+                    if self._closed.is_set() or (self._closing and not self._in_callback):
+                        raise KafkaError(
+                            f"topic {topic!r}", "the producer is closed", "Send before close()", code="_STATE"
+                        )
+                    self._producer.produce(
+                        topic, value, key, extra.partition, on_delivery, timestamp=extra.timestamp, headers=headers
+                    )
             except BufferError:
                 if time.monotonic() > deadline:
                     waited = self.config.delivery_timeout
                     raise self._logged(timed_out(f"topic {topic!r}, buffer_memory", waited, "_QUEUE_FULL")) from None
-                self._connection.serve(self._producer.poll, SLICE)
+                self._use(self._connection.serve, self._producer.poll, SLICE)
             except confluent_kafka.KafkaException as exception:
                 if exception.args[0].name() == "_FATAL":
-                    self._connection.serve(self._producer.poll, SLICE)  # tells the cause
+                    self._use(self._connection.serve, self._producer.poll, SLICE)  # tells the cause
                 error = self._connection.fatal or exception.args[0]
                 raise self._logged(self._connection.cause(error, f"topic {topic!r}")) from None
             else:
@@ -312,9 +340,9 @@ class DataForgeKafkaProducer:
         # A record's own deadline comes first, so that its error says why.
         seconds = self.config.delivery_timeout + 2 if timeout is None else timeout
         deadline = time.monotonic() + seconds
-        while len(self._producer):
+        while self._left():
             self._serve(self._producer.flush, max(0.0, min(SLICE, deadline - time.monotonic())))
-            left = len(self._producer)
+            left = self._left()
             if left and time.monotonic() >= deadline:
                 raise self._logged(timed_out(f"{left} records not yet delivered", seconds))
         first, failures = self._first_failure, dict(self._failures)
@@ -326,6 +354,7 @@ class DataForgeKafkaProducer:
                 first.cause,
                 first.fix,
                 code=first.code,
+                remedy=first.remedy,
             ) from first
 
     def close(self, timeout: float | None = None) -> None:
@@ -341,17 +370,49 @@ class DataForgeKafkaProducer:
         if self._closed.is_set() or self.inherited:
             return
         self._refuse_in_callback("close", "Call it where the producer was made")
-        self._closing = True
+        with self._lock:
+            self._closing = True
         try:
             self.flush(timeout)
         finally:
-            self._producer.purge()
-            self._serve(self._producer.flush, SLICE)
+            self._end()
+
+    def _end(self) -> None:
+        with self._lock:
+            if self._closed.is_set():
+                return
             self._closed.set()
-            if self._poller is not None:
-                self._poller.join(2)
-            with contextlib.suppress(confluent_kafka.KafkaException):  # a fatal error, which its records have told
-                self._producer.close()
+        done = False
+        try:
+            done = self._let_go(_TOLD_SECONDS)
+        finally:
+            if not done:  # also where Ctrl-C ends it
+                self._connection.aside(functools.partial(self._let_go, math.inf))
+
+    def _let_go(self, patience: float) -> bool:
+        """Give up what is on its way and, once all of it is told, close the client, which waits without a deadline.
+
+        Args:
+            patience: How long to wait while nothing is told, seconds: a callback may not return.
+
+        Returns:
+            Whether it is closed.
+        """
+        before, since = 0, 0.0
+        while left := len(self._producer) + self._users:
+            if left != before:
+                before, since = left, time.monotonic()
+            elif time.monotonic() > since + patience:
+                return False
+            self._producer.purge()
+            self._tell(self._producer.flush, SLICE)
+            if self._users:
+                time.sleep(0.01)
+        if self._poller is not None:
+            self._poller.join(2)
+        with contextlib.suppress(confluent_kafka.KafkaException):  # a fatal error, which its records have told
+            self._producer.close()
+        return True
 
     def __enter__(self) -> Self:
         return self
