@@ -48,6 +48,7 @@ SLICE: Final = 0.25
 # interrupt, which has no text, and the delivery report with it.
 _LOST: Final = "returned NULL without setting an exception"
 _END_SECONDS: Final = 6.0
+_RETURN_SECONDS: Final = 0.05
 # Of librdkafka's log: the share of a client's time that it may take, and the seconds that it may be ahead of that.
 _LOG_SHARE: Final = 0.25
 _LOG_SECONDS: Final = 2.0
@@ -212,11 +213,17 @@ class Connection:
         return self._admin
 
     def close(self, *clients: object) -> None:
-        """Let go of the admin client, and of others of this cluster that nobody else holds."""
-        if self.silent:
-            # A client that reaches no broker takes until 5 s after its start to end, and the interpreter waits with it
-            # (librdkafka 2.16 with a short reconnect.backoff.ms): let that time pass beside.
-            self.aside(functools.partial(_keep, [self._admin, *clients], _END_SECONDS))
+        """Let go of the admin client, and of others of this cluster, which end beside: that takes milliseconds.
+
+        A client that reaches no broker takes until 5 s after its start to end, and the interpreter waits with it
+        (librdkafka 2.16 with a short reconnect.backoff.ms): that time passes first.
+
+        Args:
+            clients: Those that whoever calls this lets go of, too, when it returns.
+        """
+        if clients or self.silent:
+            patience = _END_SECONDS if self.silent else _RETURN_SECONDS
+            self.aside(functools.partial(_keep, [self._admin, *clients], patience))
         self._admin = None
 
     def cause(self, error: confluent_kafka.KafkaError, culprit: str) -> KafkaError:

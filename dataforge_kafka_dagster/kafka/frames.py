@@ -122,9 +122,12 @@ class FrameEncoder:
 
     def _by_row(self, rows: Sequence[dict[str, Any]], start: int) -> Chunk:
         encoders, fields = self._encoders, self._fields
-        values: Sequence[bytes | str | None] = (
-            encoders.value(rows, start) if encoders.value else self._values(rows, start)
-        )
+        values: Sequence[bytes | str | None]
+        if encoders.value:
+            values = encoders.value(rows, start)
+            size = text_size(values)
+        else:
+            values, size = self._values(rows, start)
         keys: list[Any] | None = None
         if fields and encoders.key:
             keys = encoders.key([key_of(row, fields) for row in rows], start)
@@ -132,19 +135,21 @@ class FrameEncoder:
             keys = [self._key(row[fields[0]], start + i, fields[0]) for i, row in enumerate(rows)]
         elif fields:
             keys = [to_json(key_of(row, fields)) for row in rows]
-        return Chunk(values, keys, None, text_size(values) + text_size(keys), encoders.form or "json")
+        return Chunk(values, keys, None, size + text_size(keys), encoders.form or "json")
 
     @staticmethod
-    def _values(rows: Sequence[dict[str, Any]], start: int) -> list[bytes]:
+    def _values(rows: Sequence[dict[str, Any]], start: int) -> tuple[list[bytes], int]:
+        """The bytes of each value, and their size together."""
         try:
             values = json_lines(rows)
         except (TypeError, ValueError):
             for i, row in enumerate(rows):
                 serialize_value(row, start + i)
             raise
-        for i in with_null(values):
+        joined = b"".join(values)
+        for i in with_null(values, joined):
             refuse_infinite(rows[i], start + i)
-        return values
+        return values, len(joined)
 
     @staticmethod
     def _key(value: Any, index: int, field: str) -> bytes | None:

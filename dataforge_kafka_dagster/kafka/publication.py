@@ -7,6 +7,7 @@ attempt fences the last one (`init_transactions`), then reads the ledger, and pu
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -424,35 +425,35 @@ class PublicationWriter:
             self._on_progress(self._records, self._bytes, now - self._began)
 
     def _produce_all(self, chunk: Chunk, topic: str, track: Track) -> None:
-        produce = self._live_producer().produce
+        produce: Callable[..., None] = self._live_producer().produce
+        first = self._position
+        end = first + len(chunk.values)
         values, keys = iter(chunk.values), iter(chunk.keys or itertools.repeat(None))
-        extras = None if chunk.extras is None else iter(chunk.extras)
-        end = self._position + len(chunk.values)
-        span = Span(self._position, end, as_bytes(chunk.keys[0]) if chunk.keys else None)
+        extras = iter(chunk.extras or ())
+        span = Span(first, end, as_bytes(chunk.keys[0]) if chunk.keys else None)
         report = track.reporter(span)
         # A publication's speed hangs on these loops: the try is around them, and nothing is counted in them.
-        value = key = None
-        extra = PLAIN
-        headers: Any
         while True:
             try:
-                if extras is None:
-                    for value, key in zip(values, keys, strict=False):
-                        produce(topic, value, key, -1, report)
+                if chunk.extras is None:
+                    topics, places, reports = map(itertools.repeat, (topic, -1, report))
+                    collections.deque(map(produce, topics, values, keys, places, reports), maxlen=0)
                 else:
-                    for value, key, extra in zip(values, keys, extras, strict=False):
-                        headers, partition, timestamp = extra
+                    for value, key, (headers, partition, timestamp) in zip(values, keys, extras, strict=False):
                         produce(topic, value, key, partition, report, timestamp=timestamp, headers=headers)
-            except BufferError:
-                index = span.end = end - operator.length_hint(values) - 1
-                record = {"value": value, "key": key, "on_delivery": report} | extra._asdict()
-                self._produce_with_room(topic, index, **record)
-                span.end = end
-            except KafkaException as exception:
-                index = span.end = end - operator.length_hint(values) - 1
-                self._bury_sent(value, key, index, self._refused(exception.args[0], topic, index, key))
-                span = Span(index + 1, end)
-                report = track.reporter(span)
+            except (BufferError, KafkaException) as exception:
+                at = len(chunk.values) - operator.length_hint(values) - 1
+                index = span.end = first + at
+                value, key = chunk.values[at], chunk.keys[at] if chunk.keys else None
+                if isinstance(exception, KafkaException):
+                    self._bury_sent(value, key, index, self._refused(exception.args[0], topic, index, key))
+                    span = Span(index + 1, end)
+                    report = track.reporter(span)
+                else:
+                    extra = chunk.extras[at] if chunk.extras else PLAIN
+                    record = {"value": value, "key": key, "on_delivery": report} | extra._asdict()
+                    self._produce_with_room(topic, index, **record)
+                    span.end = end
             else:
                 return
 

@@ -171,27 +171,30 @@ class RowEncoder:
                 raise self._odd_one_out(rows, start, lambda row: type(row) is not KafkaRecord)
             return self._records(rows, start)
         self._check_types(rows, start, types)
-        values = self._values(rows, start)
+        values, size = self._values(rows, start)
         keys = self._keys(rows, start) if self._fields else None
-        return Chunk(values, keys, None, text_size(values) + text_size(keys), self._encoders.form or self._form)
+        return Chunk(values, keys, None, size + text_size(keys), self._encoders.form or self._form)
 
-    def _values(self, rows: Sequence[Any], start: int) -> Sequence[bytes | str | None]:
+    def _values(self, rows: Sequence[Any], start: int) -> tuple[Sequence[bytes | str | None], int]:
+        """The bytes of each value, and their size together."""
+        values: Sequence[bytes | str | None]
         if self._encoders.value:
-            return self._encoders.value(rows, start)
+            values = self._encoders.value(rows, start)
+            return values, text_size(values)
         try:
-            if self._form == "bytes":
-                return [bytes(row) for row in rows]
-            if self._form == "string":
-                return [row.encode() for row in rows]
-            values = json_lines(rows)
+            if self._form != "json":
+                values = [bytes(row) if self._form == "bytes" else row.encode() for row in rows]
+                return values, text_size(values)
+            lines = json_lines(rows)
         except (TypeError, ValueError, RecursionError):
             for i, row in enumerate(rows):
                 serialize_value(row, start + i)
             raise
-        for i in with_null(values):
-            if not is_finite(rows[i], values[i]):
+        joined = b"".join(lines)
+        for i in with_null(lines, joined):
+            if not is_finite(rows[i], lines[i]):
                 refuse_non_finite(rows[i], start + i)
-        return values
+        return lines, len(joined)
 
     def _check_types(self, rows: Sequence[Any], start: int, types: set[type]) -> None:
         if self._encoders.value and type(None) not in types:
@@ -268,8 +271,9 @@ class RowEncoder:
         elif kinds != {bytes} and not (kinds == {str} and "".join(found).isascii()):
             keys = [serialize_key(key, index) for index, key in enumerate(found, start)]
         self._form = form
-        values = self._values(inner, start)
-        return _chunk(values, keys, [_extra(row, index) for index, row in enumerate(rows, start)], form)
+        values, size = self._values(inner, start)
+        extras = [_extra(row, index) for index, row in enumerate(rows, start)]
+        return _chunk(values, keys, extras, size + text_size(keys), form)
 
     def _mixed_records(self, rows: Sequence[KafkaRecord], start: int) -> Chunk:
         values, keys, extras = [], [], []
@@ -290,18 +294,19 @@ class RowEncoder:
             keys.append(key)
             extras.append(extra)
         form = self._encoders.form if any(value is not None for value in values) else None
-        return _chunk(values, keys, extras, form or self._form)
+        return _chunk(values, keys, extras, text_size(values) + text_size(keys), form or self._form)
 
 
 def _chunk(
     values: Sequence[bytes | str | None],
     keys: Sequence[bytes | str | None] | None,
     extras: list[Extra],
+    size: int,
     form: ValueFormat | None,
 ) -> Chunk:
     """The encoded parts of some `KafkaRecord`s together; without extras if no record has one."""
     plain = extras.count(PLAIN) == len(extras)
-    return Chunk(values, keys, None if plain else extras, text_size(values) + text_size(keys), form)
+    return Chunk(values, keys, None if plain else extras, size, form)
 
 
 def key_of(row: Any, fields: Sequence[str], index: int | None = None) -> Any:

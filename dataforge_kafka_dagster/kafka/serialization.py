@@ -15,6 +15,7 @@ import enum
 import functools
 import itertools
 import math
+import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, cast
@@ -32,6 +33,8 @@ Headers = Mapping[str, "str | bytes | None"] | Sequence[tuple[str, "str | bytes 
 # begin with an underscore, and adds attributes that are no fields. So all of them come to `_jsonable`.
 _OPTIONS: Final = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS
 
+
+_NULL: Final = re.compile(b"null")
 
 RowsEncoder = Callable[[Sequence[Any], int], "list[bytes | None]"]
 """Takes values or keys, and the position of the first; returns the bytes of each, or raises `InvalidRecordError`."""
@@ -191,20 +194,24 @@ def json_lines(values: Sequence[Any]) -> list[bytes]:
     return [dumps(value, default, options) for value in values]
 
 
-def with_null(values: Sequence[bytes]) -> Iterator[int]:
+def with_null(values: Sequence[bytes], joined: bytes) -> Iterator[int]:
     """Positions of the JSON texts with a null in them (perhaps inside a string), which NaN and infinity are written as.
 
-    They are looked through as one text, since a search in each costs more than to encode them.
+    They are looked through as one text, since a search in each costs more than to encode them; by a pattern, which
+    finds it faster than ``find`` does.
+
+    Args:
+        values: The texts.
+        joined: All of them, one after the other.
     """
-    joined = b"".join(values)
-    at = joined.find(b"null")
-    if at < 0:
+    found = _NULL.search(joined)
+    if found is None:
         return
     ends = list(itertools.accumulate(map(len, values)))
-    while at >= 0:
-        index = bisect.bisect_right(ends, at)
+    while found is not None:
+        index = bisect.bisect_right(ends, found.start())
         yield index
-        at = joined.find(b"null", ends[index])
+        found = _NULL.search(joined, ends[index])
 
 
 def text_size(texts: Sequence[bytes | str | None] | None) -> int:
