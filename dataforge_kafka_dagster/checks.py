@@ -176,20 +176,9 @@ def _build_check(
 def _publications(
     context: dg.OpExecutionContext, spec: dg.AssetSpec, bare: bool
 ) -> Iterator[tuple[str, Publication | None]]:
-    """What the asset's materializations published, by name; each publication once.
-
-    Dagster's event log also has materializations from before an asset's partitions changed: what they are now, its
-    definition says, and the log only where that is not known.
-    """
-    partitions: Sequence[str | None] = [None]
-    materialized = context.instance.get_materialized_partitions(spec.key)
-    if spec.partitions_def is not None:
-        materialized &= set(spec.partitions_def.get_partition_keys(dynamic_partitions_store=context.instance))
-    if spec.partitions_def is not None or (bare and materialized):
-        given = context.partition_keys if context.has_partition_key or context.has_partition_key_range else None
-        partitions = sorted(materialized) if given is None else list(given)
+    """What the asset's materializations published, by name; each publication once."""
     seen = set()
-    for partition in partitions or [None]:
+    for partition in _partitions(context, spec, bare):
         last = last_published(context.instance, spec.key, partition)
         if last is None:
             raise KafkaError(name_of(spec.key, partition), "it was never materialized", "Materialize it first")
@@ -197,6 +186,26 @@ def _publications(
         if identity is None or identity not in seen:
             seen.add(identity)
             yield name_of(spec.key, partition), last.publication
+
+
+def _partitions(context: dg.OpExecutionContext, spec: dg.AssetSpec, bare: bool) -> Sequence[str | None]:
+    """The Dagster partitions to look at: those of the run, or all that are materialized; None for an asset without.
+
+    Dagster's event log also has materializations from before an asset's partitions changed: what they are now, its
+    definition says, and the log only where that is not known.
+    """
+    known = spec.partitions_def
+    if known is None and not bare:
+        return [None]
+    of_run = context.partition_keys if context.has_partition_key or context.has_partition_key_range else None
+    if known is not None and of_run is not None:
+        return of_run
+    materialized = context.instance.get_materialized_partitions(spec.key)
+    if known is not None:
+        materialized &= set(known.get_partition_keys(dynamic_partitions_store=context.instance))
+    if not materialized:
+        return [None]
+    return sorted(materialized) if of_run is None else of_run
 
 
 def _result(

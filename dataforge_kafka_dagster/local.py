@@ -149,6 +149,7 @@ class LocalKafka:
         self._controller_ports: list[int] = []
         self._listener_ports: dict[str, list[int]] = {}
         self._root = self._data_dir or Path()
+        self._temporary: Path | None = None
         self._java: list[str] = []
         self._kafka: list[str] = []
         self._supervisor: Supervisor | None = None
@@ -365,14 +366,10 @@ class LocalKafka:
 
     def _start(self, java: str, classpath: str) -> None:
         self._choose_ports()
-        self._root = self._data_dir or Path(tempfile.mkdtemp(prefix="local-kafka-"))
+        if self._data_dir is None:
+            self._root = self._temporary = Path(tempfile.mkdtemp(prefix="local-kafka-"))
         temporary = self._root / "tmp"
-        try:
-            self._supervisor = self._make_supervisor(temporary)
-        except BaseException:
-            if self._data_dir is None:
-                shutil.rmtree(self._root, ignore_errors=True)
-            raise
+        self._supervisor = self._make_supervisor(temporary)
         STARTED.add(self)
         self._java = [
             java,
@@ -402,18 +399,20 @@ class LocalKafka:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise LocalKafkaError(f"Another LocalKafka uses {self._root}: stop it, or use another one.") from error
-            return Supervisor(None if self._data_dir else self._root, lock.fileno())
+            return Supervisor(self._temporary, lock.fileno())
 
     def _end(self) -> None:
         supervisor, self._supervisor = self._supervisor, None
+        temporary, self._temporary = self._temporary, None
         self._states.clear()
         if supervisor is not None:
             supervisor.close()
-            if self._data_dir is None:
-                shutil.rmtree(self._root, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def _forked(self) -> None:
         supervisor, self._supervisor = self._supervisor, None
+        self._temporary = None
         self._states.clear()
         if supervisor is not None:
             supervisor.abandon()

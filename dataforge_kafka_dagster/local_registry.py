@@ -97,7 +97,7 @@ class LocalSchemaRegistry:
         self._heap = heap
         self._cache_dir = Path(cache_dir or default_cache_dir()).absolute()
         self._progress = progress or to_stderr
-        self._root = Path()
+        self._temporary: Path | None = None
         self._supervisor: Supervisor | None = None
 
     def __enter__(self) -> "LocalSchemaRegistry":  # noqa: PYI034 - typing has no Self in Python 3.10
@@ -134,16 +134,16 @@ class LocalSchemaRegistry:
         if self._fixed_port is not None and not is_free(self._fixed_port):
             raise LocalKafkaError(f"Port {self._fixed_port} on 127.0.0.1 is in use. Choose another one, or none.")
         self._port = self._fixed_port or next(free_ports())
-        self._root = Path(tempfile.mkdtemp(prefix="local-registry-"))
+        folder = self._temporary = Path(tempfile.mkdtemp(prefix="local-registry-"))
         try:
-            with (self._root / "lock").open("w") as lock:
-                self._supervisor = Supervisor(self._root, lock.fileno())
+            with (folder / "lock").open("w") as lock:
+                self._supervisor = Supervisor(folder, lock.fileno())
             STARTED.add(self)
             argv = [
                 java,
                 *JVM_OPTIONS,
                 f"-Xmx{self._heap}",
-                f"-Djava.io.tmpdir={self._root}",
+                f"-Djava.io.tmpdir={folder}",
                 "-Dquarkus.http.host=127.0.0.1",
             ]
             argv += [f"-Dquarkus.http.port={self._port}"]
@@ -153,8 +153,8 @@ class LocalSchemaRegistry:
                 url = f"jdbc:h2:file:{self._data_dir / 'schemas'};WRITE_DELAY=0"
                 argv += [f"-Dquarkus.datasource.jdbc.url={url}"]
             argv += ["-cp", classpath, _MAIN]
-            log = self._root / "registry.log"
-            self._supervisor.start("registry", argv, self._root, log, log)
+            log = folder / "registry.log"
+            self._supervisor.start("registry", argv, folder, log, log)
             self._wait(log)
             if self._compatibility is not None:
                 registry = SchemaRegistry(SchemaRegistryConfig(url=self.url))
@@ -165,7 +165,6 @@ class LocalSchemaRegistry:
             raise LocalKafkaError(str(error)) from error
         except BaseException:
             self.stop()
-            shutil.rmtree(self._root, ignore_errors=True)  # stop() leaves it where there is no supervisor
             raise
 
     def _wait(self, log: Path) -> None:
@@ -187,11 +186,14 @@ class LocalSchemaRegistry:
     def stop(self) -> None:
         """End its process and remove its folder. It may be called again; in a forked child it does nothing."""
         supervisor, self._supervisor = self._supervisor, None
+        folder, self._temporary = self._temporary, None
         if supervisor is not None:
             supervisor.close()
-            shutil.rmtree(self._root, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _forked(self) -> None:
         supervisor, self._supervisor = self._supervisor, None
+        self._temporary = None
         if supervisor is not None:
             supervisor.abandon()

@@ -23,6 +23,7 @@ from dataforge_kafka_dagster.kafka.config import (
     KafkaTopicSpec,
     PublicationConfig,
     SchemaRegistryOptions,
+    TopicOptions,
     check_topic,
     registry_config,
 )
@@ -61,13 +62,8 @@ _COLUMNS: Final = dg.TableSchema(
 )
 
 
-class _TopicSpec(dg.Config, KafkaTopicSpec):
+class _TopicSpec(dg.Config, TopicOptions):
     """`KafkaTopicSpec` as a part of Dagster's configuration, which resolves an EnvVar."""
-
-    @field_validator("configs", mode="before")
-    @classmethod
-    def _variables(cls, value: Any) -> Any:
-        return value
 
 
 class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistryOptions):  # type: ignore[type-arg]
@@ -564,8 +560,10 @@ def _check_at_definition(options: dict[str, Any], known: Container[str]) -> None
     producer = KafkaProducerConfig.model_validate(given, context=context)
     rest = {name: options[name] for name in _PUBLICATION_OPTIONS if name in options and name not in later}
     spec = rest.get("create_topics")
-    if isinstance(spec, dict) and "configs" in spec:
-        rest["create_topics"] = spec | {"configs": _known(spec["configs"])}
+    if isinstance(spec, _TopicSpec):
+        spec = spec.model_dump()
+    if isinstance(spec, dict):
+        rest["create_topics"] = spec | {"configs": _known(spec.get("configs", {}))}
     PublicationConfig.model_validate({"producer": producer, **rest}, context=context)
     registry = {name: _stand_in(name) if name in later else value for name, value in options.items()}
     if "schema_registry_client_config" in registry:

@@ -369,12 +369,13 @@ def test_a_start_without_a_supervisor_leaves_nothing(server, failing, monkeypatc
     for module in (local, local_registry):
         monkeypatch.setattr(module, "java_program", lambda: "java")
         monkeypatch.setattr(module, "fetch_jars", lambda *_: "jars")
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made, make = [], tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda prefix: made.append(make(prefix=prefix, dir=tmp_path)) or made[-1])
     started = server()
     monkeypatch.setattr(failing, fail)
     with pytest.raises(OSError, match="no more"):
         started.start()
-    assert started._root.parent == tmp_path
+    assert len(made) == 1
     assert list(tmp_path.iterdir()) == []
 
 

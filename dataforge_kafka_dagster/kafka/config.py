@@ -510,11 +510,8 @@ class KafkaProducerConfig(KafkaOptions):
         return text
 
 
-class KafkaTopicSpec(BaseModel):
-    """How to create a topic that is missing, and the least Kafka partitions of one that exists.
-
-    Raises `pydantic.ValidationError` for a value that no topic can have.
-    """
+class TopicOptions(BaseModel):
+    """The fields of `KafkaTopicSpec`, and of Dagster's configuration of one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -538,9 +535,16 @@ class KafkaTopicSpec(BaseModel):
         ),
     )
 
+
+class KafkaTopicSpec(TopicOptions):
+    """How to create a topic that is missing, and the least Kafka partitions of one that exists.
+
+    Raises `pydantic.ValidationError` for a value that no topic can have.
+    """
+
     @field_validator("configs", mode="before")
     @classmethod
-    def _variables(cls, value: Any) -> Any:
+    def _no_variables(cls, value: Any) -> Any:
         for name, text in value.items() if isinstance(value, Mapping) else ():
             # Dagster's EnvVar is a str.
             if isinstance(text, str) and hasattr(text, "env_var_name"):

@@ -14,7 +14,8 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import confluent_kafka
@@ -202,6 +203,26 @@ class Connection:
             KafkaConfigError: librdkafka refuses one of them.
         """
         return self._client(confluent_kafka.Consumer, client_options(self.config) | options)
+
+    def reader(self, options: Mapping[str, Any] | None = None) -> confluent_kafka.Consumer:
+        """A consumer that is told which offsets to read, and sees all that is at them.
+
+        A consumer of committed records only takes the first open transaction, anybody's, for the end.
+
+        Args:
+            options: More settings of librdkafka.
+
+        Raises:
+            KafkaConfigError: librdkafka refuses one of them.
+        """
+        # The group is never joined or committed to; librdkafka wants a name.
+        own = {
+            "group.id": f"{self.config.client_id or 'dagster'}-read-{uuid.uuid4()}",
+            "enable.auto.commit": False,
+            "enable.auto.offset.store": False,
+            "isolation.level": "read_uncommitted",
+        }
+        return self.consumer(own | dict(options or {}))
 
     @property
     def admin(self) -> AdminClient:

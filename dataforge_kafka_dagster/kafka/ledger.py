@@ -343,7 +343,9 @@ class Ledger:
         if self._last is None:
             return None
         key = ledger_key(publication_id)
-        if self._last_key != key and key in self._last[1]["earlier"]:
+        if self._last_key != key:
+            if key not in self._last[1]["earlier"]:
+                return None
             raise KafkaError(
                 f"publication {publication_id!r}",
                 "an earlier attempt had published it, and it has been published anew since, by another run",
@@ -351,8 +353,6 @@ class Ledger:
                 " publish them again, start a new run",
                 remedy=Remedy.FAIL,
             )
-        if self._last_key != key:
-            return None
         done = self._decoded(*self._last, publication_id)
         found = sum(offsets.records for offsets in done.offsets)
         if found != done.records:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import contextlib
 import time
-import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
@@ -47,16 +46,10 @@ def read_publication(
     if not publication.offsets:
         return
     connection = Connection(config)
-    # The group is never joined or committed to; librdkafka wants a name.
-    consumer = connection.consumer(
+    consumer = connection.reader(
         {
-            "group.id": f"{config.client_id or 'dagster'}-read-{uuid.uuid4()}",
-            "enable.auto.commit": False,
-            "enable.auto.offset.store": False,
             "auto.offset.reset": "earliest" if partial else "error",
             "enable.partition.eof": partial,
-            # The offsets are known to be committed: an open transaction of somebody else need not hold us up.
-            "isolation.level": "read_uncommitted",
             "fetch.wait.max.ms": 100,
             "queued.max.messages.kbytes": 32768,
         }

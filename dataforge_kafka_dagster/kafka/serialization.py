@@ -363,6 +363,8 @@ def serialize_key(key: Any, index: int | None = None, field: str | None = None) 
     Raises:
         InvalidRecordError: The key has no such form.
     """
+    if type(key) is int:
+        return b"%d" % key
     if type(key) is not str:
         key = _plain_key(key)
     if key is None or isinstance(key, bytes):
@@ -416,6 +418,8 @@ def _plain_key(key: Any) -> Any:
 
 def _key_text(key: Any) -> str | None:
     """The text of a single value, as it stands in the JSON of a record's value; None if it has none."""
+    if type(key) is dt.date:
+        return key.isoformat()
     if isinstance(key, (bool, dt.date)):
         return to_json(key).decode().strip('"')
     if isinstance(key, int):

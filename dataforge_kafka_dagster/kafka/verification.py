@@ -82,13 +82,7 @@ def _missing_of_topic(
     if known is not None and found.id is not None and known != found.id:
         yield Missing(topic, None, records, "the topic was deleted and made anew")
         return
-    # A consumer that reads what is committed only takes the first open transaction, anybody's, for the end.
-    options = {
-        "group.id": "dataforge-kafka-dagster",
-        "enable.auto.commit": False,
-        "isolation.level": "read_uncommitted",
-    }
-    with contextlib.closing(connection.consumer(options)) as c:
+    with contextlib.closing(connection.reader()) as c:
         for offsets in places:
             ask = functools.partial(
                 c.get_watermark_offsets, TopicPartition(topic, offsets.partition), timeout, cached=False
