@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import threading
 import time
+import types
 import uuid
 
 import confluent_kafka
@@ -14,7 +15,8 @@ import pytest
 from dataforge_kafka_dagster import KafkaProducerConfig, KafkaRecord
 from dataforge_kafka_dagster.kafka import publication
 from dataforge_kafka_dagster.kafka.config import PublicationConfig
-from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError
+from dataforge_kafka_dagster.kafka.deliveries import Track
+from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError, Remedy
 from dataforge_kafka_dagster.kafka.publication import OtherWriterError, PublicationWriter, publish
 from dataforge_kafka_dagster.kafka.sources import is_repeatable
 
@@ -130,6 +132,29 @@ def test_what_is_small_or_streamed_is_reported(attempts, place, read):
     publish(config, ({"i": i} for i in range(ROWS)), **place | {"publication_id": "2"})
     assert attempts == [True, True]
     assert len(read(place["topic"])) == 2 * ROWS - 1
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_record_whose_offset_the_broker_does_not_know_is_published_again(place, read, monkeypatch, at):
+    """As after DUPLICATE_SEQUENCE_NUMBER, of a batch that came twice long ago: it is there, but nobody knows where."""
+    config, make, seen = place.pop("config"), Track.reporter, itertools.count()
+
+    def reporter(track, span):
+        report = make(track, span)
+
+        def forgetful(err, msg):
+            lost = types.SimpleNamespace(partition=msg.partition, offset=lambda: None)
+            report(err, lost if next(seen) == at else msg)
+
+        return forgetful
+
+    monkeypatch.setattr(Track, "reporter", reporter)
+    rows = [{"i": i} for i in range(5)]
+    with pytest.raises(KafkaError, match="5 records were sent, but 4 acknowledged") as raised:
+        publish(config, rows, **place)
+    assert raised.value.remedy is Remedy.REBUILD
+    assert publish(config, rows, **place).records == len(read(place["topic"])) == len(rows)
 
 
 @pytest.mark.kafka

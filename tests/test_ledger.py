@@ -2,9 +2,11 @@
 
 import collections
 import dataclasses
+import types
 
 import orjson
 import pytest
+from confluent_kafka import KafkaError as KafkaCode
 from confluent_kafka import Producer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,6 +46,16 @@ def _offsets(topic, partition, steps):
 def _publication(offsets):
     records = sum(o.records for o in offsets)
     return Publication("run/asset", "id", "t", records, 1, "json", tuple(offsets), replayed=True, seconds=0.0)
+
+
+@pytest.mark.parametrize(("code", "cause"), [(KafkaCode.TOPIC_AUTHORIZATION_FAILED, "TOPIC_AUTH"), (88, "UNSTABLE")])
+def test_what_the_broker_does_not_tell_is_not_taken_for_an_empty_ledger(monkeypatch, code, cause):
+    entry = types.SimpleNamespace(topic="t", partition=0, metadata=None, error=KafkaCode(code))
+    consumer = types.SimpleNamespace(committed=lambda *_: [entry])
+    connection = Connection(KafkaProducerConfig(bootstrap_servers="nowhere:1"))
+    monkeypatch.setattr(connection, "consumer", lambda _: consumer)
+    with pytest.raises(KafkaError, match=cause):
+        Ledger(connection, "id", "t", 0.3).read("run/asset")
 
 
 @given(st.dictionaries(st.tuples(st.sampled_from(["t", "o" * 249]), st.integers(0, 4)), runs, max_size=4))

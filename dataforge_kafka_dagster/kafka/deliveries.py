@@ -208,7 +208,9 @@ class Track:
             if err is None:
                 partition = msg.partition()
                 offset = msg.offset()
-                if following.get(partition) != offset:
+                if following.get(partition, -1) != offset:
+                    if offset is None:
+                        return  # the broker has it, and does not know where: the commit finds one too few
                     self._begin(partition, offset)
                 following[partition] = offset + 1
             else:

@@ -431,6 +431,9 @@ class Ledger:
                 if refused is not None:
                     raise KafkaException(refused) from None
                 raise
+            error = next((entry.error for entry in found if entry.error is not None), None)
+            if error is not None:  # what is not told is not nothing
+                raise KafkaException(error)
             return found
 
         name = f"ledger group {group_id(self._transactional_id, number)!r}"
