@@ -190,8 +190,7 @@ def json_lines(values: Sequence[Any]) -> list[bytes]:
     Raises:
         TypeError: Something in one of them has no JSON form.
     """
-    dumps, default, options = orjson.dumps, _jsonable, _OPTIONS
-    return [dumps(value, default, options) for value in values]
+    return list(map(orjson.dumps, values, itertools.repeat(_jsonable), itertools.repeat(_OPTIONS)))
 
 
 def with_null(values: Sequence[bytes], joined: bytes) -> Iterator[int]:
