@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, computed_field, field_serializer
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
 from dataforge_kafka_dagster.kafka.serialization import (
@@ -224,6 +224,35 @@ def test_non_finite_floats_are_refused_and_never_become_null(value, field):
     assert caught.value.field is not None
     assert caught.value.field.startswith(field)
     assert "NaN" in caught.value.cause
+
+
+class Leg(BaseModel):
+    miles: float
+
+    @computed_field
+    @property
+    def speed(self) -> float:
+        return self.miles * INF
+
+
+class Fare(BaseModel):
+    leg: Leg | None = None
+    price: float
+
+    @field_serializer("price")
+    def known(self, price: float) -> float:
+        return {INF: 0.0, 0.0: NAN}.get(price, price)
+
+
+@pytest.mark.parametrize(
+    ("value", "field"),
+    [(Leg(miles=1), "speed"), (Fare(leg=Leg(miles=1), price=1), "leg.speed"), ({"fare": Fare(price=0)}, "fare.price")],
+)
+def test_what_a_model_makes_of_its_fields_is_refused_if_it_is_not_finite(value, field):
+    with pytest.raises(InvalidRecordError, match="neither NaN nor infinity") as caught:
+        serialize_value(value)
+    assert caught.value.field == field
+    assert serialize_value(Fare(price=INF)) == b'{"leg":null,"price":0.0}'
 
 
 @given(st.lists(st.sampled_from([b'{"a":null}', b'{"a":[1,null,null]}', b'{"a":1}', b'{"null":2}', b"{}"])))

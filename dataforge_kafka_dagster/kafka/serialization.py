@@ -323,7 +323,7 @@ def _has_json_form(leaf: Any, write: Callable[[Any], bytes]) -> bool:
 def _find(value: Any, wrong: Any, path: str = "", depth: int = 0) -> str | None:
     """Dotted path of the first leaf for which ``wrong`` holds."""
     if isinstance(value, BaseModel):
-        value = dict(value)
+        value = _dumped(value)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {name: getattr(value, name, None) for name in _field_names(type(value))}
     elif isinstance(value, enum.Enum):
@@ -347,6 +347,14 @@ def _find(value: Any, wrong: Any, path: str = "", depth: int = 0) -> str | None:
                 return found
         return None
     return path.rstrip(".") if wrong(value) else None
+
+
+def _dumped(model: BaseModel) -> Any:
+    """What a model is serialized from, as Python values; its fields if its serializers fail."""
+    try:
+        return model.model_dump()
+    except Exception:  # noqa: BLE001  (of any kind: it is told elsewhere)
+        return dict(model)
 
 
 def record_name(index: int | None) -> str:
