@@ -334,6 +334,17 @@ def test_keys_of_a_frame_have_the_type_of_their_column(registry):
     assert one.registered.part == "key"
 
 
+@pytest.mark.parametrize(
+    "ids", [["a", None], [1.5, None], pd.array([1, None], "Int64"), [pd.Timestamp(2013, 1, 1), None]]
+)
+def test_missing_keys_of_pandas_are_none_also_where_only_keys_have_a_schema(registry, ids):
+    frame = pd.DataFrame({"id": ids, "at": [pd.Timestamp(1), pd.NaT]})
+    encoders = SchemaEncoders(None, encoder(registry, "avro", part="key"))
+    (chunk,) = chunks(frame, "id", encoders=encoders)
+    assert [SchemaDecoder(registry)(key, "avro") for key in chunk.keys] == [ids[0], None]
+    assert [json.loads(value)["at"] for value in chunk.values] == ["1970-01-01T00:00:00.000000001", None]
+
+
 # What the registry is asked.
 
 

@@ -90,9 +90,11 @@ class FrameEncoder:
         Raises:
             InvalidRecordError: A value or key cannot be published.
         """
-        frame = None if self._encoders.value or self._encoders.key else _in_polars(rows.to_native())
+        encoders, fields = self._encoders, self._fields
+        keys = encoders.key_rows(rows.select(*fields)) if encoders.key and fields else ()
+        frame = None if encoders.value or encoders.key else _in_polars(rows.to_native())
         if frame is None:
-            return self._by_row(self._encoders.rows(rows), start)
+            return self._by_row(encoders.rows(rows), start, keys)
         frame = _without_times(frame)
         plain = _plain_types(frame) if _json_is_exact() else None
         if plain is None:
@@ -120,7 +122,7 @@ class FrameEncoder:
             return series.cast(pl.String).to_list()  # type: ignore[no-any-return]
         return [self._key(value, start + i, series.name) for i, value in enumerate(series.to_list())]
 
-    def _by_row(self, rows: Sequence[dict[str, Any]], start: int) -> Chunk:
+    def _by_row(self, rows: Sequence[dict[str, Any]], start: int, key_rows: Sequence[dict[str, Any]] = ()) -> Chunk:
         encoders, fields = self._encoders, self._fields
         values: Sequence[bytes | str | None]
         if encoders.value:
@@ -130,7 +132,7 @@ class FrameEncoder:
             values, size = self._values(rows, start)
         keys: list[Any] | None = None
         if fields and encoders.key:
-            keys = encoders.key([key_of(row, fields) for row in rows], start)
+            keys = encoders.key([key_of(row, fields) for row in key_rows], start)
         elif len(fields) == 1:
             keys = [self._key(row[fields[0]], start + i, fields[0]) for i, row in enumerate(rows)]
         elif fields:

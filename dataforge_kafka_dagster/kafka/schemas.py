@@ -874,6 +874,10 @@ class SchemaEncoders(Encoders):
         """A frame's rows as the value's encoder takes them."""
         return self.value.rows(frame) if self.value else super().rows(frame)
 
+    def key_rows(self, frame: nw.DataFrame[Any]) -> Sequence[dict[str, Any]]:
+        """The rows of a frame's key columns as the key's encoder takes them."""
+        return self.key.rows(frame) if self.key else super().key_rows(frame)
+
 
 def schema_encoders(
     config: SchemaRegistryConfig | None, topic: str, value: KafkaSchema | None, key: KafkaSchema | None

@@ -61,6 +61,10 @@ class Encoders:
         """The rows of a narwhals data frame as `value` is to have them."""
         return cast("Sequence[dict[str, Any]]", frame.rows(named=True))
 
+    def key_rows(self, frame: Any) -> Sequence[dict[str, Any]]:
+        """The rows of a narwhals data frame's key columns as `key` is to have them."""
+        return self.rows(frame)
+
 
 DEFAULT_ENCODERS: Final = Encoders()
 
