@@ -244,6 +244,36 @@ class Invoice:
     item: Item
 
 
+def test_a_default_that_its_type_does_not_have_is_left_out(registry):
+    class Odd(BaseModel):
+        price: Annotated[decimal.Decimal, Field(max_digits=8, decimal_places=2)] = 0
+        count: int = 2**63
+        ratio: float = float("nan")
+        most: float = float("inf")
+        raw: bytes = "x"
+        day: dt.date = 0
+        share: float = 1
+        name: str = "x"
+        legs: list[float] = [float("nan")]
+
+    schema = json.loads(KafkaSchema.of(Odd).text)
+    assert {field["name"]: field["default"] for field in schema["fields"] if "default" in field} == {
+        "share": 1,
+        "name": "x",
+    }
+    assert encoder(registry, KafkaSchema.of(Odd)).compatibility().compatible
+    text = KafkaSchema.of(Odd, format="json_schema").text
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert json.loads(text)["properties"]["name"]["default"] == "x"
+    assert "default" not in json.loads(text)["properties"]["ratio"]
+
+
+def test_a_record_inside_one_that_is_given_its_name_has_another(registry):
+    (data,) = encoder(registry, KafkaSchema.of(Order, name="shop.Item"))([Order(Order.Item(1))])
+    assert SchemaDecoder(registry)(data, "avro") == {"item": {"n": 1}}
+
+
 # Frames.
 
 COLUMNS = {
@@ -288,6 +318,15 @@ def test_decimals_lists_and_structs_of_frames_have_avro_types(registry):
         schema = json.loads(registry.client.get_schema(encode.registered.id).schema_str)
         price = {"type": "bytes", "logicalType": "decimal", "precision": 10, "scale": 2}
         assert schema["fields"][0] == {"name": "price", "type": ["null", price], "default": None}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("topic", ["orders", "shop.orders"])
+def test_structs_of_one_name_are_several_types(registry, topic, form):
+    row = {"orders": {"x": 1}, "a": {"b_c": {"q": 1}}, "a_b": {"c": {"q": "s"}}}
+    encoders = SchemaEncoders(encoder(registry, form, topic), None, form)
+    (chunk,) = chunks(pl.DataFrame([row]), encoders=encoders)
+    assert [SchemaDecoder(registry)(value, form) for value in chunk.values] == [row]
 
 
 @pytest.mark.parametrize("form", ["json_schema", "protobuf"])

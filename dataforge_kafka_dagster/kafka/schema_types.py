@@ -11,15 +11,18 @@ import datetime as dt
 import decimal
 import enum
 import itertools
+import json
+import math
 import re
 import types
 import typing
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
+from pydantic.json_schema import GenerateJsonSchema
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
 
@@ -88,18 +91,32 @@ def _of_class(cls: type, seen: dict[type, str], given: str | None = None) -> Avr
         nullable = isinstance(field["type"], list) and field["type"][0] == "null"
         if default is None and nullable:
             field["default"] = None
-        elif type(default) in {bool, int, float, str} and not isinstance(field["type"], list):
+        elif isinstance(field["type"], str) and _is_of(field["type"], default):
             field["default"] = default
         fields.append(field)
     return {"type": "record", "name": own, "fields": fields}
 
 
+def _is_of(avro: str, default: Any) -> bool:
+    """Whether a default is a value of its type, and JSON has it."""
+    if type(default) is int:
+        return (avro == "long" and -(2**63) <= default < 2**63) or (avro == "double" and abs(default) <= 2**53)
+    if type(default) is float:
+        return avro == "double" and math.isfinite(default)
+    return type(default) is {"boolean": bool, "string": str}.get(avro)
+
+
 def _free_name(cls: type, seen: Mapping[type, str], given: str | None) -> str:
     """A record's name: the class's, or a longer one if another class in the schema has that."""
     long = record_name(cls.__qualname__.replace(".", "_"))
-    numbered = (f"{long}_{number}" for number in itertools.count(2))
-    names = itertools.chain([record_name(given or cls.__name__), long], numbered)
-    return next(name for name in names if name not in seen.values())
+    return _first_free([record_name(given or cls.__name__), long], seen.values())
+
+
+def _first_free(names: Sequence[str], taken: Iterable[str]) -> str:
+    """The first of the names that no other record has in their namespace, or the last one with a number."""
+    others = {name.rpartition(".")[2] for name in taken}
+    numbered = (f"{names[-1]}_{number}" for number in itertools.count(2))
+    return next(name for name in itertools.chain(names, numbered) if name not in others)
 
 
 def _fields(cls: type) -> list[tuple[str, Any, Sequence[Any]]]:
@@ -180,7 +197,8 @@ def avro_of_frame(frame: nw.DataFrame[Any], name: str) -> dict[str, Any]:
     Raises:
         InvalidRecordError: A column's name or type has no Avro form.
     """
-    fields = []
+    own = record_name(name)
+    fields, taken = [], [own]
     for column in frame.columns:
         if not _NAME.fullmatch(column):
             raise InvalidRecordError(
@@ -190,8 +208,9 @@ def avro_of_frame(frame: nw.DataFrame[Any], name: str) -> dict[str, Any]:
                 field=column,
             )
         series = frame[column]
-        fields.append({"name": column, "type": ["null", _of_dtype(series, series.dtype, column)], "default": None})
-    return {"type": "record", "name": record_name(name), "fields": fields}
+        avro = _of_dtype(series, series.dtype, column, taken)
+        fields.append({"name": column, "type": ["null", avro], "default": None})
+    return {"type": "record", "name": own, "fields": fields}
 
 
 def key_of_frame(frame: nw.DataFrame[Any], fields: Sequence[str], name: str) -> AvroType:
@@ -208,7 +227,8 @@ def key_of_frame(frame: nw.DataFrame[Any], fields: Sequence[str], name: str) -> 
     return record
 
 
-def _of_dtype(series: nw.Series[Any], dtype: Any, place: str) -> AvroType:
+def _of_dtype(series: nw.Series[Any], dtype: Any, place: str, taken: list[str]) -> AvroType:
+    """A data type's Avro type; `taken` has the names of the records so far."""
     kind = type(dtype).__name__
     known = _COLUMNS.get(kind)
     if known is not None:
@@ -226,13 +246,15 @@ def _of_dtype(series: nw.Series[Any], dtype: Any, place: str) -> AvroType:
         native = getattr(native, "pyarrow_dtype", native)
         return decimal_type(native.precision or 38, native.scale or 0)
     if kind in {"List", "Array"}:
-        return {"type": "array", "items": ["null", _of_dtype(series, dtype.inner, f"{place}_item")]}
+        return {"type": "array", "items": ["null", _of_dtype(series, dtype.inner, f"{place}_item", taken)]}
     if kind == "Struct":
+        own = _first_free([record_name(place)], taken)
+        taken.append(own)
         fields = [
-            {"name": field.name, "type": ["null", _of_dtype(series, field.dtype, f"{place}_{field.name}")]}
+            {"name": field.name, "type": ["null", _of_dtype(series, field.dtype, f"{place}_{field.name}", taken)]}
             for field in dtype.fields
         ]
-        return {"type": "record", "name": record_name(place), "fields": [f | {"default": None} for f in fields]}
+        return {"type": "record", "name": own, "fields": [f | {"default": None} for f in fields]}
     raise InvalidRecordError(
         f"data frame, column {place!r}",
         f"no Avro type can be derived from {dtype}",
@@ -269,7 +291,19 @@ def json_schema_of_class(cls: type) -> dict[str, Any]:
     """The JSON Schema of a dataclass or pydantic model, as pydantic writes it."""
     # By the names that its records are written with.
     by_alias = bool(getattr(cls, "model_config", {}).get("serialize_by_alias"))
-    return {"title": cls.__name__} | TypeAdapter(cls).json_schema(mode="serialization", by_alias=by_alias)
+    made = TypeAdapter(cls).json_schema(mode="serialization", by_alias=by_alias, schema_generator=_JsonSchema)
+    return {"title": cls.__name__} | made
+
+
+class _JsonSchema(GenerateJsonSchema):
+    def default_schema(self, schema: Any) -> Any:
+        """A field's schema, without a default that JSON does not have: NaN or infinity."""
+        made = super().default_schema(schema)
+        try:
+            json.dumps(made.get("default"), allow_nan=False)
+        except ValueError:
+            del made["default"]
+        return made
 
 
 def json_schema_of(avro: Any) -> dict[str, Any]:
