@@ -516,7 +516,9 @@ def test_a_record_that_does_not_fit_names_index_and_field(registry, row, field, 
 UTC_MICROS = {"type": "long", "logicalType": "timestamp-micros"}
 POINT = {"type": "record", "name": "Point", "namespace": "org.example", "fields": [{"name": "n", "type": "int"}]}
 LIST = {"type": "record", "name": "L", "fields": [{"name": "at", "type": UTC_MICROS}, {"name": "next", "type": "L"}]}
-NAIVE = dt.datetime(2013, 1, 1)
+LOCAL_MICROS = {"type": "long", "logicalType": "local-timestamp-micros"}
+DAY = {"type": "int", "logicalType": "date"}
+NAIVE, NOON = dt.datetime(2013, 1, 1), dt.datetime(2013, 1, 1, 12)
 
 
 @pytest.mark.parametrize(
@@ -532,6 +534,24 @@ NAIVE = dt.datetime(2013, 1, 1)
             ("double", "5", "f", "of type str, not double"),
             ("null", 5, "f", "of type int, not null"),
             (["null", "float"], 1e300, "f", "does not fit into a float"),
+            ("float", 2**24 + 1, "f", "16777217 would be rounded as a float"),
+            ("double", np.int64(2**53 + 1), "f", "9007199254740993 would be rounded as a double"),
+            ("double", 10**310, "f", "would be rounded as a double"),
+            (["null", "double"], 2**53 + 1, "f", "would be rounded as a double"),
+            (["null", "float", "string"], 2**24 + 1, "f", "would be rounded as a float"),
+            (DAY, NOON, "f", "would lose its time"),
+            (DAY, NAIVE.replace(tzinfo=UTC), "f", "would lose its time"),
+            (["null", DAY], NOON, "f", "would lose its time"),
+            (["null", DAY, LOCAL_MICROS], NAIVE, "f", "put the timestamp before the date"),
+            (["null", DAY, UTC_MICROS], NOON.replace(tzinfo=UTC), "f", "put the timestamp before the date"),
+            (LOCAL_MICROS, NAIVE.replace(tzinfo=UTC), "f", "with a time zone is no local time"),
+            ({"type": "long", "logicalType": "time-micros"}, dt.time(12, tzinfo=UTC), "f", "have no time zone"),
+            (
+                ["null", {"type": "int", "logicalType": "time-millis"}],
+                dt.time(12, tzinfo=UTC),
+                "f",
+                "have no time zone",
+            ),
             ({"type": "array", "items": "string"}, "abc", "f", "of type str, not array"),
             ({"type": "array", "items": POINT}, [{"n": 1}, {"n": True}], "f.1.n", "of type bool, not int"),
             ({"type": "map", "values": "int"}, {"a": 2**40}, "f.a", "does not fit into an int"),
@@ -565,7 +585,6 @@ def record(name, **fields):
 
 
 UUID = {"type": "string", "logicalType": "uuid"}
-LOCAL_MICROS = {"type": "long", "logicalType": "local-timestamp-micros"}
 ORDER, NOTE = record("Order", id=UUID, total="double"), record("Note", id="string", text="string")
 MOMENTS = [record("A", at=UTC_MICROS, a="int"), record("B", at=LOCAL_MICROS, b="int")]
 NUMBERS = [record("A", f="float", a="int"), "null", record("B", f="double", b="int")]
@@ -584,12 +603,17 @@ NESTED = [
             (NUMBERS, {"f": 1e300, "b": 1}),
             (NESTED, {"of": [{"id": "N-17", "text": "hi"}]}),
             ([ORDER, {"type": "map", "values": "string"}], {"id": "N-17"}),
+            (["null", LOCAL_MICROS, DAY], NOON),
+            (["null", LOCAL_MICROS, DAY], NAIVE),
+            (["null", LOCAL_MICROS, DAY], NAIVE.date()),
+            (["long", "double"], 2**53 + 1),
+            (["null", "double"], 2**53),
         ],
         2,
     ),
 )
 def test_of_a_union_the_member_that_is_written_is_checked(registry, members, value):
-    again = [part if part == "null" else part.get("name", part) for part in members]
+    again = [part if isinstance(part, str) else part.get("name", part) for part in members]
     encode = encoder(registry, {"text": record("R", f=members, again=again) | {"namespace": "org.example"}})
     row = {"f": value, "again": value}
     assert SchemaDecoder(registry)(encode([row])[0], "avro") == row
@@ -633,13 +657,36 @@ def test_a_name_in_an_avro_schema_is_checked_like_what_it_names(registry):
 
 def test_what_fits_an_avro_schema_is_written_as_it_is(registry):
     types = ["boolean", "int", "float", "double", ["string", {"type": "string", "logicalType": "uuid"}], "bytes"]
-    types += [{"type": "array", "items": "long"}, ["null", "float", "double"], {"type": "int", "logicalType": "date"}]
+    types += [{"type": "array", "items": "long"}, ["null", "float", "double"], DAY, DAY]
+    types += [["null", "float"], "float", {"type": "long", "logicalType": "time-micros"}, ["null", LOCAL_MICROS]]
     fields = [{"name": f"f{i}", "type": avro} for i, avro in enumerate(types)]
     encode = encoder(registry, {"text": {"type": "record", "name": "R", "fields": fields}})
-    given = [np.True_, np.int64(5), 1, np.float32(1.5), "no UUID", bytearray(b"x"), (1, 2), 1e300, 1]
-    found = [True, 5, 1.0, 1.5, "no UUID", b"x", [1, 2], 1e300, dt.date(1970, 1, 2)]
+    given = [np.True_, np.int64(5), 1, np.float32(1.5), "no UUID", bytearray(b"x"), (1, 2), 1e300, 1, NAIVE]
+    given += [2**24, np.int64(-(2**24)), dt.time(12), NOON]
+    found = [True, 5, 1.0, 1.5, "no UUID", b"x", [1, 2], 1e300, dt.date(1970, 1, 2), NAIVE.date()]
+    found += [2**24, -(2**24), dt.time(12), NOON]
     row = encode([{f"f{i}": value for i, value in enumerate(given)}])[0]
     assert list(SchemaDecoder(registry)(row, "avro").values()) == found
+
+
+def test_what_a_union_of_hints_may_be_keeps_its_value_whichever_comes_first(registry):
+    @dataclasses.dataclass
+    class Event:
+        at: dt.date | dt.datetime | None
+        n: float | int
+
+    given = [Event(NOON.replace(tzinfo=UTC), 2**53 + 1), Event(NAIVE.date(), 1.5), Event(None, 1)]
+    found = [SchemaDecoder(registry)(data, "avro") for data in encoder(registry, "avro")(given)]
+    assert found == list(map(dataclasses.asdict, given))
+
+
+@pytest.mark.parametrize(
+    "frame", [pl.DataFrame({"n": [1, 2**53 + 1]}), pd.DataFrame({"n": pd.array([1, 2**53 + 1], "Int64")})]
+)
+def test_a_frames_whole_numbers_are_not_rounded_to_a_given_schemas_doubles(registry, frame):
+    encoders = SchemaEncoders(encoder(registry, {"text": record("R", n=["null", "double"])}), None, "avro")
+    with pytest.raises(InvalidRecordError, match="record 1, field 'n'.*9007199254740993 would be rounded"):
+        list(chunks(frame, encoders=encoders))
 
 
 def test_a_frame_with_a_null_does_not_fit_a_schema_without(registry):

@@ -139,6 +139,8 @@ def _of_hint(hint: Any, place: str, metadata: Sequence[Any], seen: dict[type, st
         return _of_hint(arguments[0], place, [*metadata, *extra], seen)
     if origin in {typing.Union, types.UnionType}:
         members = [_of_hint(arg, place, metadata, seen) for arg in arguments if arg not in _NULLS]
+        # Avro's serializer takes the first that a value fits: a datetime is a date, and an int a double.
+        members.sort(key=lambda member: member in ("double", _SCALARS[dt.date]))
         return ["null", *members] if len(members) < len(arguments) else members
     if origin is typing.Literal:
         return _of_values(arguments, place)
