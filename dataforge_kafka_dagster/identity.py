@@ -6,8 +6,11 @@ attempt fences the one before. The *publication id* names the work; a retry has 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import threading
 import uuid
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -138,29 +141,45 @@ def step_context_of(context: Any) -> Any:
 def session_identity(
     context: dg.OpExecutionContext | dg.AssetExecutionContext | dg.AssetCheckExecutionContext, session: str
 ) -> Identity:
-    """Names of what a step publishes from its body, in one of its sessions."""
+    """Names of what a step publishes from its body, in one of its sessions; the second of a name has another one."""
     op_context = op_context_of(context)
     step_context = step_context_of(context)
     if step_context is None:
         # The asset or op was called directly, as unit tests do: each call is work of its own.
         call = str(uuid.uuid4())
-        return _identity(("call", call, "publishing", session), (), call)
+        return _identity(("call", call, session), (), call)
     step = step_context.step
     origin = origin_run_id(op_context.instance, op_context.run, step.key)
+    number = _number(step_context, session)
+    # What comes first says how many names follow: no other publisher's can be the same ones.
+    kind = "session" if number == 1 else f"session-{number}"
+    has_keys = op_context.has_partition_key or op_context.has_partition_key_range
     if op_context.has_assets_def:
         assets_def = op_context.assets_def
-        # All keys, not those that this run selects, which may be fewer in a retry.
+        # All keys, not those that this run selects, which may be fewer in a retry; and so with Dagster partitions.
         keys = sorted(assets_def.node_keys_by_output_name.values())
-        path = ("asset", *keys[0].path) if keys else ("check", assets_def.node_def.name)
+        kind, path = (f"asset-{kind}", keys[0].path) if keys else (f"check-{kind}", [assets_def.node_def.name])
         # A graph has several steps, and a dynamic one many of a kind.
-        inside = step.key.split(".")[1:]
-        name = (*path, *inside, "publishing", session)
-        partitioned = assets_def.partitions_def is not None
+        _, graph, inside = step.key.partition(".")
+        name = (f"step-of-{kind}", inside, *path, session) if graph else (kind, *path, session)
+        partitioned = has_keys and any(spec.partitions_def is not None for spec in assets_def.specs)
     else:
-        name = ("job", op_context.job_name, step.key, "publishing", session, origin)
-        partitioned = op_context.has_partition_key
+        name = (f"job-{kind}", op_context.job_name, step.key, session, origin)
+        partitioned = has_keys
     partition = tuple(map(str, op_context.partition_keys)) if partitioned else ()
     return _identity(name, partition, origin)
+
+
+_numbers: weakref.WeakKeyDictionary[Any, collections.Counter[str]] = weakref.WeakKeyDictionary()
+_numbers_lock = threading.Lock()
+
+
+def _number(step_context: Any, session: str) -> int:
+    """How many sessions of this name the step has had, with this one."""
+    with _numbers_lock:
+        names = _numbers.setdefault(step_context, collections.Counter())
+        names[session] += 1
+        return names[session]
 
 
 def _identity(name: Sequence[str], partition: tuple[str, ...], origin: str) -> Identity:

@@ -10,7 +10,7 @@ import dagster as dg
 from pydantic import ConfigDict, Field, ValidationError
 
 from dataforge_kafka_dagster.history import Published, last_published, name_of, published
-from dataforge_kafka_dagster.identity import Identity, output_identity
+from dataforge_kafka_dagster.identity import Identity, output_identity, step_context_of
 from dataforge_kafka_dagster.kafka.cloudevents import CloudEventHeaders
 from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, check_topic
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError
@@ -129,8 +129,12 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                         "an upsert would forget the keys that are there",
                         "Return an empty list to delete them all; or raise, and nothing changes",
                     )
-            context.log.info(f"The output is None: nothing was published to {topic!r}")
-            return {"dagster/row_count": 0, "kafka/topic": topic, "kafka/records": 0}
+                done = self.kafka.published(identity, topic) if _is_again(context, identity) else None
+            if done is None:
+                context.log.info(f"The output is None: nothing was published to {topic!r}")
+                return {"dagster/row_count": 0, "kafka/topic": topic, "kafka/records": 0}
+            context.log.info(describe(done))
+            return publication_metadata(done, identity.partition)
 
         def attempt(reports: bool) -> Publication:
             writer = self.kafka.writer(context, identity, *target, reports=reports)
@@ -243,6 +247,12 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                 )
             )
             return _in_form(context.dagster_type.typing_type, records)
+
+
+def _is_again(context: dg.OutputContext, identity: Identity) -> bool:
+    """Whether this is another attempt at the same work."""
+    step = step_context_of(context)
+    return step is not None and (step.previous_attempt_count > 0 or step.run_id != identity.origin)
 
 
 def topic_of(path: Sequence[str], given: Any, template: str | None, job: str) -> str:

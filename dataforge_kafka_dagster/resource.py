@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import datetime as dt
 import threading
-import weakref
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Final
@@ -31,7 +29,7 @@ from dataforge_kafka_dagster.kafka.connection import logger
 from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError, out_of_turn
 from dataforge_kafka_dagster.kafka.ledger import Publication, make_transactional_id
 from dataforge_kafka_dagster.kafka.producer import DataForgeKafkaProducer, DeliveryCallback, RecordMetadata
-from dataforge_kafka_dagster.kafka.publication import PublicationWriter
+from dataforge_kafka_dagster.kafka.publication import PublicationWriter, find_published
 from dataforge_kafka_dagster.kafka.schemas import KafkaSchema
 from dataforge_kafka_dagster.kafka.serialization import Headers
 
@@ -46,10 +44,8 @@ _PUBLICATION_OPTIONS: Final = (
     "on_bad_record",
 )
 _CLOSE_SECONDS: Final = 10.0
-
-_sessions: Final[weakref.WeakKeyDictionary[Any, collections.Counter[str]]] = weakref.WeakKeyDictionary()
-"""How often each attempt at a step has opened a session of a name, by any resource."""
-_sessions_lock: Final = threading.Lock()
+# For a producer that delivers nothing more to tell it of each record.
+_FAILED_CLOSE_SECONDS: Final = 1.0
 
 _COLUMNS: Final = dg.TableSchema(
     columns=[
@@ -138,6 +134,7 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
     )
 
     _producer: DataForgeKafkaProducer | None = PrivateAttr(default=None)
+    _lost: KafkaError | None = PrivateAttr(default=None)
     _lock: Any = PrivateAttr(default_factory=threading.Lock)
 
     @field_validator("bootstrap_servers", mode="before")
@@ -184,13 +181,15 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
         """Close the producer; what is still undelivered after 10 seconds is given up and logged as an error."""
         with self._lock:
             producer, self._producer = self._producer, None
-        if producer is None:
-            return
+            lost, self._lost = self._lost, None
         try:
-            producer.close(_CLOSE_SECONDS)
+            if producer is not None:
+                producer.close(_CLOSE_SECONDS)
         except KafkaError as error:
+            lost = lost or error
+        if lost is not None:
             # Dagster does not fail a run for it: call flush() in the step, or use publishing().
-            logger.error("Records were lost at the end of the run: %s", error)
+            logger.error("Records were lost at the end of the run: %s", lost)
 
     @property
     def producer(self) -> DataForgeKafkaProducer:
@@ -203,8 +202,10 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
             if self._producer is not None and self._producer.inherited:
                 self._producer = None
             if self._producer is not None and self._producer.failed:
-                with contextlib.suppress(KafkaError):  # each of its records has been told
-                    self._producer.close(0)
+                try:
+                    self._producer.close(_FAILED_CLOSE_SECONDS)
+                except KafkaError as error:
+                    self._lost = self._lost or error
                 self._producer = None
             if self._producer is None:
                 self._producer = DataForgeKafkaProducer(self.producer_config())
@@ -279,9 +280,14 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
             timeout: Longest wait, seconds; delivery_timeout if None.
 
         Raises:
-            KafkaError: A record was not delivered.
+            KafkaError: A record was not delivered, also by a producer that an error has ended since.
         """
-        self.producer.flush(timeout)
+        with self._lock:
+            producer, lost, self._lost = self._producer, self._lost, None
+        if producer is not None:
+            producer.flush(timeout)
+        if lost is not None:
+            raise lost
 
     @contextlib.contextmanager
     def publishing(
@@ -328,7 +334,7 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
             session_name = name or check_topic(topic)
             if not isinstance(session_name, str):
                 raise KafkaConfigError(f"name={name!r}", "it is no str", "Give a name of your own, or None")
-            identity = session_identity(context, _session_name(context, session_name))
+            identity = session_identity(context, session_name)
             value, key_ = (None if one is None else KafkaSchema.parse(one) for one in (value_schema, key_schema))
             writer = self.writer(context, identity, topic, key, create_topic, on_bad_record, value, key_)
             writer.encoders()  # refuses a schema before anything is connected
@@ -375,6 +381,20 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
             on_progress=on_progress,
             reports=reports,
         )
+
+    def published(self, identity: Identity, topic: str) -> Publication | None:
+        """What an earlier attempt at this publication has published; None if nothing, or without exactly_once.
+
+        That attempt is not fenced: it is to have ended.
+
+        Raises:
+            KafkaError: The brokers do not answer, or it was published anew since.
+        """
+        config = self.publication_config()
+        if config.delivery_guarantee != "exactly_once":
+            return None
+        transactional_id = make_transactional_id(config.transactional_id_prefix, identity.name, identity.partition)
+        return find_published(config.producer, transactional_id, identity.publication_id, topic)
 
     @contextlib.contextmanager
     def errors_in_dagster(self, context: Any, topic: str | None = None) -> Iterator[None]:
@@ -507,17 +527,6 @@ def describe(publication: Publication) -> str:
     if publication.replayed:
         return f"An earlier attempt had published {places}; nothing was published again"
     return f"Published {places}, {publication.bytes:,} bytes, in {publication.seconds:.2f} s"
-
-
-def _session_name(context: Any, name: str) -> str:
-    step = step_context_of(context)
-    if step is None:
-        return name
-    with _sessions_lock:
-        names = _sessions.setdefault(step, collections.Counter())
-        names[name] += 1
-        count = names[name]
-    return name if count == 1 else f"{name}-{count}"
 
 
 def _refuse_that_of_other_assets(op_context: dg.OpExecutionContext, identity: Identity, *, named: bool) -> None:

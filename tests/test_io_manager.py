@@ -735,6 +735,37 @@ def test_mapped_ops_read_their_own_outputs(manager, kafka_topic, read, instance)
 # Failures
 
 
+@pytest.mark.kafka
+@pytest.mark.parametrize(("guarantee", "told"), [("exactly_once", 3), ("at_least_once", 0)])
+def test_an_output_of_none_in_a_retry_tells_what_the_first_attempt_has_published(
+    guarantee, told, kafka_bootstrap_servers, kafka_topic, read, instance
+):
+    topic = kafka_topic()
+    attempts = []
+
+    @dg.multi_asset(
+        outs={name: dg.AssetOut(metadata={"kafka/topic": topic}) for name in "ab"},
+        retry_policy=dg.RetryPolicy(max_retries=1),
+    )
+    def incremental():
+        attempts.append(1)
+        yield dg.Output([{"i": i} for i in range(3)] if len(attempts) == 1 else None, "a")
+        if len(attempts) == 1:
+            raise ZeroDivisionError
+        yield dg.Output(None, "b")
+
+    assert _materialize(incremental, _manager(kafka_bootstrap_servers, delivery_guarantee=guarantee), instance).success
+    events = [instance.get_latest_materialization_event(dg.AssetKey(name)) for name in "ab"]
+    said, of_b = (_plain(event.asset_materialization.metadata) for event in events)
+    assert (said["kafka/records"], said["dagster/row_count"]) == (told, told)
+    assert of_b["kafka/records"] == 0
+    assert len(read(topic)) == 3
+    if told:
+        assert said["kafka/replayed"]
+        assert said["kafka/publication"]["topic_ids"].keys() == {topic}
+
+
+@pytest.mark.kafka
 def test_an_unknown_topic_fails_without_retry(kafka_bootstrap_servers, instance):
     topic, attempts = f"never-{uuid.uuid4().hex}", []
 

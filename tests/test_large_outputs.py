@@ -135,8 +135,9 @@ def test_what_is_small_or_streamed_is_reported(attempts, place, read):
 
 
 @pytest.mark.kafka
+@pytest.mark.parametrize("unknown", [None, -1001])
 @pytest.mark.parametrize("at", [0, 2])
-def test_a_record_whose_offset_the_broker_does_not_know_is_published_again(place, read, monkeypatch, at):
+def test_a_record_whose_offset_the_broker_does_not_know_is_published_again(place, read, monkeypatch, at, unknown):
     """As after DUPLICATE_SEQUENCE_NUMBER, of a batch that came twice long ago: it is there, but nobody knows where."""
     config, make, seen = place.pop("config"), Track.reporter, itertools.count()
 
@@ -144,7 +145,7 @@ def test_a_record_whose_offset_the_broker_does_not_know_is_published_again(place
         report = make(track, span)
 
         def forgetful(err, msg):
-            lost = types.SimpleNamespace(partition=msg.partition, offset=lambda: None)
+            lost = types.SimpleNamespace(partition=msg.partition, offset=lambda: unknown)
             report(err, lost if next(seen) == at else msg)
 
         return forgetful

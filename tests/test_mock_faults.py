@@ -181,6 +181,23 @@ def test_a_resource_whose_producer_has_ended_sends_by_a_new_one(cluster, monkeyp
     kafka.producer.close()
 
 
+@pytest.mark.parametrize("sent_since", [False, True])
+@pytest.mark.parametrize("wait", [0, 2])
+def test_flush_of_a_resource_tells_what_a_producer_that_has_ended_has_lost(wait, sent_since, cluster, monkeypatch):
+    monkeypatch.setattr(Connection, "answer", lambda *_: None)
+    kafka = KafkaProducerResource(bootstrap_servers=cluster.bootstrap_servers, delivery_timeout=15)
+    kafka.send_sync("t", "first")
+    cluster.fail_next(PRODUCE, Code.OUT_OF_ORDER_SEQUENCE_NUMBER)
+    lost = kafka.send_async("t", "lost")
+    time.sleep(wait)
+    if sent_since:
+        assert lost.exception(5)
+        kafka.send_async("t", "by a new producer")
+    with pytest.raises(KafkaError, match="OUT_OF_ORDER_SEQUENCE_NUMBER"):
+        kafka.flush()
+    kafka.teardown_after_execution(None)
+
+
 def test_each_record_on_its_way_is_told_of_a_fatal_error(cluster, monkeypatch):
     monkeypatch.setattr(Connection, "answer", lambda *_: None)
     config = KafkaProducerConfig(bootstrap_servers=cluster.bootstrap_servers, linger_ms=50, delivery_timeout=15)

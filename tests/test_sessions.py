@@ -1,6 +1,7 @@
 """Which publication a `publishing` session is: in graphs, multi-assets and their retries, checks, ranges and tests."""
 
 import contextlib
+import time
 import uuid
 
 import dagster as dg
@@ -8,7 +9,7 @@ import pytest
 from dagster._core.definitions.job_base import InMemoryJob
 from dagster._core.execution.api import execute_run
 
-from dataforge_kafka_dagster import KafkaError, KafkaIOManager, KafkaProducerResource
+from dataforge_kafka_dagster import KafkaError, KafkaIOManager, KafkaProducerResource, KafkaRecord
 
 pytestmark = pytest.mark.kafka
 
@@ -77,6 +78,62 @@ def test_sessions_of_two_resources_in_one_step_do_not_collide(kafka, kafka_topic
     assert _values(read(topic)) == ["x", "x"]
 
 
+def test_a_step_of_a_graph_asset_is_not_the_asset_whose_key_spells_the_same_path(kafka, kafka_topic, read, instance):
+    topic = kafka_topic()
+
+    @dg.op
+    def clean(context: dg.OpExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=topic) as publication:
+            publication.send("step")
+        return 1
+
+    @dg.graph_asset
+    def orders():
+        return clean()
+
+    @dg.asset(key=["orders", "clean"])
+    def cleaned(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=topic) as publication:
+            publication.send("asset")
+        return publication.materialize_result()
+
+    resources = {"kafka": kafka, "io_manager": dg.mem_io_manager}
+    assert dg.materialize([orders, cleaned], resources=resources, instance=instance).success
+    assert _values(read(topic)) == ["asset", "step"]
+
+
+def test_a_session_is_not_that_of_the_io_manager_whose_output_has_its_name(kafka, kafka_topic, read, instance):
+    topic = kafka_topic()
+
+    @dg.asset(key=["orders", "publishing"], metadata={"kafka/topic": topic})
+    def returned():
+        return "returned"
+
+    @dg.asset(key="orders")
+    def sent(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=topic, name="result") as publication:
+            publication.send("sent")
+        return publication.materialize_result()
+
+    resources = {"kafka": kafka, "io_manager": KafkaIOManager(kafka=kafka)}
+    assert dg.materialize([returned, sent], resources=resources, instance=instance).success
+    assert _values(read(topic)) == ["returned", "sent"]
+
+
+@pytest.mark.parametrize("names", [["load", "load-2", "load"], ["load", "load", "load-2"], [None, None, "{topic}-2"]])
+def test_the_number_of_a_session_is_no_name_of_another(names, kafka, kafka_topic, read, instance):
+    topic = kafka_topic()
+
+    @dg.asset
+    def several(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        for number, name in enumerate(names):
+            with kafka.publishing(context, topic=topic, name=name and name.format(topic=topic)) as publication:
+                publication.send(str(number))
+
+    assert dg.materialize([several], resources={"kafka": kafka}, instance=instance).success
+    assert _values(read(topic)) == ["0", "1", "2"]
+
+
 def _some_rows(fails):
     for i in range(1000):
         if i == 700:
@@ -113,17 +170,36 @@ def test_records_that_were_sent_by_half_are_not_committed_if_their_error_is_caug
         assert "they ended with ZeroDivisionError" in _failure(result, "work")
 
 
-def _run_and_resume(several, names, kafka, instance, tags=None):
+def test_records_that_come_one_by_one_are_not_committed_by_half_either(kafka, kafka_topic, read, instance):
+    topic = kafka_topic()
+
+    def slowly():
+        for partition in (0, 7, 0):
+            time.sleep(0.6)  # longer than a chunk is waited for
+            yield KafkaRecord("x", partition=partition)
+
+    @dg.asset
+    def slow(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=topic) as publication, contextlib.suppress(KafkaError):
+            publication.send_all(slowly())
+
+    result = dg.materialize([slow], resources={"kafka": kafka}, instance=instance, raise_on_error=False)
+    assert "no Kafka partition 7" in _failure(result, "slow")
+    assert read(topic) == []
+
+
+def _run_and_resume(several, names, kafka, instance, tags=None, partition=None):
     """Fails a run of a multi-asset, and retries the assets with these names, as the UI does "from failure"."""
     job = dg.define_asset_job("job", executor_def=dg.in_process_executor)
     definition = dg.Definitions([several], jobs=[job], resources={"kafka": kafka}).resolve_job_def("job")
-    first = definition.execute_in_process(instance=instance, raise_on_error=False)
+    first = definition.execute_in_process(instance=instance, raise_on_error=False, partition_key=partition)
     assert not first.success
+    tags = tags or {"dagster/is_asset_resume_retry": "true"}
     keys = frozenset(map(dg.AssetKey, names))
     subset = definition.get_subset(asset_selection=keys)
     run = instance.create_run_for_job(
         subset,
-        tags=tags or {"dagster/is_asset_resume_retry": "true"},
+        tags=tags if partition is None else tags | {"dagster/partition": partition},
         asset_selection=keys,
         parent_run_id=first.run_id,
         root_run_id=first.run_id,
@@ -149,6 +225,29 @@ def test_a_retry_of_some_of_several_assets_finds_their_publications(failed, kafk
 
     assert _run_and_resume(several, failed, kafka, instance).success
     assert {name: len(read(topics[name])) for name in ["a", *failed]} == dict.fromkeys(["a", *failed], 1)
+
+
+def test_a_retry_of_an_asset_without_partitions_beside_one_with_them_finds_it(kafka, kafka_topic, read, instance):
+    topic = kafka_topic()
+    days = dg.StaticPartitionsDefinition(["x", "y"])
+    attempts = []
+
+    @dg.multi_asset(
+        specs=[dg.AssetSpec("a", partitions_def=days, skippable=True), dg.AssetSpec("b", skippable=True)],
+        can_subset=True,
+    )
+    def several(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        attempts.append(1)
+        for key in sorted(context.selected_asset_keys):
+            name = key.to_user_string()
+            with kafka.publishing(context, topic=topic, name=name) as publication:
+                publication.send(name)
+            if name == "b" and len(attempts) == 1:
+                raise ZeroDivisionError
+            yield publication.materialize_result(asset_key=key)
+
+    assert _run_and_resume(several, ["b"], kafka, instance, partition="x").success
+    assert _values(read(topic)) == ["a", "b"]
 
 
 @pytest.mark.parametrize("named", [False, True])

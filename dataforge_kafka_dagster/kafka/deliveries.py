@@ -209,7 +209,7 @@ class Track:
                 partition = msg.partition()
                 offset = msg.offset()
                 if following.get(partition, -1) != offset:
-                    if offset is None:
+                    if offset is None or offset < 0:
                         return  # the broker has it, and does not know where: the commit finds one too few
                     self._begin(partition, offset)
                 following[partition] = offset + 1

@@ -23,7 +23,13 @@ import confluent_kafka
 from confluent_kafka import KafkaException
 from typing_extensions import Self
 
-from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, PublicationConfig, check_topic, publication_options
+from dataforge_kafka_dagster.kafka.config import (
+    KafkaProducerConfig,
+    KafkaTopicSpec,
+    PublicationConfig,
+    check_topic,
+    publication_options,
+)
 from dataforge_kafka_dagster.kafka.connection import SLICE, Connection, call_client, logger, timed_out
 from dataforge_kafka_dagster.kafka.dead_letters import dead_letter
 from dataforge_kafka_dagster.kafka.deliveries import Failure, Span, Track, as_bytes, shown
@@ -349,8 +355,9 @@ class PublicationWriter:
         """
         if self.replayed:
             return
-        for chunk in self._whole(encoded):
-            self._write(chunk, topic or self.topic)
+        with self._whole():
+            for chunk in encoded:
+                self._write(chunk, topic or self.topic)
 
     def send_tombstones(self, deleted: Iterable[Chunk]) -> None:
         """Add tombstones, and count them as such: all have a key and no value.
@@ -360,18 +367,20 @@ class PublicationWriter:
         """
         if self.replayed:
             return
-        for chunk in self._whole(deleted):
-            self._write(chunk, self.topic)
-            self._tombstones += len(chunk.values)
+        with self._whole():
+            for chunk in deleted:
+                self._write(chunk, self.topic)
+                self._tombstones += len(chunk.values)
 
-    def _whole(self, encoded: Iterable[Chunk]) -> Iterator[Chunk]:
-        """The chunks; if not all of them can be made, nothing is committed even if somebody catches the error.
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """If not all records inside can be sent, nothing is committed even if somebody catches the error.
 
         Who catches it does not know which records were sent.
         """
         before = self._position
         try:
-            yield from encoded
+            yield
         except Exception as error:
             if self._position > before:
                 self._broken = self._broken or (
@@ -846,6 +855,32 @@ class PublicationWriter:
         """
         found = self._ledger.other_than((self._publication_id, *known))
         return None if found is None else dataclasses.replace(found, topic_ids=self.topic_ids)
+
+
+def find_published(
+    config: KafkaProducerConfig, transactional_id: str, publication_id: str, topic: str
+) -> Publication | None:
+    """What was published last by this publisher, if it is this publication.
+
+    Args:
+        config: The cluster.
+        transactional_id: Names the publisher.
+        publication_id: Names the work.
+        topic: The publication's own topic.
+
+    Raises:
+        KafkaError: The brokers do not answer, or others were published since.
+    """
+    connection = Connection(config)
+    ledger = Ledger(connection, transactional_id, topic, config.delivery_timeout)
+    try:
+        found = ledger.read(publication_id)
+        if found is None:
+            return None
+        ids = {name: current_id(connection, name, config.connect_timeout) for name in found.topics}
+        return dataclasses.replace(found, topic_ids={name: one for name, one in ids.items() if one is not None})
+    finally:
+        connection.close(*ledger.let_go())
 
 
 def publish(
