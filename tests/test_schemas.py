@@ -20,7 +20,16 @@ import pytest
 from confluent_kafka.schema_registry import Schema, SchemaReference
 from conftest import mostly_slow
 from google.protobuf import descriptor_pb2
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    RootModel,
+    ValidationError,
+    computed_field,
+    field_serializer,
+)
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError, Remedy
 from dataforge_kafka_dagster.kafka.registry import SchemaRegistry, SchemaRegistryConfig, client_options
@@ -798,6 +807,90 @@ def test_a_models_json_schema_has_the_names_that_its_records_have(registry):
         model = type("Aliased", (Aliased,), {"model_config": {"serialize_by_alias": alias}, "__module__": __name__})
         (data,) = encoder(registry, "json_schema", f"alias-{alias}")([model(tailNumber="N1")])
         assert list(SchemaDecoder(registry)(data, "json_schema")) == ["tailNumber" if alias else "tailnum"]
+
+
+class Passenger(BaseModel):
+    model_config = ConfigDict(
+        **({"serialize_by_alias": True} if "serialize_by_alias" in ConfigDict.__annotations__ else {})
+    )
+
+    name: str = Field("?", alias="fullName")
+    card: str = Field("canary-card", exclude=True)
+    miles: int = 1
+    score: Annotated[int, PlainSerializer(str)] = 5
+    level: Annotated[int, PlainSerializer(lambda level: f"L{level}", return_type=str)] = 2
+
+    @field_serializer("miles")
+    def rounded(self, miles: int) -> float:
+        return miles / 2
+
+    @computed_field
+    @property
+    def rank(self) -> int:
+        return 7
+
+
+@dataclasses.dataclass
+class Booking:
+    passengers: list[Passenger]
+    first: Passenger | None = None
+
+
+@pytest.mark.parametrize("form", ["avro", "protobuf"])
+def test_a_model_is_what_it_serializes_to_by_its_fields_and_what_it_excludes_is_nowhere(registry, form):
+    schema = KafkaSchema.of(Booking, format=form)
+    (data,) = encoder(registry, schema)([Booking([Passenger(fullName="Ann", card="canary-card", score=1)])])
+    ann = {"name": "Ann", "miles": 0.5, "score": "1", "level": "L2"}
+    assert SchemaDecoder(registry)(data, form) == {"passengers": [ann], "first": None}
+    (data,) = encoder(registry, form, "passengers")([Passenger(fullName="Ann", score=1)])
+    assert SchemaDecoder(registry)(data, form) == ann
+    assert b"canary" not in data
+    if form == "avro":
+        (passengers, _) = json.loads(schema.text)["fields"]
+        assert passengers["type"]["items"]["fields"][:2] == [
+            {"name": "name", "type": "string", "default": "?"},
+            {"name": "miles", "type": "double"},
+        ]
+
+
+def test_a_given_message_may_have_what_a_model_computes(registry):
+    fields = (
+        "string name = 1; string fullName = 2; double miles = 3; string score = 4; string level = 5; int64 rank = 6;"
+    )
+    text = f'syntax = "proto3"; message Passenger {{ {fields} }}'
+    (data,) = encoder(registry, KafkaSchema(format="protobuf", text=text))([Passenger(fullName="Ann")])
+    assert SchemaDecoder(registry)(data, "protobuf")["rank"] == 7
+
+
+def test_a_serializer_that_fails_or_says_something_else_is_told_with_its_record(registry):
+    class Odd(BaseModel):
+        n: int
+
+        @field_serializer("n")
+        def odd(self, n):
+            return f"{1 // n}"
+
+    encode = encoder(registry, KafkaSchema.of(Odd))
+    for n, said in ((0, "division"), (1, "of type str, not long")):
+        with pytest.raises(InvalidRecordError, match=said) as caught:
+            encode([Odd(n=n)])
+        assert caught.value.index == 0
+
+
+def test_a_root_model_has_no_schema(registry):
+    class Names(RootModel[list[str]]):
+        pass
+
+    class Crew(BaseModel):
+        names: Names
+
+    with pytest.raises(InvalidRecordError, match="Names.*a root model"):
+        KafkaSchema.of(Names)
+    with pytest.raises(InvalidRecordError, match="Names.*a root model"):
+        KafkaSchema.of(Crew)
+    text = record("Crew", names={"type": "array", "items": "string"})
+    (data,) = encoder(registry, {"text": text})([Crew(names=["Ann"])])
+    assert SchemaDecoder(registry)(data, "avro") == {"names": ["Ann"]}
 
 
 def test_none_stays_none(registry):

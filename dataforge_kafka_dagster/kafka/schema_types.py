@@ -6,6 +6,7 @@ Avro's types and logical types are those of https://avro.apache.org/docs/1.11.1/
 from __future__ import annotations
 
 import collections.abc
+import contextlib
 import dataclasses
 import datetime as dt
 import decimal
@@ -20,9 +21,10 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, PlainSerializer, RootModel, TypeAdapter, WrapSerializer
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
+from pydantic_core import PydanticUndefined
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
 
@@ -68,7 +70,8 @@ def avro_of_class(cls: type, name: str | None = None) -> dict[str, Any]:
     """The Avro record of a dataclass or pydantic model.
 
     Optional fields are unions with null; defaults that JSON has are defaults of the schema; enums and literals are
-    what their values are.
+    what their values are. Of a model's fields, those that it excludes are left out, and those with a serializer are of
+    the type that it is annotated to return.
 
     Args:
         cls: The class.
@@ -83,8 +86,10 @@ def avro_of_class(cls: type, name: str | None = None) -> dict[str, Any]:
 def _of_class(cls: type, seen: dict[type, str], given: str | None = None) -> AvroType:
     if cls in seen:
         return seen[cls]
+    if issubclass(cls, RootModel):
+        raise _no_type(cls.__name__, "a root model", "Give the schema as text, or use what is inside")
     own = seen[cls] = _free_name(cls, seen, given)
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = typing.get_type_hints(cls, include_extras=True) | _serialized(cls)
     fields = []
     for name, default, metadata in _fields(cls):
         field: dict[str, Any] = {"name": name, "type": _of_hint(hints[name], f"{cls.__name__}.{name}", metadata, seen)}
@@ -123,8 +128,9 @@ def _fields(cls: type) -> list[tuple[str, Any, Sequence[Any]]]:
     """(name, default or ..., what pydantic knows of it) of each field."""
     if issubclass(cls, BaseModel):
         return [
-            (name, ... if info.is_required() or info.default_factory else info.default, info.metadata)
+            (name, ... if _has_no_default(cls, name) else info.default, info.metadata)
             for name, info in cls.model_fields.items()
+            if not info.exclude
         ]
     return [
         (field.name, ... if field.default is dataclasses.MISSING else field.default, ())
@@ -132,11 +138,50 @@ def _fields(cls: type) -> list[tuple[str, Any, Sequence[Any]]]:
     ]
 
 
+def _has_no_default(model: type[BaseModel], name: str) -> bool:
+    """Whether a field has none that stands in records as it is."""
+    info = model.model_fields[name]
+    serialized = name in _serialized(model) or any(isinstance(part, _SERIALIZERS) for part in info.metadata)
+    return info.is_required() or info.default_factory is not None or serialized
+
+
+_SERIALIZERS: Final = (PlainSerializer, WrapSerializer)
+
+
+def _serialized(cls: type) -> dict[str, Any]:
+    """What a model's serializers make of its fields, by field, as far as they are annotated."""
+    if not issubclass(cls, BaseModel):
+        return {}
+    made = {}
+    for found in cls.__pydantic_decorators__.field_serializers.values():
+        returned = _returned(found.info, found.func)
+        fields = cls.model_fields if "*" in found.info.fields else found.info.fields
+        made.update(dict.fromkeys(fields, returned) if returned is not None else {})
+    return made
+
+
+def _returned(serializer: Any, function: Any) -> Any:
+    """The type that a serializer returns for Python values; None if it does not say."""
+    if serializer.when_used.startswith("json"):
+        return None
+    returned = serializer.return_type
+    if returned is PydanticUndefined and isinstance(function, type):
+        returned = function
+    elif returned is PydanticUndefined:
+        with contextlib.suppress(NameError, TypeError):
+            returned = typing.get_type_hints(function, include_extras=True).get("return", PydanticUndefined)
+    if returned is PydanticUndefined:
+        return None
+    return typing.Optional[returned] if serializer.when_used == "unless-none" else returned  # noqa: UP045
+
+
 def _of_hint(hint: Any, place: str, metadata: Sequence[Any], seen: dict[type, str]) -> AvroType:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         extra = [part for item in arguments[1:] for part in (item.metadata if isinstance(item, FieldInfo) else [item])]
-        return _of_hint(arguments[0], place, [*metadata, *extra], seen)
+        returned = [_returned(item, item.func) for item in extra if isinstance(item, _SERIALIZERS)]
+        hint = next((made for made in reversed(returned) if made is not None), arguments[0])
+        return _of_hint(hint, place, [*metadata, *extra], seen)
     if origin in {typing.Union, types.UnionType}:
         members = [_of_hint(arg, place, metadata, seen) for arg in arguments if arg not in _NULLS]
         # Avro's serializer takes the first that a value fits: a datetime is a date, and an int a double.

@@ -11,7 +11,9 @@ import binascii
 import contextlib
 import dataclasses
 import enum
+import functools
 import importlib
+import inspect
 import json
 import re
 import subprocess
@@ -545,9 +547,19 @@ class SchemaEncoder:
         serialize = self._build(lambda: ProtobufSerializer(cls, self._registry.client, conf=conf))
         if not self._schema.use_latest_version:
             self._register_message(cls, serialize)
-        return lambda row: serialize(
-            row if isinstance(row, cls) else ParseDict(_json_values(row, to_protobuf_json), cls())
-        )
+
+        @functools.lru_cache
+        def is_derived(row_type: Any) -> bool:
+            return _is_derived(cls.DESCRIPTOR, row_type)
+
+        def encode(row: Any) -> bytes:
+            if isinstance(row, cls):
+                return serialize(row)
+            # A derived message has a class's fields by their names, one that is given may have what it serializes to.
+            value = _plain(row) if is_derived(type(row)) else row  # type: ignore[arg-type]
+            return serialize(ParseDict(_json_values(value, to_protobuf_json), cls()))
+
+        return encode
 
     def _with_this_id(self, cls: Any) -> dict[str, Any]:
         """Settings of a serializer that asks nothing and writes the id that is known."""
@@ -657,9 +669,11 @@ class SchemaEncoder:
             failed: Any = error.__context__
             return ".".join(map(str, failed.absolute_path)) or None, failed.message
         if self.form == "avro":
-            found = _avro_misfit(_plain(row), self._avro)
-            if found is not None:
-                return found
+            # A model's serializer may fail.
+            with contextlib.suppress(Exception):
+                found = _avro_misfit(_plain(row), self._avro)
+                if found is not None:
+                    return found
         match = _NAMED.search(str(error))
         return next(filter(None, match.groups())) if match else None, str(error)
 
@@ -758,12 +772,24 @@ def _record_name(schema: Any, form: SchemaFormat) -> str | None:
     return f"{space}.{name}" if space and name and "." not in name else name or schema.get("type")
 
 
+# Before 2.12, pydantic leaves out computed fields only by an option that writes fields of its Json type as text, too.
+_NO_COMPUTED: Final = "exclude_computed_fields"
+_KNOWN: Final = inspect.signature(BaseModel.model_dump).parameters
+_FIELDS_ONLY: Final[dict[str, Any]] = {
+    "by_alias": False,
+    _NO_COMPUTED if _NO_COMPUTED in _KNOWN else "round_trip": True,
+}
+
+
 def _plain(value: Any) -> Any:
-    """A dataclass or model as a mapping, with enums as their values; anything else as it is."""
+    """A dataclass or model as a mapping by its fields, with enums as their values; anything else as it is.
+
+    A model's fields are what it serializes to, without what it excludes.
+    """
     if type(value) in {dict, str, int}:
         return value
     if isinstance(value, BaseModel):
-        return {name: _inside(item) for name, item in value}
+        return _inside(value.model_dump(**_FIELDS_ONLY))
     if dataclasses.is_dataclass(value):
         return {field.name: _inside(getattr(value, field.name)) for field in dataclasses.fields(value)}
     return dict(value) if isinstance(value, Mapping) else value
@@ -777,6 +803,25 @@ def _inside(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _inside(item) for key, item in value.items()}
     return _plain(value)
+
+
+def _is_derived(message: Any, cls: type) -> bool:
+    """Whether a message is the one derived from a class, told by their descriptors."""
+    if not (dataclasses.is_dataclass(cls) or issubclass(cls, BaseModel)):
+        return False
+    try:
+        derived = protobuf_of(avro_of_class(cls, message.full_name)).DESCRIPTOR
+    except Exception:  # noqa: BLE001  (of any kind: none can be derived from it)
+        return False
+    return bool(_described(derived) == _described(message))
+
+
+def _described(descriptor: Any) -> Any:
+    from google.protobuf import descriptor_pb2  # noqa: PLC0415  (optional)
+
+    described = descriptor_pb2.DescriptorProto()
+    descriptor.CopyToProto(described)
+    return described
 
 
 def _json_values(value: Any, write: Callable[[Any], bytes] = to_json) -> Any:
