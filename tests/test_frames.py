@@ -4,6 +4,7 @@ import datetime as dt
 import decimal
 import json
 import math
+import uuid
 
 import pandas as pd
 import polars as pl
@@ -157,6 +158,8 @@ ARROW = {
     "zoned": pa.array(MOMENTS, pa.timestamp("us", "Asia/Kolkata")),
     "time": pa.array([dt.time(1, 2, 3), None, dt.time(1, 2, 3, 400)], pa.time64("us")),
     "decimal": pa.array([decimal.Decimal("1.10"), None, decimal.Decimal("-0.05")]),
+    "long decimal": pa.array([decimal.Decimal("1.10"), None, decimal.Decimal("-0.05")], pa.decimal256(50, 2)),
+    "": pa.array([1, None, 2]),
     "list": pa.array([[1, None], None, []]),
     "struct": pa.array([{"a": 1, "b": "x"}, {"a": None, "b": None}, {"a": 2, "b": None}]),
     "null struct": pa.array([{"a": 1}, None, {"a": 2}]),
@@ -182,6 +185,70 @@ def test_each_arrow_column_is_the_json_of_its_rows(name, by_row):
 def test_common_arrow_columns_go_by_column(name, columns):
     encoded(pa.table({name: ARROW[name]}))
     assert columns.count == frames._json_is_exact()
+
+
+def test_an_arrow_column_without_a_name_keeps_that(by_row):
+    table = pa.table({"": [1, 2], "s": [{"": 3}, None]})
+    expected = [(b'{"":1,"s":{"":3}}', b"1"), (b'{"":2,"s":null}', b"2")]
+    assert encoded(table, "") == by_row(table, "") == expected
+
+
+@pytest.mark.skipif(not hasattr(pa, "bool8"), reason="this pyarrow has no such types")
+def test_arrow_types_of_their_own_come_as_pythons_objects():
+    one = uuid.UUID(int=1)
+    uuids = pa.array([one.bytes, None], pa.uuid())
+    flags = pa.ExtensionArray.from_storage(pa.bool8(), pa.array([1, None], pa.int8()))
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), uuids)
+    assert encoded(pa.table({"id": uuids, "ok": flags, "ids": lists}), "id") == [
+        (f'{{"id":"{one}","ok":true,"ids":["{one}"]}}'.encode(), str(one).encode()),
+        (b'{"id":null,"ok":null,"ids":[null]}', None),
+    ]
+
+
+def test_a_decimal_of_more_than_128_bits_keeps_its_digits():
+    number = decimal.Decimal("1" * 60 + ".5")
+    table = pa.table(
+        {"d": pa.array([number], pa.decimal256(70, 1)), "l": pa.array([[number]], pa.list_(pa.decimal256(70, 1)))}
+    )
+    assert [json.loads(value) for value, _ in encoded(table)] == [{"d": str(number), "l": [str(number)]}]
+
+
+FAR = {
+    "arrow date": pa.table({"n": [1, 2], "d": pa.array([0, 2**31 - 1], pa.int32()).cast(pa.date32())}),
+    "arrow seconds": pa.table({"n": [1, 2], "d": pa.array([0, 2**63 - 1], pa.timestamp("s"))}),
+    "arrow micros": pa.table({"n": [1, 2], "d": pa.array([0, 2**63 - 1], pa.timestamp("us"))}),
+    "arrow zoned": pa.table({"n": [1, 2], "d": pa.array([0, 1 - 2**63], pa.timestamp("us", "UTC"))}),
+    "arrow list": pa.table({"n": [1, 2], "d": pa.array([[0], [2**63 - 1]], pa.list_(pa.timestamp("ms")))}),
+    "polars date": pl.DataFrame({"n": [1, 2], "d": pl.Series([0, 2**31 - 1]).cast(pl.Int32).cast(pl.Date)}),
+    "polars datetime": pl.DataFrame({"n": [1, 2], "d": pl.Series([0, 2**63 - 1]).cast(pl.Datetime("us"))}),
+    "polars struct": pl.DataFrame({"n": [1, 2], "d": [{"a": 0}, {"a": 2**63 - 1}]}).cast({"d": pl.Struct({"a": pl.Datetime("us")})}),
+    "polars duration": pl.DataFrame({"n": [1, 2], "d": pl.Series([0, 2**63 - 1]).cast(pl.Duration("ms"))}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_a_date_that_python_does_not_have_is_refused_with_row_and_column(name):
+    with pytest.raises(InvalidRecordError, match="field 'd'.*text") as caught:
+        list(chunks(FAR[name], start=10))
+    assert (caught.value.index, caught.value.field) == (11, "d")
+    bad = []
+    values = [value for chunk in chunks(FAR[name], on_bad=lambda *what: bad.append(what)) for value in chunk.values]
+    assert len(values) == (0 if "duration" in name else 1)  # JSON has none, however short
+    row, index, error = bad[-1]
+    assert row["n"] == 2
+    assert "<" in row["d"]
+    assert (index, error.field) == (1, "d")
+
+
+def test_a_date_after_the_year_9999_is_a_key_as_it_is_a_value():
+    frame = pl.DataFrame({"d": pl.Series([0, 4_000_000]).cast(pl.Int32).cast(pl.Date)})
+    assert encoded(frame, "d") == [(b'{"d":"1970-01-01"}', b"1970-01-01"), (b'{"d":"+12921-08-18"}', b"+12921-08-18")]
+
+
+def test_a_struct_that_has_a_name_twice_is_refused():
+    struct = pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"])
+    with pytest.raises(InvalidRecordError, match="field 's'.*duplicate field names"):
+        list(chunks(pa.table({"s": struct})))
 
 
 @pytest.mark.parametrize(

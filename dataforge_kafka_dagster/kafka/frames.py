@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import narwhals as nw
@@ -17,6 +17,7 @@ import narwhals as nw
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
 from dataforge_kafka_dagster.kafka.records import Chunk, key_of
 from dataforge_kafka_dagster.kafka.serialization import (
+    DEFAULT_ENCODERS,
     Encoders,
     is_missing,
     is_nan,
@@ -91,14 +92,27 @@ class FrameEncoder:
             InvalidRecordError: A value or key cannot be published.
         """
         encoders, fields = self._encoders, self._fields
-        keys = encoders.key_rows(rows.select(*fields)) if encoders.key and fields else ()
-        frame = None if encoders.value or encoders.key else _in_polars(rows.to_native())
+        chunk = None
+        if not (encoders.value or encoders.key):
+            try:
+                chunk = self._by_polars(rows.to_native(), start)
+            except BaseException as error:
+                if not _is_of_value(error):
+                    raise
+        if chunk is not None:
+            return chunk
+        keys = _rows_of(rows.select(*fields), encoders.key_rows, start) if encoders.key and fields else ()
+        return self._by_row(_rows_of(rows, encoders.rows, start), start, keys)
+
+    def _by_polars(self, native: Any, start: int) -> Chunk | None:
+        """The rows, encoded from a frame in polars; None where it could come out otherwise than row by row."""
+        frame = _in_polars(native)
         if frame is None:
-            return self._by_row(encoders.rows(rows), start, keys)
+            return None
         frame = _without_times(frame)
         plain = _plain_types(frame) if _json_is_exact() else None
         if plain is None:
-            return self._by_row(frame.rows(named=True), start)
+            return self._by_row(_rows_of(frame, DEFAULT_ENCODERS.rows, start), start)
         return self._by_column(plain, start)
 
     def _by_column(self, frame: pl.DataFrame, start: int) -> Chunk:
@@ -118,7 +132,7 @@ class FrameEncoder:
     def _keys(self, series: pl.Series, start: int) -> list[Any]:
         import polars as pl  # noqa: PLC0415  (optional, and slow to import)
 
-        if series.dtype.is_integer() or isinstance(series.dtype, (pl.String, pl.Categorical, pl.Enum)):
+        if series.dtype.is_integer() or isinstance(series.dtype, (pl.String, pl.Date, pl.Categorical, pl.Enum)):
             return series.cast(pl.String).to_list()  # type: ignore[no-any-return]
         return [self._key(value, start + i, series.name) for i, value in enumerate(series.to_list())]
 
@@ -160,6 +174,61 @@ class FrameEncoder:
         return None if is_missing(value) or is_nan(value) else serialize_key(value, index, field)
 
 
+def row_of(frame: nw.DataFrame[Any]) -> dict[str, Any]:
+    """A frame's only row; in place of a value that cannot be read, why."""
+    try:
+        return frame.rows(named=True)[0]
+    except BaseException as error:
+        if not _is_of_value(error):
+            raise
+    columns = [frame.get_column(name) for name in frame.columns]
+    return {column.name: f"<{wrong}>" if (wrong := _error_of(column)) else column.to_list()[0] for column in columns}
+
+
+def _rows_of(frame: Any, read: Callable[[Any], Sequence[dict[str, Any]]], start: int) -> Sequence[dict[str, Any]]:
+    """A frame's rows as Python's objects.
+
+    Raises:
+        InvalidRecordError: A value has none: a date that Python does not have, or a struct that has a name twice.
+    """
+    try:
+        return read(frame)
+    except BaseException as error:
+        if not _is_of_value(error):
+            raise
+        columns = [column for name in frame.columns if _error_of(column := frame.get_column(name))]
+        for i in range(len(frame)):
+            for column in columns:
+                if found := _error_of(column[i : i + 1]):
+                    raise InvalidRecordError(
+                        f"record {start + i}, field {column.name!r}",
+                        f"Python cannot read it: {found}",
+                        "Replace it by None, or make the column text",
+                        index=start + i,
+                        field=column.name,
+                    ) from error
+        raise
+
+
+def _error_of(values: Any) -> BaseException | None:
+    """Why a series cannot be read as Python's objects, if it cannot."""
+    try:
+        values.to_list()
+    except BaseException as error:
+        if not _is_of_value(error):
+            raise
+        return error
+    return None
+
+
+def _is_of_value(error: BaseException) -> bool:
+    """Whether a value may be at fault that no library can convert, and nobody has said which."""
+    if isinstance(error, InvalidRecordError):
+        return False
+    # polars' panic is no Exception, and cannot be imported.
+    return isinstance(error, (ValueError, ArithmeticError)) or type(error).__name__ == "PanicException"
+
+
 def _in_polars(native: Any) -> pl.DataFrame | None:
     """The frame in polars; None where its values could come out otherwise than from Python's own objects."""
     library = type(native).__module__.partition(".")[0]
@@ -177,8 +246,8 @@ def _in_polars(native: Any) -> pl.DataFrame | None:
                 if getattr(dtype, "kind", "") == "O" and frame.schema[name] not in (pl.String, pl.Boolean, pl.Null):
                     return None
             return frame
-        if library == "pyarrow" and not any(_is_odd_arrow(field.type) for field in native.schema):
-            return pl.DataFrame(pl.from_arrow(native))
+        if library == "pyarrow" and not any(field.name == "" or _is_odd_arrow(field.type) for field in native.schema):
+            return pl.DataFrame(pl.from_arrow(_in_milliseconds(native)))
     except Exception:  # noqa: BLE001  (whatever it cannot take goes row by row)
         return None
     return None
@@ -209,10 +278,13 @@ def _is_plain_pandas(dtype: Any) -> bool:
 
 def _is_odd_arrow(dtype: Any) -> bool:
     """Whether pyarrow's Python object for a value of this type says something else than polars' does."""
+    import pyarrow as pa  # noqa: PLC0415
     import pyarrow.types as kinds  # noqa: PLC0415
 
     return bool(
-        kinds.is_map(dtype)
+        isinstance(dtype, pa.BaseExtensionType)
+        or kinds.is_map(dtype)
+        or kinds.is_decimal256(dtype)
         or kinds.is_date64(dtype)
         or kinds.is_union(dtype)
         or (kinds.is_nested(dtype) and any(_is_odd_arrow(dtype.field(i).type) for i in range(dtype.num_fields)))
@@ -221,6 +293,17 @@ def _is_odd_arrow(dtype: Any) -> bool:
             and not (kinds.is_string(dtype.value_type) or kinds.is_large_string(dtype.value_type))
         )
     )
+
+
+def _in_milliseconds(table: Any) -> Any:
+    """A table without seconds, which polars multiplies whatever comes out; pyarrow refuses what is too much."""
+    import pyarrow as pa  # noqa: PLC0415
+
+    for i, field in enumerate(table.schema):
+        if pa.types.is_timestamp(field.type) and field.type.unit == "s":
+            finer = table.column(i).cast(pa.timestamp("ms", field.type.tz))
+            table = table.set_column(i, field.name, finer)
+    return table
 
 
 def _without_times(frame: pl.DataFrame) -> pl.DataFrame:

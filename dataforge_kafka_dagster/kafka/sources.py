@@ -136,9 +136,15 @@ def _one_by_one(rows: Any, encode: Callable[[Any, int], Chunk], start: int, on_b
         except InvalidRecordError as error:
             if error.index is None:
                 raise
-            on_bad(row[0] if isinstance(row, (list, tuple)) else row.rows(named=True)[0], start + i, error)
+            on_bad(row[0] if isinstance(row, (list, tuple)) else _row_of(row), start + i, error)
         else:
             yield chunk
+
+
+def _row_of(frame: Any) -> dict[str, Any]:
+    from dataforge_kafka_dagster.kafka.frames import row_of  # noqa: PLC0415
+
+    return row_of(frame)
 
 
 def _take(rows: Iterator[Any], size: int) -> list[Any]:
