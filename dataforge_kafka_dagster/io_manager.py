@@ -1,12 +1,14 @@
 """`KafkaIOManager`: one output, one publication; and a publication back as an input."""
 
 import itertools
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import dagster as dg
+import orjson
 from pydantic import ConfigDict, Field, ValidationError
 
 from dataforge_kafka_dagster.history import Published, last_published, name_of, published
@@ -509,28 +511,84 @@ def _as_kafka_record(record: ReadRecord, value_format: ValueFormat | None) -> Ka
 
 
 def _frame(library: str, lines: Sequence[Any]) -> Any:
+    """The frame of records: their JSON, or as a schema has decoded them.
+
+    Raises:
+        KafkaError: They do not fit into one of this library.
+    """
     decoded = bool(lines) and not isinstance(lines[0], bytes)
-    if library == "polars":
-        import polars as pl  # noqa: PLC0415  (optional, and slow to import)
+    try:
+        if library == "polars":
+            return _polars_frame(lines, decoded=decoded)
+        rows = lines if decoded else [deserialize(line, "json") for line in lines]
+        return _pandas_frame(rows) if library == "pandas" else _arrow_table(rows)
+    except Exception as error:
+        raise KafkaError(
+            f"input annotated as a {library} frame",
+            f"its records do not fit into one: {str(error).partition(chr(10))[0]}",
+            "Annotate it as a list",
+        ) from error
 
-        if decoded:
-            return pl.DataFrame(lines, infer_schema_length=None)
-        return pl.read_ndjson(b"\n".join(lines), infer_schema_length=None) if lines else pl.DataFrame()
-    rows = lines if decoded else [deserialize(line, "json") for line in lines]
-    if library == "pandas":
-        import pandas as pd  # noqa: PLC0415
 
-        frame = pd.DataFrame(rows)
-        if rows and isinstance(rows[0], dict):
-            for name in frame.columns[[dtype.kind == "f" for dtype in frame.dtypes]]:
-                if (exact := _exact_integers(rows, frame[name])) is not None:
-                    frame[name] = exact
-        return frame
+def _polars_frame(lines: Sequence[Any], *, decoded: bool) -> Any:
+    import polars as pl  # noqa: PLC0415  (optional, and slow to import)
+
+    if decoded:
+        for name in dict.fromkeys(itertools.chain.from_iterable(lines)) if isinstance(lines[0], dict) else ():
+            _refuse_mixed(name, {type(row.get(name)) for row in lines})
+        return pl.DataFrame(lines, infer_schema_length=None)
+    if not lines:
+        return pl.DataFrame()
+    frame = pl.read_ndjson(b"\n".join(lines), infer_schema_length=None)
+    # polars makes text of all else in a column that has text.
+    for series in frame.select(pl.col(pl.String)):
+        if series.str.contains(_OF_NO_TEXT).any():
+            no_text = re.compile(re.escape(orjson.dumps(series.name)) + rb':[^"n]')
+            for row in (deserialize(line, "json") for line in lines if no_text.search(line)):
+                _refuse_mixed(series.name, {str, type(row.get(series.name))})
+    return frame
+
+
+# What polars writes for a number, boolean, list or object.
+_OF_NO_TEXT: Final = r"^(?:[\[{]|(?:-?[0-9.]+(?:e-?[0-9]+)?|true|false)$)"
+
+
+def _refuse_mixed(name: str, kinds: set[type]) -> None:
+    """Refuse a column whose values have types that no column has together."""
+    kinds = kinds - {types.NoneType}
+    if len(kinds) > 1 and kinds != {int, float}:
+        raise ValueError(f"column {name!r} has {' and '.join(sorted(kind.__name__ for kind in kinds))}")
+
+
+def _pandas_frame(rows: Sequence[Any]) -> Any:
+    import pandas as pd  # noqa: PLC0415
+
+    frame = pd.DataFrame(rows)
+    if rows and isinstance(rows[0], dict):
+        for name in frame.columns[[dtype.kind == "f" for dtype in frame.dtypes]]:
+            if (exact := _exact_integers(rows, frame[name])) is not None:
+                frame[name] = exact
+    return frame
+
+
+def _arrow_table(rows: Sequence[Any]) -> Any:
     import pyarrow as pa  # noqa: PLC0415
 
     # Table.from_pylist takes the columns of the first row only.
     names = dict.fromkeys(itertools.chain.from_iterable(rows))
-    return pa.Table.from_pydict({name: [row.get(name) for row in rows] for name in names})
+    if not names:
+        return pa.Table.from_struct_array(pa.array(rows, pa.struct([])))
+    columns = {}
+    for name in names:
+        values = [row.get(name) for row in rows]
+        try:
+            column = pa.array(values)
+        except OverflowError:
+            column = pa.array(values, pa.uint64())
+        if pa.types.is_floating(column.type):
+            _refuse_mixed(name, set(map(type, values)))  # a boolean would be a number
+        columns[name] = column
+    return pa.table(columns)
 
 
 def _exact_integers(rows: Sequence[Any], column: Any) -> Any:

@@ -5,7 +5,7 @@ import pandas as pd
 import polars as pl
 import pytest
 
-from dataforge_kafka_dagster import io_manager
+from dataforge_kafka_dagster import KafkaError, io_manager
 
 BIG = 2**53 + 1  # not a float
 
@@ -78,3 +78,51 @@ def test_integers_that_need_more_than_64_bits_stay_pythons_own(values):
     made = io_manager._frame("pandas", [{"id": value} for value in values])
     assert made["id"].dtype == object
     assert listed(made) == [("id", values)]
+
+
+@pytest.mark.parametrize("library", ["polars", "pandas", "pyarrow"])
+def test_integers_of_64_bits_without_sign_come_back_exact(library, frame):
+    made = frame(library, [{"n": 1}, {"n": 2**64 - 1}, {"n": None}])
+    assert listed(made) == [("n", [1, 2**64 - 1, None])]
+
+
+@pytest.mark.parametrize("library", ["polars", "pyarrow"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1, "x"],
+        ["x", 1],
+        ["x", -0.5, None],
+        ["x", True],
+        [1, True],
+        [1.5, True],
+        [1, [1]],
+        ["x", [1]],
+        [{"a": 1}, 1],
+        ["x", {"a": 1}],
+    ],
+)
+def test_a_column_of_values_that_fit_no_type_is_refused(library, values, frame):
+    with pytest.raises(KafkaError, match=f"annotated as a {library} frame: .* list") as caught:
+        frame(library, [{"a": value} for value in values])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("library", ["polars", "pandas", "pyarrow"])
+def test_text_that_looks_like_something_else_stays_text(library, frame):
+    texts = ["1", "-0.5", "true", "[1]", '{"a":1}', '"a":1', None]
+    made = frame(library, [{"a": text, "s": {"a": 1}} for text in texts])
+    assert dict(listed(made))["a"] == texts
+
+
+def test_integers_beyond_those_of_arrow_are_refused():
+    with pytest.raises(KafkaError, match="do not fit into one: .*too large"):
+        io_manager._frame("pyarrow", [{"n": 2**64}])
+    with pytest.raises(KafkaError, match="do not fit into one: .*negative"):
+        io_manager._frame("pyarrow", [{"n": 2**64 - 1}, {"n": -1}])
+
+
+@pytest.mark.parametrize("library", ["pandas", "pyarrow"])
+def test_records_without_fields_stay_rows(library, frame):
+    made = frame(library, [{}, {}])
+    assert made.shape == (2, 0)
