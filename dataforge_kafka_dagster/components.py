@@ -45,7 +45,9 @@ from dataforge_kafka_dagster.kafka.config import (
     import_function,
 )
 from dataforge_kafka_dagster.kafka.errors import KafkaConfigError
+from dataforge_kafka_dagster.kafka.records import key_fields
 from dataforge_kafka_dagster.kafka.schemas import KafkaSchema
+from dataforge_kafka_dagster.kafka.streams import format_of_file
 from dataforge_kafka_dagster.resource import KafkaProducerResource
 
 T = typing.TypeVar("T", bound=BaseModel)
@@ -68,7 +70,12 @@ _CHOICES: Final[dict[str, tuple[Any, ...]]] = {
     "write_mode": WRITE_MODES,
 }
 _OF_SERVERS: Final = {"type": ["string", "array"], "items": {"type": "string"}}
-_OF_FIELDS: Final = {"type": ["string", "array", "null"], "items": {"type": "string"}, "minItems": 1}
+_OF_FIELDS: Final = {
+    "type": ["string", "array", "null"],
+    "items": {"type": "string"},
+    "minItems": 1,
+    "uniqueItems": True,
+}
 _OF_TOPIC_SPEC: Final = KafkaTopicSpec.model_json_schema() | {"type": ["object", "null"]}
 _TOPIC: Final = r"^[A-Za-z0-9._-]{1,249}$"
 _SCHEMA: Final = r"^(avro|json_schema|protobuf|latest|.+\.(avsc|json|proto))$"
@@ -226,9 +233,12 @@ class _ResourceAttributesBase(_Attributes):
     def _fits(self) -> Self:
         """What a schema cannot say, such as options that do not go together."""
         options = _options(self, KafkaProducerResource, _OWN_KEYS)
+        of_io_manager = _options(self.io_manager, KafkaIOManager)
         if not _has_template(options):
             try:
-                KafkaProducerResource(**options)
+                kafka = KafkaProducerResource(**options)
+                if self.io_manager_key is not None and not _has_template(of_io_manager):
+                    KafkaIOManager(kafka=kafka, **of_io_manager)
             except pydantic.ValidationError as error:
                 raise ValueError("; ".join(map(_told, error.errors()))) from None
         return self
@@ -337,7 +347,15 @@ class KafkaResourceComponent(_Component):
         return cls(kafka, io_manager, _resolved(context, attributes.resource_key), key or "")
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:  # noqa: ARG002
-        """The resource and the IO manager as definitions."""
+        """The resource and the IO manager as definitions.
+
+        Raises:
+            KafkaConfigError: Both have one name.
+        """
+        if self.io_manager is not None and self.resource_key == self.io_manager_key:
+            raise KafkaConfigError(
+                f"resource_key={self.resource_key!r}", "it is the io_manager_key too", "Give each a name of its own"
+            )
         resources: dict[str, Any] = {self.resource_key: self.kafka}
         if self.io_manager is not None:
             resources[self.io_manager_key] = self.io_manager
@@ -528,10 +546,24 @@ class KafkaTopicComponent(_Component):
         )
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
-        """The asset as definitions."""
+        """The asset as definitions.
+
+        Raises:
+            KafkaConfigError: ``key`` names a field twice, or ``path`` a Dagster partition of an asset that has none.
+            InvalidRecordError: The end of ``path`` does not say what is in the file.
+        """
+        key_fields(self.key)
         source = self.source
         if callable(source):
             return dg.Definitions(assets=[self._build_asset(context, source)])
+        # A key may end in the name's end.
+        format_of_file(Path(source.replace(_PARTITION_KEY, "key.csv")))
+        if _PARTITION_KEY in source and self.asset.partitions_def is None:
+            raise KafkaConfigError(
+                f"path={source!r}",
+                "the asset has no Dagster partitions",
+                f"Give it a partitions_def, or leave {_PARTITION_KEY} out",
+            )
         folder = context.path
 
         def path(asset_context: dg.AssetExecutionContext) -> Path | dict[str, Path]:

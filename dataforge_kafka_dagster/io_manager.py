@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import dagster as dg
 import orjson
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from dataforge_kafka_dagster.history import Published, last_published, name_of, published
 from dataforge_kafka_dagster.identity import Identity, output_identity, step_context_of
@@ -25,7 +25,7 @@ from dataforge_kafka_dagster.kafka.schemas import KafkaSchema, SchemaDecoder, Sc
 from dataforge_kafka_dagster.kafka.serialization import ValueFormat, deserialize
 from dataforge_kafka_dagster.kafka.sources import chunks
 from dataforge_kafka_dagster.kafka.upserts import Upsert
-from dataforge_kafka_dagster.resource import KafkaProducerResource, describe, publication_metadata
+from dataforge_kafka_dagster.resource import KafkaProducerResource, describe, is_env_var, publication_metadata
 
 WRITE_MODES: Final = ("append", "upsert")
 
@@ -46,6 +46,11 @@ class KafkaIOManager(dg.ConfigurableIOManager):
     ``kafka/write_mode``, "append" or "upsert", wins over this IO manager's ``write_mode``.
     The metadata ``kafka/value_schema`` and ``kafka/key_schema``, or the config, give values and keys a schema of the
     Schema Registry: whatever `KafkaSchema.parse` takes. Reading back decodes them.
+
+    Raises:
+        pydantic.ValidationError: At definition, an option is unknown or not allowed. What environment variables hold is
+            checked when the run starts.
+        KafkaConfigError: At definition, ``write_mode`` does not go with the cluster's ``delivery_guarantee``.
 
     Example:
         >>> defs = dg.Definitions(assets=[flights], resources={"io_manager": KafkaIOManager(kafka=kafka)})
@@ -85,6 +90,27 @@ class KafkaIOManager(dg.ConfigurableIOManager):
     read_timeout: float = Field(
         default=30.0, gt=0, description="Longest wait for the next records when reading back, seconds."
     )
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        guarantee = getattr(options.get("kafka"), "delivery_guarantee", None)
+        if self.write_mode == "upsert" and guarantee is not None and not is_env_var(guarantee):
+            _refuse_upsert(guarantee)
+
+    @field_validator("topic", "key", "write_mode", "value_schema", "key_schema", mode="before")
+    @classmethod
+    def _is_allowed(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, str) or is_env_var(value):
+            return value
+        if info.field_name == "topic":
+            topic_of(["of_an_asset"], None, value, "of_a_job")
+        elif info.field_name == "key":
+            _names_in(value)
+        elif info.field_name == "write_mode":
+            _check_write_mode(value)
+        else:
+            KafkaSchema.parse(value)
+        return value
 
     def handle_output(self, context: dg.OutputContext, obj: Any) -> None:
         """Publish an output in one transaction; Dagster emits its materialization after the commit.
@@ -171,16 +197,11 @@ class KafkaIOManager(dg.ConfigurableIOManager):
 
     def _key_of(self, context: dg.OutputContext) -> tuple[str, ...]:
         given = _metadata(context, "kafka/key")
-        if given is None:
-            return tuple(name.strip() for name in self.key.split(",")) if self.key else ()
-        return key_fields(given)
+        return _names_in(self.key) if given is None else key_fields(given)
 
     def _write_mode_of(self, context: dg.OutputContext) -> str:
         given = _metadata(context, "kafka/write_mode")
-        mode = self.write_mode if given is None else given
-        if mode not in WRITE_MODES:
-            raise KafkaConfigError(f"write_mode={mode!r}", "there is no such mode", f"Use {' or '.join(WRITE_MODES)}")
-        return str(mode)
+        return _check_write_mode(self.write_mode if given is None else given)
 
     def _upsert(self, context: dg.OutputContext, target: "_Target", identity: Identity) -> Upsert | None:
         """What deletes the keys of the asset's last publication, if it is to replace that one."""
@@ -193,12 +214,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                 "Make it an asset, or set write_mode to 'append'",
             )
         config = self.kafka.publication_config()
-        if config.delivery_guarantee != "exactly_once":
-            raise KafkaConfigError(
-                "write_mode='upsert'",
-                f"delivery_guarantee={config.delivery_guarantee!r} cannot replace a publication at once",
-                "Set delivery_guarantee to 'exactly_once'",
-            )
+        _refuse_upsert(config.delivery_guarantee)
         if (target.on_bad_record or config.on_bad_record) != "fail":
             raise KafkaConfigError(
                 "write_mode='upsert'",
@@ -281,6 +297,36 @@ def topic_of(path: Sequence[str], given: Any, template: str | None, job: str) ->
             "Use {asset_key}, {name} and {job} only",
         ) from error
     return check_topic(topic)
+
+
+def _names_in(key: str | None) -> tuple[str, ...]:
+    """The fields that an IO manager's ``key`` names.
+
+    Raises:
+        KafkaConfigError: It names one twice, or none before or after a comma.
+    """
+    names = [name.strip() for name in key.split(",")] if key else []
+    if not all(names):
+        raise KafkaConfigError(
+            f"key={key!r}", "a comma has no field beside it", "Name the key's fields, a comma between"
+        )
+    return key_fields(names)
+
+
+def _check_write_mode(mode: Any) -> str:
+    if mode not in WRITE_MODES:
+        raise KafkaConfigError(f"write_mode={mode!r}", "there is no such mode", f"Use {' or '.join(WRITE_MODES)}")
+    return str(mode)
+
+
+def _refuse_upsert(guarantee: str) -> None:
+    """Refuse to replace a publication where that cannot be done at once."""
+    if guarantee != "exactly_once":
+        raise KafkaConfigError(
+            "write_mode='upsert'",
+            f"delivery_guarantee={guarantee!r} cannot replace a publication at once",
+            "Set delivery_guarantee to 'exactly_once'",
+        )
 
 
 def _by_partition(output: Any, partitions: Sequence[str]) -> dict[str, Any]:

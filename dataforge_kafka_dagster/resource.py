@@ -557,7 +557,7 @@ def _refuse_that_of_other_assets(op_context: dg.OpExecutionContext, identity: Id
 
 def _check_at_definition(options: dict[str, Any], known: Container[str]) -> None:
     """Refuse what can be refused before the values of environment variables are known."""
-    later = {name for name, value in options.items() if _is_env_var(value)}
+    later = {name for name, value in options.items() if is_env_var(value)}
     given = {
         name: value
         for name, value in options.items()
@@ -592,8 +592,9 @@ def _stand_in(name: str) -> Any:
 def _known(settings: Any) -> Any:
     if not isinstance(settings, dict):
         return settings
-    return {name: value for name, value in settings.items() if not _is_env_var(value)}
+    return {name: value for name, value in settings.items() if not is_env_var(value)}
 
 
-def _is_env_var(value: Any) -> bool:
+def is_env_var(value: Any) -> bool:
+    """Whether an option's value is known only when a run starts."""
     return isinstance(value, (dg.EnvVar, type(dg.EnvVar.int("_"))))

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import dagster as dg
@@ -25,7 +26,7 @@ from dataforge_kafka_dagster import (
     KafkaTopicSpec,
 )
 from dataforge_kafka_dagster.kafka.config import REGISTRY_SECRET_OPTIONS, SECRET_OPTIONS
-from dataforge_kafka_dagster.kafka.errors import KafkaConfigError
+from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError
 
 ROOT = Path(__file__).parents[1]
 CANARY = "canary-52be"
@@ -625,3 +626,42 @@ def test_a_project_made_with_create_dagster_publishes_with_the_built_wheel(
         code, out = _run(str(binaries / "dg"), *command, cwd=project, **environment)
         assert code == 0, out
     assert sorted(json.loads(record.value)["n"] for record in read(topic)) == list(range(100))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "said"),
+    [
+        ("path: 'x-{partition_key}.ndjson'", "no Dagster partitions.*partitions_def"),
+        ("path: x.txt", "'x.txt': its name does not say what is in it"),
+        ("path: x.parquet.gz", "its name does not say"),
+        ("path: ''", "its name does not say"),
+        ("{path: x.csv, key: [a, a]}", "names a field more than once"),
+    ],
+)
+def test_what_could_only_fail_in_a_run_is_refused_when_the_asset_is_loaded(attributes, said):
+    attributes = yaml.safe_load(attributes) | {"asset": {"key": "a"}}
+    component = KafkaTopicComponent.from_attributes_dict(attributes=attributes)
+    with pytest.raises(KafkaError, match=said):
+        component.build_defs(None)
+
+
+@pytest.mark.parametrize("path", ["{partition_key}", "x-{partition_key}.ndjson", "x.{partition_key}.gz", "X.CSV.GZ"])
+def test_a_path_may_get_its_end_from_the_partition_key(path):
+    partitions = {"type": "static", "partition_keys": ["a.csv"]}
+    component = KafkaTopicComponent.from_attributes_dict(
+        attributes={"asset": {"key": "a", "partitions_def": partitions}, "path": path}
+    )
+    assert component.build_defs(types.SimpleNamespace(path=Path())).assets
+
+
+def test_resource_and_io_manager_need_two_names():
+    component = _component(KafkaResourceComponent, "{resource_key: x, io_manager_key: x}")
+    with pytest.raises(KafkaConfigError, match="resource_key='x': it is the io_manager_key too"):
+        _defs(component)
+    assert set(_defs(_component(KafkaResourceComponent, "{resource_key: x, io_manager_key: null}")).resources) == {"x"}
+
+
+@pytest.mark.parametrize("options", ["topic: '{assetkey}'", "key: 'a,a'", "write_mode: up", "value_schema: zzz"])
+def test_wrong_options_of_the_io_manager_are_refused_when_it_is_loaded(options):
+    with pytest.raises(ValidationError, match=options.partition(":")[0].removeprefix("value_")):
+        KafkaResourceComponent.from_attributes_dict(attributes={"io_manager": yaml.safe_load(options)})

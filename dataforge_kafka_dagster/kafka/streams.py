@@ -107,7 +107,12 @@ def _tables(batches: Any) -> Iterator[Any]:
         yield pa.Table.from_batches([batch])
 
 
-def _open_file(path: Path) -> Stream:
+def format_of_file(path: Path) -> tuple[str, bool]:
+    """What a file's name says is in it: one of ``.ndjson .jsonl .csv .parquet``, and whether it is compressed.
+
+    Raises:
+        InvalidRecordError: It says nothing.
+    """
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compressed = suffixes[-1:] == [_GZIP]
     kind = suffixes[-2 if compressed else -1] if len(suffixes) > compressed else ""
@@ -117,6 +122,11 @@ def _open_file(path: Path) -> Stream:
             "its name does not say what is in it",
             f"Give a path that ends with {', '.join(_FILES)}; the text formats also with {_GZIP}",
         )
+    return kind, compressed
+
+
+def _open_file(path: Path) -> Stream:
+    kind, compressed = format_of_file(path)
     if not path.is_file():
         raise InvalidRecordError(f"file {str(path)!r}", "there is no such file", "Correct the path")
     if kind in {".ndjson", ".jsonl"}:
