@@ -4,12 +4,10 @@
 `schema-registry`. Linux and macOS.
 """
 
-import contextlib
 import os
 import shutil
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -169,17 +167,21 @@ class LocalSchemaRegistry:
 
     def _wait(self, log: Path) -> None:
         supervisor, deadline = self._supervisor, time.monotonic() + self._startup_timeout
+        # A proxy of the environment is for other hosts.
+        direct, said = urllib.request.build_opener(urllib.request.ProxyHandler({})), "it was not asked"
         while supervisor is not None:
             if (returncode := supervisor.wait("registry")) is not None:
                 problem = f"ended with exit code {returncode}"
             elif time.monotonic() > deadline:
-                problem = f"is not ready after {self._startup_timeout:g} s"
+                problem = f"is not ready after {self._startup_timeout:g} s: {said}"
             else:
-                with contextlib.suppress(urllib.error.URLError, OSError):
-                    urllib.request.urlopen(f"{self.url}/subjects", timeout=5).close()  # noqa: S310  (http)
-                    return
-                time.sleep(0.05)
-                continue
+                try:
+                    direct.open(f"{self.url}/subjects", timeout=5).close()
+                except OSError as error:
+                    said = str(error)
+                    time.sleep(0.05)
+                    continue
+                return
             text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
             raise LocalKafkaError(f"The Schema Registry on port {self._port} {problem}. Its log ends:\n{tail(text)}")
 

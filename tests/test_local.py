@@ -1,6 +1,7 @@
 import contextlib
 import errno
 import functools
+import http.server
 import json
 import os
 import signal
@@ -8,7 +9,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import types
 from pathlib import Path
 
 import psutil
@@ -536,3 +539,34 @@ def test_the_command_says_what_is_wrong():
     assert result.returncode == 1
     assert "is in use" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+class _Answer(http.server.BaseHTTPRequestHandler):
+    """Says that there is something, or that it is not ready."""
+
+    status = 200
+
+    def do_GET(self):
+        self.send_response(self.status)
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("status", [200, 503])
+def test_the_local_registry_is_asked_without_the_proxy_and_what_it_says_is_told(status, monkeypatch, tmp_path):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setattr(_Answer, "status", status)
+    with http.server.HTTPServer(("127.0.0.1", 0), _Answer) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        registry = LocalSchemaRegistry(startup_timeout=0.2)
+        registry._port = server.server_port
+        registry._supervisor = types.SimpleNamespace(wait=lambda _: None)
+        try:
+            with contextlib.nullcontext() if status == 200 else pytest.raises(LocalKafkaError, match=r"0.2 s: .*503"):
+                registry._wait(tmp_path / "registry.log")
+        finally:
+            server.shutdown()
