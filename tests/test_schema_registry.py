@@ -399,7 +399,7 @@ def test_the_local_registry_leaves_nothing_behind():
     with LocalSchemaRegistry(compatibility="FULL") as registry:
         assert SchemaRegistryClient({"url": registry.url}).get_compatibility() == "FULL"
         started = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
-        folder = registry._root
+        folder = registry._temporary
         with pytest.raises(LocalKafkaError, match="already started"):
             registry.start()
         port = registry._port
