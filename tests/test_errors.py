@@ -1,4 +1,6 @@
 import pickle
+import threading
+import time
 import traceback
 
 import confluent_kafka
@@ -15,6 +17,7 @@ from dataforge_kafka_dagster import (
     NoBrokersAvailable,
 )
 from dataforge_kafka_dagster.failures import failure_of, raise_in_dagster
+from dataforge_kafka_dagster.kafka.config import PublicationConfig
 from dataforge_kafka_dagster.kafka.connection import Connection
 from dataforge_kafka_dagster.kafka.errors import (
     FENCED_CODES,
@@ -29,6 +32,7 @@ from dataforge_kafka_dagster.kafka.errors import (
     from_broker,
     remedy_of,
 )
+from dataforge_kafka_dagster.kafka.publication import PublicationWriter
 
 CODES = {
     name: value
@@ -391,6 +395,27 @@ def test_an_error_of_the_token_function_is_the_cause_at_once(name, said, remedy)
     assert said in caught.value.cause
     assert name in caught.value.culprit
     assert caught.value.remedy is remedy
+
+
+_three = threading.Barrier(3)
+
+
+def _together(_):
+    _three.wait(5)
+    return "token", time.time() + 3600
+
+
+def test_the_clients_of_a_publication_wait_for_their_tokens_at_the_same_time(closed_port):
+    oauth = {"security_protocol": "SASL_PLAINTEXT", "sasl_mechanism": "OAUTHBEARER", "connect_timeout": 0.5}
+    config = KafkaProducerConfig(
+        bootstrap_servers=closed_port, **oauth, sasl_oauthbearer_callback=f"{__name__}:_together"
+    )
+    with (
+        pytest.raises(NoBrokersAvailable),
+        PublicationWriter(PublicationConfig(producer=config), transactional_id="t", publication_id="p", topic="t"),
+    ):
+        pass
+    assert not _three.broken
 
 
 def test_an_error_of_the_token_function_at_a_later_token_is_the_cause(connection):

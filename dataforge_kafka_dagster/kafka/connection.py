@@ -70,6 +70,7 @@ class Connection:
         self.silent = False
         """Whether the last that was asked of the cluster had no answer in time."""
         self._admin: AdminClient | None = None
+        self._making = threading.Lock()
 
     @property
     def name(self) -> str:
@@ -227,11 +228,20 @@ class Connection:
     @property
     def admin(self) -> AdminClient:
         """The cluster's admin client, made when first asked for."""
-        if self._admin is None:
-            from confluent_kafka.admin import AdminClient  # noqa: PLC0415  (slow to import)
+        with self._making:
+            if self._admin is None:
+                from confluent_kafka.admin import AdminClient  # noqa: PLC0415  (slow to import)
 
-            self._admin = self._client(AdminClient, client_options(self.config))
-        return self._admin
+                self._admin = self._client(AdminClient, client_options(self.config))
+            return self._admin
+
+    def make_ready(self) -> None:
+        """Make the admin client while others are made: with a token function, each waits a second for its token.
+
+        So confluent-kafka does (2.16), however fast the function is.
+        """
+        if oauth_callback(self.config) is not None:
+            self.aside(lambda: self.admin)
 
     def close(self, *clients: object) -> None:
         """Let go of the admin client, and of others of this cluster, which end beside: that takes milliseconds.

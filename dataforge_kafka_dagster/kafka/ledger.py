@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import re
 import secrets
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -325,12 +326,13 @@ class Ledger:
         self._topic = topic
         self._timeout = timeout
         self._groups: dict[int, confluent_kafka.Consumer] = {}
+        self._making = threading.Lock()
         self._last: tuple[str, dict[str, Any]] | None = None
 
     def warm_up(self) -> None:
         """Find the group's coordinator while others connect; what it answers does not count yet."""
         anchor = [TopicPartition(self._topic, 0)]
-        self._connection.aside(functools.partial(self._group(0).committed, anchor, _WARM_SECONDS))
+        self._connection.aside(lambda: self._group(0).committed(anchor, _WARM_SECONDS))
 
     def read(self, publication_id: str) -> Publication | None:
         """What the last publication was, if it is this one. Only after its attempt is fenced does it stay so.
@@ -441,7 +443,8 @@ class Ledger:
 
     def _group(self, number: int) -> confluent_kafka.Consumer:
         """The consumer that stands for one of its groups, made when first asked for."""
-        if number not in self._groups:
-            options = {"group.id": group_id(self._transactional_id, number), "enable.auto.commit": False}
-            self._groups[number] = self._connection.consumer(options)
-        return self._groups[number]
+        with self._making:
+            if number not in self._groups:
+                options = {"group.id": group_id(self._transactional_id, number), "enable.auto.commit": False}
+                self._groups[number] = self._connection.consumer(options)
+            return self._groups[number]

@@ -210,6 +210,7 @@ class PublicationWriter:
     def _open(self) -> None:
         config = self._config
         connection = self._connection
+        connection.make_ready()
         if self._exactly_once:
             self._ledger.warm_up()
         options: dict[str, Any] = {"statistics.interval.ms": _STATISTICS_MS, "stats_cb": self._statistics.take}
