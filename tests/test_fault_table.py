@@ -32,7 +32,7 @@ class Told:
     """
 
     def __init__(self, events, seconds):
-        (failed,) = [event for event in events if event.event_type_value in {RETRY, FAIL}]
+        failed = next(event for event in events if event.event_type_value in {RETRY, FAIL})
         self.event = failed.event_type_value
         data = failed.event_specific_data
         self.text = _all_of(data.error)
@@ -46,13 +46,15 @@ def _all_of(error):
 
 
 def fail(instance, servers, topic, rows=lambda: [{"i": 0}], **options):
-    """Publish rows to a topic, which must fail; what a retry publishes is nothing."""
+    """Publish rows to a topic, which must fail; a retry publishes nothing."""
     attempts = []
 
     @dg.asset(metadata={"kafka/topic": topic})
     def doomed():
         attempts.append(time.monotonic())
-        yield dg.Output(rows() if len(attempts) == 1 else None)
+        if len(attempts) > 1:
+            raise dg.Failure("tried again")
+        return dg.Output(rows())
 
     kafka = KafkaProducerResource(bootstrap_servers=servers, step_retries=1, step_retry_delay=0.01, **options)
     resources = {"io_manager": KafkaIOManager(kafka=kafka)}

@@ -766,6 +766,27 @@ def test_an_output_of_none_in_a_retry_tells_what_the_first_attempt_has_published
 
 
 @pytest.mark.kafka
+@pytest.mark.parametrize("there", [True, False])
+def test_an_output_of_none_in_a_retry_needs_no_topic_and_waits_no_longer_than_to_connect(
+    there, kafka_bootstrap_servers, closed_port, instance
+):
+    attempts = []
+
+    @dg.asset
+    def nothing():
+        attempts.append(time.monotonic())
+        if len(attempts) == 1:
+            raise dg.RetryRequested(max_retries=1)
+        return dg.Output(None)
+
+    servers = kafka_bootstrap_servers if there else closed_port
+    manager = _manager(servers, connect_timeout=5 if there else 0.2, step_retries=0)
+    result = _materialize(nothing, manager, instance, raise_on_error=False)
+    assert result.success is there
+    assert time.monotonic() - attempts[-1] < 10
+
+
+@pytest.mark.kafka
 def test_an_unknown_topic_fails_without_retry(kafka_bootstrap_servers, instance):
     topic, attempts = f"never-{uuid.uuid4().hex}", []
 

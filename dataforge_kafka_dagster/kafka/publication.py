@@ -861,7 +861,7 @@ class PublicationWriter:
 def find_published(
     config: KafkaProducerConfig, transactional_id: str, publication_id: str, topic: str
 ) -> Publication | None:
-    """What was published last by this publisher, if it is this publication.
+    """What was published last by this publisher, if it is this publication and its topics are there.
 
     Args:
         config: The cluster.
@@ -870,16 +870,27 @@ def find_published(
         topic: The publication's own topic.
 
     Raises:
+        NoBrokersAvailable: No broker answered within connect_timeout, or none let us in.
         KafkaError: The brokers do not answer, or others were published since.
     """
     connection = Connection(config)
     ledger = Ledger(connection, transactional_id, topic, config.delivery_timeout)
+
+    def id_of(name: str) -> str | None:
+        return current_id(connection, name, config.connect_timeout)
+
     try:
+        # Also to see within connect_timeout whether a broker is there.
+        ids = {topic: id_of(topic)}
         found = ledger.read(publication_id)
         if found is None:
             return None
-        ids = {name: current_id(connection, name, config.connect_timeout) for name in found.topics}
+        ids |= {name: id_of(name) for name in found.topics if name not in ids}
         return dataclasses.replace(found, topic_ids={name: one for name, one in ids.items() if one is not None})
+    except KafkaError as error:
+        if error.code != "UNKNOWN_TOPIC_OR_PART":
+            raise
+        return None
     finally:
         connection.close(*ledger.let_go())
 
