@@ -12,7 +12,7 @@ from collections import OrderedDict
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel, computed_field, field_serializer
 
@@ -326,6 +326,8 @@ SINGLE = (
 
 
 @given(SINGLE)
+@example(np.float32(1e13))
+@example(np.float16(0.1))
 def test_a_key_is_the_text_that_the_field_has_in_the_value(key):
     assert serialize_key(key) == to_json([key])[1:-1].strip(b'"')
 

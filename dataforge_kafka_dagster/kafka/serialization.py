@@ -423,8 +423,10 @@ def _plain_key(key: Any) -> Any:
         return _plain_key(key[()])
     if key.dtype.kind in "mM":
         return None if key != key else key  # noqa: PLR0124  (NaT)
-    # A float32's own text has fewer digits than the float64 that it is.
-    return float(str(key)) if key.dtype.kind == "f" else key.tolist()
+    if key.dtype.kind == "f" and key.dtype.itemsize < 8 and math.isfinite(key):  # noqa: PLR2004
+        # Its own text has fewer digits than the float64 that it is.
+        return to_json(key).decode()
+    return key.tolist()
 
 
 def _key_text(key: Any) -> str | None:
