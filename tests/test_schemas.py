@@ -809,6 +809,10 @@ def test_a_models_json_schema_has_the_names_that_its_records_have(registry):
         assert list(SchemaDecoder(registry)(data, "json_schema")) == ["tailNumber" if alias else "tailnum"]
 
 
+def _as_text(value: int) -> str:
+    return str(value)
+
+
 class Passenger(BaseModel):
     model_config = ConfigDict(
         **({"serialize_by_alias": True} if "serialize_by_alias" in ConfigDict.__annotations__ else {})
@@ -817,7 +821,7 @@ class Passenger(BaseModel):
     name: str = Field("?", alias="fullName")
     card: str = Field("canary-card", exclude=True)
     miles: int = 1
-    score: Annotated[int, PlainSerializer(str)] = 5
+    score: Annotated[int, PlainSerializer(_as_text)] = 5
     level: Annotated[int, PlainSerializer(lambda level: f"L{level}", return_type=str)] = 2
 
     @field_serializer("miles")

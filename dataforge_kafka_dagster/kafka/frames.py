@@ -287,6 +287,7 @@ def _is_odd_arrow(dtype: Any) -> bool:
         or kinds.is_decimal256(dtype)
         or kinds.is_date64(dtype)
         or kinds.is_union(dtype)
+        or (kinds.is_struct(dtype) and len({dtype.field(i).name for i in range(dtype.num_fields)}) < dtype.num_fields)
         or (kinds.is_nested(dtype) and any(_is_odd_arrow(dtype.field(i).type) for i in range(dtype.num_fields)))
         or (
             kinds.is_dictionary(dtype)
