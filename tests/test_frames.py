@@ -243,8 +243,7 @@ def test_a_date_that_python_does_not_have_is_refused_with_row_and_column(name):
 def test_a_date_after_the_year_9999_is_a_key_as_it_is_a_value():
     frame = pl.DataFrame({"d": pl.Series([0, 4_000_000]).cast(pl.Int32).cast(pl.Date)})
     if not frames._json_is_exact():  # its rows are Python's objects, and Python has no such date
-        with pytest.raises(InvalidRecordError, match="year 12921 is out of range"):
-            encoded(frame, "d")
+        assert "year 12921 is out of range" in encoded(frame, "d")
         return
     assert encoded(frame, "d") == [(b'{"d":"1970-01-01"}', b"1970-01-01"), (b'{"d":"+12921-08-18"}', b"+12921-08-18")]
 
