@@ -270,11 +270,11 @@ class DataForgeKafkaProducer:
                 future.set_result(RecordMetadata(topic, msg.partition(), known_offset, known))
             else:
                 error = self._connection.cause(self._connection.fatal or err, f"topic {topic!r}")
-                # What close gives up it tells at once, not record by record.
-                logger.log(logging.DEBUG if err.name().startswith("_PURGE") else logging.ERROR, "%s", error)
                 if callback is _count_only:
                     self._failures[err.name()] += 1
                     self._first_failure = self._first_failure or error
+                # What close gives up it tells at once, not record by record.
+                logger.log(logging.DEBUG if err.name().startswith("_PURGE") else logging.ERROR, "%s", error)
                 future.set_exception(error)
             if callback is not None:
                 try:
@@ -340,9 +340,10 @@ class DataForgeKafkaProducer:
         # A record's own deadline comes first, so that its error says why.
         seconds = self.config.delivery_timeout + 2 if timeout is None else timeout
         deadline = time.monotonic() + seconds
-        while self._left():
+        # Another thread may have taken a record's report, and not told it yet.
+        while self._left() or self._unreported:
             self._serve(self._producer.flush, max(0.0, min(SLICE, deadline - time.monotonic())))
-            left = self._left()
+            left = self._left() or len(self._unreported)
             if left and time.monotonic() >= deadline:
                 raise self._logged(timed_out(f"{left} records not yet delivered", seconds))
         first, failures = self._first_failure, dict(self._failures)
