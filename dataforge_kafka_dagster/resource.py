@@ -370,7 +370,7 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
 
         return PublicationWriter(
             config,
-            transactional_id=make_transactional_id(config.transactional_id_prefix, identity.name, identity.partition),
+            transactional_id=_transactional_id(config, identity),
             publication_id=identity.publication_id,
             topic=topic,
             key=key,
@@ -393,8 +393,7 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
         config = self.publication_config()
         if config.delivery_guarantee != "exactly_once":
             return None
-        transactional_id = make_transactional_id(config.transactional_id_prefix, identity.name, identity.partition)
-        return find_published(config.producer, transactional_id, identity.publication_id, topic)
+        return find_published(config.producer, _transactional_id(config, identity), identity.publication_id, topic)
 
     @contextlib.contextmanager
     def errors_in_dagster(self, context: Any, topic: str | None = None) -> Iterator[None]:
@@ -527,6 +526,10 @@ def describe(publication: Publication) -> str:
     if publication.replayed:
         return f"An earlier attempt had published {places}; nothing was published again"
     return f"Published {places}, {publication.bytes:,} bytes, in {publication.seconds:.2f} s"
+
+
+def _transactional_id(config: PublicationConfig, identity: Identity) -> str:
+    return make_transactional_id(config.transactional_id_prefix, identity.name, identity.partition)
 
 
 def _refuse_that_of_other_assets(op_context: dg.OpExecutionContext, identity: Identity, *, named: bool) -> None:

@@ -224,8 +224,9 @@ class DataForgeKafkaProducer:
                 self._users -= 1
 
     def _left(self) -> int:
+        """How many records are not told of; another thread may have taken a report, and not told it yet."""
         with self._lock:
-            return 0 if self._closed.is_set() else len(self._producer)
+            return 0 if self._closed.is_set() else len(self._producer) or len(self._unreported)
 
     def _tell(self, wait: Callable[[float], object], seconds: float) -> None:
         self._connection.serve(wait, seconds)
@@ -340,10 +341,9 @@ class DataForgeKafkaProducer:
         # A record's own deadline comes first, so that its error says why.
         seconds = self.config.delivery_timeout + 2 if timeout is None else timeout
         deadline = time.monotonic() + seconds
-        # Another thread may have taken a record's report, and not told it yet.
-        while self._left() or self._unreported:
+        while self._left():
             self._serve(self._producer.flush, max(0.0, min(SLICE, deadline - time.monotonic())))
-            left = self._left() or len(self._unreported)
+            left = self._left()
             if left and time.monotonic() >= deadline:
                 raise self._logged(timed_out(f"{left} records not yet delivered", seconds))
         first, failures = self._first_failure, dict(self._failures)
