@@ -282,10 +282,12 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
         Raises:
             KafkaError: A record was not delivered, also by a producer that an error has ended since.
         """
-        with self._lock:
-            producer, lost, self._lost = self._producer, self._lost, None
+        producer = self._producer
         if producer is not None:
             producer.flush(timeout)
+        # Not before: what that raised would hide it.
+        with self._lock:
+            lost, self._lost = self._lost, None
         if lost is not None:
             raise lost
 

@@ -305,3 +305,17 @@ def test_a_publication_needs_acks():
     config = PublicationConfig(producer=KafkaProducerConfig(acks=0), delivery_guarantee="at_least_once")
     with pytest.raises(KafkaConfigError, match="acks=0"):
         PublicationWriter(config, transactional_id="a", publication_id="b", topic="t")
+
+
+@pytest.mark.kafka
+def test_a_dead_letter_names_the_topic_that_it_was_sent_to(writer, topics, kafka_topic, read):
+    other = kafka_topic()
+    with writer() as session:
+        session.send({"i": 0})
+        session.send({"i": {1}})
+        session.send({"i": {2}}, topic=other)
+        session.send_all([{"i": 3}, {"i": {4}}], topic=other)
+        session.send("text", topic=other)
+        session.send_all([KafkaRecord({"i": 6}, partition=99)], topic=other)
+    named = [dict(record.headers)["dead-letter.topic"].decode() for record in read(topics[1])]
+    assert named == [topics[0], other, other, other, other]

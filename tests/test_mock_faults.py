@@ -12,6 +12,7 @@ from dataforge_kafka_dagster import (
     KafkaProducerConfig,
     KafkaProducerResource,
     KafkaRecord,
+    KafkaTimeoutError,
 )
 from dataforge_kafka_dagster.failures import failure_of
 from dataforge_kafka_dagster.kafka import publication
@@ -196,6 +197,42 @@ def test_flush_of_a_resource_tells_what_a_producer_that_has_ended_has_lost(wait,
     with pytest.raises(KafkaError, match="OUT_OF_ORDER_SEQUENCE_NUMBER"):
         kafka.flush()
     kafka.teardown_after_execution(None)
+
+
+def test_flush_tells_of_what_was_lost_also_after_a_time_out(cluster, monkeypatch):
+    monkeypatch.setattr(Connection, "answer", lambda *_: None)
+    kafka = KafkaProducerResource(bootstrap_servers=cluster.bootstrap_servers, delivery_timeout=15)
+    kafka.send_sync("t", "first")
+    cluster.fail_next(PRODUCE, Code.OUT_OF_ORDER_SEQUENCE_NUMBER)
+    assert kafka.send_async("t", "lost").exception(5)
+    kafka.send_async("t", "by a new producer")
+    with pytest.raises(KafkaTimeoutError):
+        kafka.flush(0)
+    with pytest.raises(KafkaError, match="OUT_OF_ORDER_SEQUENCE_NUMBER"):
+        kafka.flush()
+    kafka.flush()
+    kafka.teardown_after_execution(None)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_kept_records_back_is_forgotten_once_they_are_delivered(again, cluster, monkeypatch):
+    with _writer(cluster) as writer:
+        connection = writer._connection
+        connection._on_error(Code(Code._AUTHENTICATION))
+        connection._on_error(Code(Code._ALL_BROKERS_DOWN))
+        hidden = connection._hidden_cause
+        assert hidden().code == "_AUTHENTICATION"
+        serve = connection.serve
+
+        def once_more(*args):
+            connection._on_error(Code(Code._AUTHENTICATION))
+            return serve(*args)
+
+        if again:
+            monkeypatch.setattr(connection, "serve", once_more)
+        writer.send({"i": 1})
+        writer._flush(writer._producer)
+        assert hidden() is None or again
 
 
 def test_each_record_on_its_way_is_told_of_a_fatal_error(cluster, monkeypatch):

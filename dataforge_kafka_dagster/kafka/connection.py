@@ -66,6 +66,8 @@ class Connection:
         self._transport: confluent_kafka.KafkaError | None = None
         self._oauth_error: Exception | None = None
         self._all_down = False
+        self.troubles = 0
+        """How often a broker could not be reached since one has answered."""
         self.fatal: confluent_kafka.KafkaError | None = None
         self.silent = False
         """Whether the last that was asked of the cluster had no answer in time."""
@@ -78,6 +80,7 @@ class Connection:
         return f"Kafka at {self.config.servers}"
 
     def _on_error(self, error: confluent_kafka.KafkaError) -> None:
+        self.troubles += 1
         if _is_fatal(error):
             self.fatal = self.fatal or error
         elif error.name() in LATCHED_CODES:
@@ -92,6 +95,7 @@ class Connection:
         """Forget why a broker could not be reached: one has answered."""
         self._latched = self._transport = self._oauth_error = None
         self._all_down = self.silent = False
+        self.troubles = 0
 
     def serve(
         self, wait: Callable[[float], object], seconds: float, failed: Callable[[], bool] = lambda: False

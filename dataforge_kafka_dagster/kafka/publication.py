@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import datetime as dt
+import functools
 import itertools
 import operator
 import time
@@ -325,7 +326,7 @@ class PublicationWriter:
         try:
             value_bytes, key_bytes, extra = encode_record(record, self._position, self._key, encoders)
         except InvalidRecordError as error:
-            self._bury(record, self._position, error)
+            self._bury(record, self._position, error, topic)
             return
         size = len(value_bytes or b"") + len(key_bytes or b"")
         form = None if record.value is None else encoders.form or format_of(type(record.value))
@@ -345,7 +346,8 @@ class PublicationWriter:
         """
         if not self.replayed:
             fields = self._key if key is None else key
-            encoded = chunks(output, fields, self._position, self.encoders(topic), self.on_bad)
+            on_bad = self.on_bad and functools.partial(self._bury, topic=topic)
+            encoded = chunks(output, fields, self._position, self.encoders(topic), on_bad)
             self.send_chunks(encoded, topic=topic)
 
     def send_chunks(self, encoded: Iterable[Chunk], *, topic: str | None = None) -> None:
@@ -399,7 +401,7 @@ class PublicationWriter:
         self._live_producer()
         track = self._tracks.get(check_topic(topic)) or self._add_topic(topic, self._config.producer.connect_timeout)
         if chunk.form is not None and self._form not in {None, chunk.form}:
-            self._bury_all(chunk)
+            self._bury_all(chunk, topic)
             return
         if not self._reports and topic != self.topic:
             raise KafkaConfigError("reports=False", f"{topic!r} is not the publication's own topic", "Set it to True")
@@ -456,7 +458,7 @@ class PublicationWriter:
                 index = span.end = first + at
                 value, key = chunk.values[at], chunk.keys[at] if chunk.keys else None
                 if isinstance(exception, KafkaException):
-                    self._bury_sent(value, key, index, self._refused(exception.args[0], topic, index, key))
+                    self._bury_sent(value, key, index, topic, self._refused(exception.args[0], topic, index, key))
                     span = Span(index + 1, end)
                     report = track.reporter(span)
                 else:
@@ -475,33 +477,39 @@ class PublicationWriter:
                 report = track.reporter(Span(index, index + 1, as_bytes(key)))
                 self._produce_with_room(topic, index, value=value, key=key, on_delivery=report, **extra._asdict())
             except KafkaError as error:
-                self._bury_sent(value, key, index, error)
+                self._bury_sent(value, key, index, topic, error)
 
     @property
     def _position(self) -> int:
         """Position of the next record among all that were given."""
         return self._records + self._dead_letters
 
-    def _bury(self, bad: Any, index: int, error: KafkaError) -> None:
-        """Send a bad record to the dead-letter topic; raise its error if there is none."""
+    def _bury(self, bad: Any, index: int, error: KafkaError, topic: str | None = None) -> None:
+        """Send a bad record of a topic, the publication's own if None, to the dead-letter topic.
+
+        Raises:
+            KafkaError: Its error, if there is none.
+        """
         if self._dead_track is None:
             raise error
         error.index = index
         self._first_sent = self._first_sent or time.monotonic()
-        record = dead_letter(bad, error, self.topic, self._longest_dead_letter)
+        record = dead_letter(bad, error, topic or self.topic, self._longest_dead_letter)
         track = self._dead_track
         report = track.reporter(Span(index, index + 1, record["key"]))
         self._produce_with_room(track.topic, index, on_delivery=report, **record)
         self._dead_letters += 1
 
-    def _bury_sent(self, value: bytes | str | None, key: bytes | str | None, index: int, error: KafkaError) -> None:
+    def _bury_sent(
+        self, value: bytes | str | None, key: bytes | str | None, index: int, topic: str, error: KafkaError
+    ) -> None:
         """The same for a record that was encoded; an error that is not the record's own is raised."""
         if not isinstance(error, InvalidRecordError) and error.code != "MSG_SIZE_TOO_LARGE":
             raise error
-        self._bury(KafkaRecord(value, key), index, error)
+        self._bury(KafkaRecord(value, key), index, error, topic)
         self._bytes -= text_size([value, key])
 
-    def _bury_all(self, chunk: Chunk) -> None:
+    def _bury_all(self, chunk: Chunk, topic: str) -> None:
         """Treat records of another format than those before as bad."""
         for value, key in zip(chunk.values, chunk.keys or itertools.repeat(None), strict=False):
             index = self._position
@@ -511,7 +519,7 @@ class PublicationWriter:
                 "Publish values of one format per publication",
                 index=index,
             )
-            self._bury(KafkaRecord(value, key), index, error)
+            self._bury(KafkaRecord(value, key), index, error, topic)
 
     @property
     def _longest_dead_letter(self) -> int:
@@ -653,7 +661,13 @@ class PublicationWriter:
         self._serve(self._live_producer().poll, seconds)
 
     def _serve(self, wait: Callable[[float], object], seconds: float) -> None:
+        producer, troubles = self._live_producer(), self._connection.troubles
+        left = len(producer) if troubles else 0
         if self._connection.serve(wait, seconds, self._has_failed):
+            failed = any(track.first_failure for track in self._all_tracks)
+            if len(producer) < left and self._connection.troubles == troubles and not failed:
+                # Brokers take records again: what fails later has another cause.
+                self._connection.connected()
             return
         fatal = self._transaction_error() if self._in_transaction else None
         if fatal is not None:

@@ -32,8 +32,12 @@ Headers = Mapping[str, "str | bytes | None"] | Sequence[tuple[str, "str | bytes 
 # orjson 3.13 writes a time of 10 to 99 milliseconds without its leading zero; of a dataclass it leaves out fields that
 # begin with an underscore, and adds attributes that are no fields. So all of them come to `_jsonable`.
 # It cuts NumPy's dates to microseconds, and takes a missing one of nanoseconds for one of 1677: these come there too.
-_OPTIONS: Final = orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS# Those that Python's own numbers are as exact as.
-_NUMPY_NUMBERS: Final = frozenset({"float64", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"})
+_OPTIONS: Final = orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS
+
+# Those that Python's own numbers are as exact as.
+_NUMPY_NUMBERS: Final = frozenset(
+    {"float64", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))}
+)
 
 _NULL: Final = re.compile(b"null")
 
