@@ -61,6 +61,12 @@ _COLUMNS: Final = dg.TableSchema(
 class _TopicSpec(dg.Config, TopicOptions):
     """`KafkaTopicSpec` as a part of Dagster's configuration, which resolves an EnvVar."""
 
+    # Without the limits, which an EnvVar.int is not within; `KafkaTopicSpec` checks what it holds when the run starts.
+    partitions: int = Field(default=1, description=TopicOptions.model_fields["partitions"].description)
+    replication_factor: int | None = Field(
+        default=None, description=TopicOptions.model_fields["replication_factor"].description
+    )
+
 
 class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistryOptions):  # type: ignore[type-arg]
     """A Kafka cluster to publish to, for assets, ops and sensors.
@@ -577,7 +583,7 @@ def _check_at_definition(options: dict[str, Any], known: Container[str]) -> None
     if isinstance(spec, _TopicSpec):
         spec = spec.model_dump()
     if isinstance(spec, dict):
-        rest["create_topics"] = spec | {"configs": _known(spec.get("configs", {}))}
+        rest["create_topics"] = _known(spec) | {"configs": _known(spec.get("configs", {}))}
     PublicationConfig.model_validate({"producer": producer, **rest}, context=context)
     registry = {name: _stand_in(name) if name in later else value for name, value in options.items()}
     if "schema_registry_client_config" in registry:

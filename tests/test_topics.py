@@ -66,14 +66,32 @@ def test_wrong_specs_are_refused_at_definition(options):
             door()
 
 
-def test_an_env_var_among_the_settings_is_resolved_from_a_mapping_and_refused_in_a_spec(monkeypatch):
+def test_env_vars_are_resolved_from_a_mapping_and_refused_in_a_spec(monkeypatch):
     monkeypatch.setenv("RETENTION_OF_TEST", "604800000")
-    configs = {"retention.ms": dg.EnvVar("RETENTION_OF_TEST")}
-    with KafkaProducerResource(create_topics={"configs": configs}).process_config_and_initialize_cm() as kafka:
-        assert kafka.publication_config().create_topics.configs == {"retention.ms": "604800000"}
-    said = r"configs=\{'retention.ms': EnvVar\('RETENTION_OF_TEST'\)\}.* name would be.* create_topics as a mapping"
-    with pytest.raises(ValidationError, match=said):
-        KafkaTopicSpec(configs=configs)
+    monkeypatch.setenv("COUNT_OF_TEST", "3")
+    count, configs = dg.EnvVar.int("COUNT_OF_TEST"), {"retention.ms": dg.EnvVar("RETENTION_OF_TEST")}
+    given = {"partitions": count, "replication_factor": count, "configs": configs}
+    with KafkaProducerResource(create_topics=given).process_config_and_initialize_cm() as kafka:
+        found = kafka.publication_config().create_topics
+    assert found == KafkaTopicSpec(partitions=3, replication_factor=3, configs={"retention.ms": "604800000"})
+    for name, said in (
+        ("partitions", r"partitions=EnvVar\('COUNT_OF_TEST'\)"),
+        ("replication_factor", r"replication_factor=EnvVar\('COUNT_OF_TEST'\)"),
+        ("configs", r"configs=\{'retention.ms': EnvVar\('RETENTION_OF_TEST'\)\}"),
+    ):
+        with pytest.raises(ValidationError, match=f"{said}.* not be looked up.* create_topics as a mapping"):
+            KafkaTopicSpec(**{name: given[name]})
+
+
+def test_what_an_env_var_of_a_spec_holds_is_checked_when_the_run_starts(monkeypatch):
+    monkeypatch.setenv("COUNT_OF_TEST", "0")
+    given = {"partitions": dg.EnvVar.int("COUNT_OF_TEST")}
+    with (
+        pytest.raises(Exception, match=r"create_topics.partitions\n.*greater than or equal to 1") as raised,
+        KafkaProducerResource(create_topics=given).process_config_and_initialize_cm(),
+    ):
+        pass
+    assert isinstance(raised.value, ValidationError)
 
 
 @pytest.mark.parametrize("options", mostly_slow([*WRONG, "six"]), ids=str)

@@ -536,22 +536,27 @@ class TopicOptions(BaseModel):
     )
 
 
+_RESOLVED_ELSEWHERE: Final = (
+    "its value would not be looked up. Give the resource's create_topics as a mapping, where an EnvVar is resolved"
+)
+
+
 class KafkaTopicSpec(TopicOptions):
     """How to create a topic that is missing, and the least Kafka partitions of one that exists.
 
     Raises `pydantic.ValidationError` for a value that no topic can have.
     """
 
-    @field_validator("configs", mode="before")
+    @field_validator("partitions", "replication_factor", "configs", mode="before")
     @classmethod
-    def _no_variables(cls, value: Any) -> Any:
+    def _no_variables(cls, value: Any, info: ValidationInfo) -> Any:
+        # Dagster's EnvVar is a str, with the variable's name as its text, or an int of 0.
+        if hasattr(value, "env_var_name"):
+            raise ValueError(f"{info.field_name}=EnvVar({value.env_var_name!r}) is not possible: {_RESOLVED_ELSEWHERE}")
         for name, text in value.items() if isinstance(value, Mapping) else ():
-            # Dagster's EnvVar is a str.
-            if isinstance(text, str) and hasattr(text, "env_var_name"):
-                raise ValueError(
-                    f"configs={{{name!r}: EnvVar({text.env_var_name!r})}} is not possible: the variable's name would be"
-                    " the value. Give the resource's create_topics as a mapping, where an EnvVar is resolved"
-                )
+            if hasattr(text, "env_var_name"):
+                variable = f"configs={{{name!r}: EnvVar({text.env_var_name!r})}}"
+                raise ValueError(f"{variable} is not possible: {_RESOLVED_ELSEWHERE}")
         return value
 
     def describe(self) -> str:
