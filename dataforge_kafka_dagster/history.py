@@ -18,10 +18,12 @@ class Published(NamedTuple):
     Attributes:
         publication: The publication; None if nothing was published.
         partitions: The Dagster partitions that it covers together, if it covers several.
+        partition: The one that the materialization is of, None if of none.
     """
 
     publication: Publication | None
     partitions: Sequence[str]
+    partition: str | None = None
 
 
 def last_published(instance: dg.DagsterInstance, asset_key: dg.AssetKey, partition: str | None) -> Published | None:
@@ -30,7 +32,7 @@ def last_published(instance: dg.DagsterInstance, asset_key: dg.AssetKey, partiti
     Args:
         instance: Where its event log is.
         asset_key: The asset.
-        partition: Its Dagster partition; None for an asset without.
+        partition: Its Dagster partition; None for the last of any.
 
     Returns:
         None if it was never materialized.
@@ -44,7 +46,8 @@ def last_published(instance: dg.DagsterInstance, asset_key: dg.AssetKey, partiti
     if not found:
         return None
     materialization = found[0].asset_materialization
-    return published(materialization.metadata if materialization else {}, name_of(asset_key, partition))
+    said = published(materialization.metadata if materialization else {}, name_of(asset_key, partition))
+    return said._replace(partition=materialization.partition if materialization else None)
 
 
 def name_of(asset_key: dg.AssetKey, partition: str | None) -> str:

@@ -162,7 +162,8 @@ def session_identity(
         # A graph has several steps, and a dynamic one many of a kind.
         _, graph, inside = step.key.partition(".")
         name = (f"step-of-{kind}", inside, *path, session) if graph else (kind, *path, session)
-        partitioned = has_keys and any(spec.partitions_def is not None for spec in assets_def.specs)
+        # Those of a check have no specs.
+        partitioned = has_keys and (not keys or any(spec.partitions_def is not None for spec in assets_def.specs))
     else:
         name = (f"job-{kind}", op_context.job_name, step.key, session, origin)
         partitioned = has_keys

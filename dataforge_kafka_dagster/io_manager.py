@@ -1,5 +1,6 @@
 """`KafkaIOManager`: one output, one publication; and a publication back as an input."""
 
+import difflib
 import itertools
 import re
 import types
@@ -28,6 +29,19 @@ from dataforge_kafka_dagster.kafka.upserts import Upsert
 from dataforge_kafka_dagster.resource import KafkaProducerResource, describe, is_env_var, publication_metadata
 
 WRITE_MODES: Final = ("append", "upsert")
+
+_PREFIX: Final = "kafka/"
+# Of the metadata that are read.
+_NAMES: Final = (
+    "kafka/topic",
+    "kafka/key",
+    "kafka/create_topic",
+    "kafka/on_bad_record",
+    "kafka/value_schema",
+    "kafka/key_schema",
+    "kafka/write_mode",
+    "kafka/cloudevents",
+)
 
 
 class KafkaIOManager(dg.ConfigurableIOManager):
@@ -123,6 +137,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
             dagster.Failure: It failed for good, or the asset's own RetryPolicy is to decide.
         """
         with self.kafka.errors_in_dagster(context):
+            _check_names(context)
             target = _Target(
                 self._topic_of(context),
                 self._key_of(context),
@@ -135,16 +150,27 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         with self.kafka.errors_in_dagster(context, target.topic):
             outputs = _by_partition(obj, identity.partition)
         if len(outputs) > 1:
-            step = context.step_context
-            for partition, output in outputs.items():
-                said = self._publish(context, output, target, identity.of_partition(partition))
-                step.add_asset_metadata(said, asset_key=context.asset_key, partition_key=partition)
+            done = {}
+            try:
+                for partition, output in outputs.items():
+                    done[partition] = self._publish(context, output, target, identity.of_partition(partition))
+            except BaseException as error:
+                if not isinstance(error, dg.RetryRequested):
+                    _tell_at_once(context, done)
+                raise
+            for partition, said in done.items():
+                context.step_context.add_asset_metadata(said, context.asset_key, partition)
             return
         (output,) = outputs.values() or (obj,)
         said = self._publish(context, output, target, identity)
         if context.mapping_key:
             said["kafka/mapping_key"] = context.mapping_key
         context.add_output_metadata(said)
+        # What the asset has added by the same names would be shown instead.
+        for of_partition, added in _added_metadata(context, len(identity.partition)).items():
+            same = {name: value for name, value in said.items() if name in added}
+            if same:
+                context.step_context.add_asset_metadata(same, context.asset_key, of_partition)
 
     def _publish(self, context: dg.OutputContext, obj: Any, target: "_Target", identity: Identity) -> dict[str, Any]:
         """Publish one output and return what its materialization says."""
@@ -351,6 +377,16 @@ def _by_partition(output: Any, partitions: Sequence[str]) -> dict[str, Any]:
     return {}
 
 
+def _tell_at_once(context: dg.OutputContext, done: Mapping[str, dict[str, Any]]) -> None:
+    """Tell Dagster of the Dagster partitions that a step has published before it failed.
+
+    Dagster tells nothing of a step that fails: a new run of what seems to be missing would publish them again.
+    """
+    for partition, said in done.items():
+        event = dg.AssetMaterialization(context.asset_key, partition=partition, metadata=said)
+        dg.DagsterEvent.asset_materialization(context.step_context, event)
+
+
 class _Target(typing.NamedTuple):
     """Where an output goes, and how."""
 
@@ -399,13 +435,55 @@ def _cloud_events_of(context: dg.OutputContext, identity: Identity) -> CloudEven
     return CloudEventHeaders(given, identity.publication_id)
 
 
+def _check_names(context: dg.OutputContext) -> None:
+    """Refuse metadata of a definition that is meant for this IO manager, which does not know it.
+
+    Raises:
+        KafkaConfigError: A name is one of its own but for a slip.
+    """
+    for name in context.definition_metadata or ():
+        if name.startswith(_PREFIX) and name not in _NAMES:
+            short = name.removeprefix(_PREFIX).replace("-", "_")
+            close = difflib.get_close_matches(short, [known.removeprefix(_PREFIX) for known in _NAMES], 1, 0.8)
+            if close:
+                raise KafkaConfigError(
+                    f"metadata {name}", "there is no such entry", f"Did you mean {_PREFIX}{close[0]}?"
+                )
+
+
 def _metadata(context: dg.OutputContext, name: str) -> Any:
-    """An entry of the output's metadata, else of its definition's, unwrapped."""
-    for metadata in (context.output_metadata, context.definition_metadata):
+    """An entry of the output's metadata, else of the asset's in this step, else of its definition's, unwrapped.
+
+    Raises:
+        KafkaConfigError: It is an EnvVar, which Dagster does not resolve there.
+    """
+    for metadata in (context.output_metadata, *_added_metadata(context, 1).values(), context.definition_metadata):
         value = (metadata or {}).get(name)
         if value is not None:
+            if is_env_var(value):
+                raise KafkaConfigError(
+                    f"metadata {name}=EnvVar({value.env_var_name!r})",
+                    "Dagster looks up no variables in metadata",
+                    f"Give os.environ[{value.env_var_name!r}], or the option of the IO manager or its resource",
+                )
             return value.value if isinstance(value, dg.MetadataValue) else value
     return None
+
+
+def _added_metadata(context: dg.OutputContext, most: int) -> dict[str | None, Mapping[str, Any]]:
+    """What the asset has added for itself by `add_asset_metadata`, by Dagster partition; last, under None, for all.
+
+    Args:
+        context: Of the output.
+        most: For how many Dagster partitions it is looked up; if there are more, for none.
+    """
+    step = step_context_of(context)
+    if step is None or not context.has_asset_key:
+        return {}
+    partitions = list(context.asset_partition_keys) if context.has_asset_partitions else []
+    asked = [*(partitions if len(partitions) <= most else ()), None]
+    added = {partition: step.get_asset_metadata(context.asset_key, partition) for partition in asked}
+    return {partition: metadata for partition, metadata in added.items() if metadata}
 
 
 def _spec_of(context: dg.OutputContext) -> KafkaTopicSpec | None:
@@ -456,7 +534,13 @@ def _publications(context: dg.InputContext) -> Iterator[Publication]:
             if lenient:
                 continue
             raise KafkaError(name_of(asset_key, partition), "it was never materialized", "Materialize it first")
-        publication, covered = found
+        publication, covered, of_partition = found
+        if partition is None and of_partition is not None:
+            raise KafkaError(
+                name_of(asset_key, partition),
+                f"it is read as a whole, but was last materialized for its Dagster partition {of_partition!r} only",
+                "Ask for a Dagster partition; of an AssetSpec, give it the partitions_def that the asset has",
+            )
         if publication is None or publication.publication_id in seen:
             continue
         _refuse_others(
@@ -502,7 +586,7 @@ def _publication_of_op(context: dg.InputContext) -> Publication:
         data: Any = event.event_specific_data
         mapping_key = data.metadata.get("kafka/mapping_key")
         if data.output_name == upstream.name and (mapping_key and mapping_key.value) == upstream.mapping_key:
-            publication, _ = published(data.metadata, name)
+            publication = published(data.metadata, name).publication
             if publication is not None:
                 return publication
     raise KafkaError(name, f"run {upstream.run_id} has published nothing for it", "Run it again")

@@ -251,6 +251,50 @@ def test_topic_and_key_of_output_metadata_win(kafka_bootstrap_servers, kafka_top
     assert [record.key for record in read(topics["config"])] == [b"by config"]
 
 
+@pytest.mark.parametrize("partitions", [{}, {"partitions_def": dg.StaticPartitionsDefinition(["a", "b", "c"])}])
+@pytest.mark.parametrize("own", [False, True])
+def test_what_the_asset_adds_for_itself_wins_and_hides_nothing(own, partitions, manager, kafka_topic, read, instance):
+    """By `add_asset_metadata`, which Dagster shows instead of what an IO manager says by the same name."""
+    topic = kafka_topic()
+
+    @dg.asset(metadata={"kafka/topic": "by-definition"}, **partitions)
+    def made(context: dg.AssetExecutionContext):
+        partition = context.partition_key if own and partitions else None
+        added = {"kafka/topic": topic, "kafka/key": "i", "kafka/records": 99, "mine": 1}
+        context.add_asset_metadata(added, partition_key=partition)
+        return {"i": 7}
+
+    options = {"partition_key": "b"} if partitions else {}
+    said = _metadata(_materialize(made, manager, instance, **options))
+    assert (said["kafka/topic"], said["kafka/records"], said["mine"]) == (topic, 1, 1)
+    assert said["kafka/publication"]["topic"] == topic
+    assert [record.key for record in read(topic)] == [b"7"]
+
+
+def test_an_env_var_in_metadata_is_no_topic(manager, instance):
+    made = _asset([{"a": 1}], "t", metadata={"kafka/on_bad_record": dg.EnvVar("DEAD")})
+    failure = _failure(_materialize(made, manager, instance, raise_on_error=False))
+    assert "kafka/on_bad_record=EnvVar('DEAD')" in failure.description
+    assert "os.environ['DEAD']" in failure.metadata["kafka/what_to_do"].value
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [("keys", "key"), ("write-mode", "write_mode"), ("tpoic", "topic"), ("on_bad_records", "on_bad_record")],
+)
+def test_a_slip_in_a_name_of_the_metadata_is_told(wrong, meant, manager, instance):
+    made = _asset([{"a": 1}], "t", metadata={f"kafka/{wrong}": "a"})
+    failure = _failure(_materialize(made, manager, instance, raise_on_error=False))
+    assert f"kafka/{wrong}" in failure.metadata["kafka/culprit"].value
+    assert failure.metadata["kafka/what_to_do"].value == f"Did you mean kafka/{meant}?"
+
+
+def test_other_metadata_of_the_definition_is_left_alone(manager, kafka_topic, instance):
+    others = {"kafka/team": "data", "kafka/brokers": "two", "topics": "x"}
+    made = _asset([{"a": 1}], metadata=others | {"kafka/topic": kafka_topic()})
+    assert _materialize(made, manager, instance).success
+
+
 def _asset_at(path):
     @dg.asset(key=path)
     def made():
@@ -465,6 +509,23 @@ def test_what_was_never_materialized_is_told(manager, instance):
     assert "Materialize it first" in failure.metadata["kafka/what_to_do"].value
 
 
+@pytest.mark.parametrize("last", [None, [{"i": 2}]])
+def test_a_reader_that_knows_no_dagster_partitions_of_its_upstream_is_told(last, manager, kafka_topic, instance):
+    outputs = {"a": [{"i": 1}], "b": last}
+
+    @dg.asset(name="made", partitions_def=LETTERS, metadata={"kafka/topic": kafka_topic()})
+    def made(context: dg.AssetExecutionContext):
+        return outputs[context.partition_key]
+
+    for letter in outputs:
+        _materialize(made, manager, instance, partition_key=letter)
+    spec = dg.AssetSpec("made").with_io_manager_key("io_manager")
+    result = _materialize([spec, _reader(list, [])], manager, instance, selection=["reader"], raise_on_error=False)
+    failure = _failure(result)
+    assert "Dagster partition 'b' only" in failure.description
+    assert "partitions_def" in failure.metadata["kafka/what_to_do"].value
+
+
 def test_what_another_io_manager_stored_is_told(manager, instance):
     instance.report_runless_asset_event(dg.AssetMaterialization("made"))
     assets = [_asset([], "never"), _reader(list, [])]
@@ -637,6 +698,27 @@ def test_a_mapping_that_is_not_of_the_runs_dagster_partitions_is_no_record(
     assert cause in failure.description
     assert "exactly context.partition_keys" in failure.description
     assert read(topic) == []
+
+
+def test_what_was_published_before_a_range_failed_is_told_so_that_nobody_publishes_it_again(
+    manager, kafka_topic, read, instance
+):
+    topic, bad = kafka_topic(), {1}
+    made = _ranged(topic, lambda letters: {x: [{"letter": x, "n": bad if x == "b" else 1}] for x in letters})
+    failure = _failure(_materialize(made, manager, instance, tags=RANGE, raise_on_error=False))
+    assert "set" in failure.description
+    key = dg.AssetKey("made")
+    assert instance.get_materialized_partitions(key) == {"a"}
+    told = instance.get_latest_materialization_event(key).asset_materialization.metadata
+    assert _plain(told)["kafka/offsets"] == _offsets(read(topic), topic)
+
+    bad = 1
+    missing = {"dagster/asset_partition_range_start": "b", "dagster/asset_partition_range_end": "c"}
+    _materialize(made, manager, instance, tags=missing)
+    assert sorted(json.loads(record.value)["letter"] for record in read(topic)) == ["a", "b", "c"]
+    into = []
+    _materialize([made, _reader(list, into)], manager, instance, selection=["reader"])
+    assert [row["letter"] for row in into[0]] == ["a", "b", "c"]
 
 
 def test_a_mapping_of_one_dagster_partition_is_that_partitions_output(manager, kafka_topic, read, instance):

@@ -371,6 +371,27 @@ def test_a_check_publishes(kafka, kafka_topic, read, instance):
     assert _values(read(topic)) == ["checked"]
 
 
+def test_a_check_of_one_dagster_partition_does_not_fence_that_of_another(kafka, kafka_topic, instance):
+    topic, publishers = kafka_topic(), {}
+    letters = dg.StaticPartitionsDefinition(["a", "b"])
+
+    @dg.asset(partitions_def=letters)
+    def checked():
+        return 1
+
+    @dg.asset_check(asset=checked, partitions_def=letters)
+    def tells(context: dg.AssetCheckExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=topic) as publication:
+            publication.send("checked")
+        publishers[context.op_execution_context.partition_key] = publication.result.transactional_id
+        return dg.AssetCheckResult(passed=True)
+
+    for letter in "ab":
+        resources = {"kafka": kafka}
+        assert dg.materialize([checked, tells], resources=resources, instance=instance, partition_key=letter).success
+    assert len(set(publishers.values())) == 2
+
+
 def test_an_asset_and_an_op_that_a_test_calls_publish_each_time(kafka, kafka_topic, read):
     topic = kafka_topic()
 
