@@ -1,7 +1,8 @@
 """Pytest fixtures that give tests a real Kafka: `pytest_plugins = ["dataforge_kafka_dagster.pytest_plugin"]`.
 
-They use the Kafka that the environment variable `KAFKA_BOOTSTRAP_SERVERS` names, else one `LocalKafka` for the session;
-and the Schema Registry that `SCHEMA_REGISTRY_URL` names, else one `LocalSchemaRegistry`.
+They use the open Kafka that the environment variable `KAFKA_TEST_BOOTSTRAP_SERVERS` names, else one `LocalKafka` for
+the session; and the Schema Registry that `KAFKA_TEST_SCHEMA_REGISTRY_URL` names, else one `LocalSchemaRegistry`. These
+are not the names that production has, so that tests make and delete no topics there.
 """
 
 import os
@@ -10,13 +11,23 @@ from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import pytest
+from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
+from dataforge_kafka_dagster.kafka.errors import KafkaError
 from dataforge_kafka_dagster.local import LocalKafka
 from dataforge_kafka_dagster.local_registry import LocalSchemaRegistry
 
+_SERVERS = "KAFKA_TEST_BOOTSTRAP_SERVERS"
+_REGISTRY = "KAFKA_TEST_SCHEMA_REGISTRY_URL"
+_CONNECT_WAIT = 10.0
 _WAIT = 30.0
+
+
+def pytest_report_header() -> list[str]:
+    """Name the Kafka and the registry that tests use and do not start."""
+    return [f"{name}: {os.environ[name]}" for name in (_SERVERS, _REGISTRY) if os.environ.get(name)]
 
 
 class TopicFactory(Protocol):
@@ -38,8 +49,8 @@ class TopicFactory(Protocol):
 @pytest.fixture(scope="session")
 def local_kafka() -> Iterator[LocalKafka]:
     """One `LocalKafka` with one broker for the session; tests that use it are skipped with an external Kafka."""
-    if os.environ.get("KAFKA_BOOTSTRAP_SERVERS"):
-        pytest.skip("KAFKA_BOOTSTRAP_SERVERS names an external Kafka, so no local one is started")
+    if os.environ.get(_SERVERS):
+        pytest.skip(f"{_SERVERS} names an external Kafka, so no local one is started")
     with LocalKafka() as kafka:
         yield kafka
 
@@ -47,7 +58,15 @@ def local_kafka() -> Iterator[LocalKafka]:
 @pytest.fixture(scope="session")
 def kafka_bootstrap_servers(request: pytest.FixtureRequest) -> str:
     """Bootstrap servers of the Kafka under test."""
-    if servers := os.environ.get("KAFKA_BOOTSTRAP_SERVERS"):
+    if servers := os.environ.get(_SERVERS):
+        try:
+            AdminClient({"bootstrap.servers": servers, "log_level": 0}).list_topics(timeout=_CONNECT_WAIT)
+        except KafkaException as error:
+            raise KafkaError(
+                f"{_SERVERS}={servers!r}",
+                f"no Kafka answers there ({error.args[0].str()})",
+                "Name an open cluster that runs, without TLS and passwords; or unset it, and one is started",
+            ) from error
         return servers
     kafka: LocalKafka = request.getfixturevalue("local_kafka")
     return kafka.bootstrap_servers
@@ -56,7 +75,7 @@ def kafka_bootstrap_servers(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def schema_registry_url(request: pytest.FixtureRequest) -> str:
     """Address of the Schema Registry under test."""
-    if url := os.environ.get("SCHEMA_REGISTRY_URL"):
+    if url := os.environ.get(_REGISTRY):
         return url
     registry: LocalSchemaRegistry = request.getfixturevalue("local_schema_registry")
     return registry.url
