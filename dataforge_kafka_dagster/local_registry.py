@@ -1,7 +1,7 @@
 """A real Schema Registry on this machine, Apicurio Registry: no Docker, no system Java.
 
 `LocalSchemaRegistry` runs it on the loopback interface, beside a `LocalKafka`. It needs the extras `local` and
-`schema-registry`. Linux and macOS.
+`schema-registry`. Linux and macOS. From a shell: `python -m dataforge_kafka_dagster.local --registry-port 8081`.
 """
 
 import os

@@ -13,7 +13,7 @@ import yaml
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from dataforge_kafka_dagster import KafkaProducerConfig
+from dataforge_kafka_dagster import KafkaProducerConfig, local
 
 try:
     import tomllib
@@ -25,12 +25,13 @@ README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LOCAL = "localhost:9092"
 """The address that pages use, in whose place the Kafka under test is put."""
-REGISTRY = "http://localhost:8081"
+REGISTRY = "http://localhost:8081/apis/ccompat/v7"
 """The same of the Schema Registry, which is started for the pages that use it."""
 
 _BLOCK = re.compile(r"^(?P<indent> *)```(?P<tag>[^\n`]*)\n(?P<source>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 _FILE = re.compile(r'python title="(conftest|test_\w+)\.py"')
-_TOPICS = re.compile(r"<!-- topics: (.*?) -->", re.DOTALL)
+_TOPIC = re.compile(r"--topic (\S+)")
+_MADE = re.compile(r"<!-- topics: (.*?) -->", re.DOTALL)
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -60,10 +61,11 @@ def _named(page):
 
 
 def _topics(page):
-    """The topics of a page: `name`, `name:partitions` or `name:partitions:setting=value`."""
-    for spec in " ".join(_TOPICS.findall(page.read_text(encoding="utf-8"))).split():
-        name, partitions, *settings = [*spec.split(":"), "2"] if ":" not in spec else spec.split(":")
-        yield NewTopic(name, int(partitions), config=dict(setting.split("=", 1) for setting in settings))
+    """The topics that the commands of a page make, which are to be there before its Python runs."""
+    for block in _blocks(page):
+        for spec in _TOPIC.findall(block.source) if block.language == "sh" else ():
+            name, partitions, config = local._topic(spec)
+            yield NewTopic(name, partitions, config=config)
 
 
 BLOCKS = [block for page in PAGES for block in _blocks(page)]
@@ -145,10 +147,10 @@ def test_the_table_of_options_has_the_defaults_of_the_config():
 @pytest.fixture
 def topics(request, kafka_bootstrap_servers):
     """The topics that the page names, which are gone after it; one that is there already is left alone."""
-    named = list(_topics(request.getfixturevalue("page")))
-    new = [topic for topic in named if topic.num_partitions]
+    page = request.getfixturevalue("page")
+    new = list(_topics(page))
     admin = AdminClient({"bootstrap.servers": kafka_bootstrap_servers})
-    created = [topic.topic for topic in named if not topic.num_partitions]
+    created = " ".join(_MADE.findall(page.read_text(encoding="utf-8"))).split()
     for name, future in (admin.create_topics(new, operation_timeout=30) if new else {}).items():
         try:
             future.result(30)

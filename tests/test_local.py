@@ -2,6 +2,7 @@ import contextlib
 import errno
 import functools
 import http.server
+import itertools
 import json
 import os
 import signal
@@ -12,11 +13,13 @@ import tempfile
 import threading
 import time
 import types
+import urllib.request
 from pathlib import Path
 
 import psutil
 import pytest
 from confluent_kafka import Consumer, KafkaException, Producer
+from confluent_kafka.admin import AdminClient
 
 from dataforge_kafka_dagster import local, local_registry
 from dataforge_kafka_dagster.local import LocalKafka, LocalKafkaError
@@ -544,6 +547,43 @@ def _interrupt_the_command(number):
 
 
 @pytest.mark.kafka
+def test_the_command_makes_topics_and_runs_a_schema_registry(tmp_path):
+    port, registry_port = itertools.islice(free_ports(), 2)
+    command = [sys.executable, "-m", "dataforge_kafka_dagster.local", "--port", str(port), "--data-dir", str(tmp_path)]
+    command += ["--topic", "plain", "--topic", "flights:3:cleanup.policy=compact:retention.ms=1000"]
+    for _ in range(2):  # the second time the topics are there
+        more = ["--registry-port", str(registry_port)]
+        with subprocess.Popen([*command, *more], stdout=subprocess.PIPE, text=True) as process:
+            try:
+                lines = [process.stdout.readline().strip() for _ in range(3)]
+                url = f"http://127.0.0.1:{registry_port}/apis/ccompat/v7"
+                assert lines[2] == f"export SCHEMA_REGISTRY_URL={url}"
+                direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+                assert direct.open(f"{url}/subjects", timeout=10).read() == b"[]"
+                topics = AdminClient({"bootstrap.servers": f"127.0.0.1:{port}"}).list_topics(timeout=10).topics
+                assert [len(topics[name].partitions) for name in ("plain", "flights")] == [1, 3]
+            finally:
+                process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+    assert (tmp_path / "schemas").is_dir()
+
+
+def test_a_topic_of_the_command_may_have_kafka_partitions_and_settings():
+    assert local._topic("a") == ("a", 1, {})
+    assert local._topic("a:6:cleanup.policy=compact:b=c=d") == ("a", 6, {"cleanup.policy": "compact", "b": "c=d"})
+
+
+@pytest.mark.parametrize("wrong", [["--topic", "a:many"], ["--registry-port", "0"]])
+def test_the_command_refuses_a_wrong_option_before_anything_is_started(wrong, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["local", *wrong])
+    monkeypatch.setattr(LocalKafka, "start", lambda _: pytest.fail("started"))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with contextlib.suppress(SystemExit):
+        assert local._main() == 1
+    assert wrong[1] in capsys.readouterr().err
+
+
+@pytest.mark.kafka
 def test_the_command_says_what_is_wrong():
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -552,6 +592,7 @@ def test_the_command_says_what_is_wrong():
         result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 1
     assert "is in use" in result.stderr
+    assert "`--port`" in result.stderr
     assert "Traceback" not in result.stderr
 
 
