@@ -11,6 +11,11 @@ STAMP = $(VENV)/.installed
 PACKAGES = -e '.[local,schema-registry]' --group dev $(REST)
 REST = --group docs -e ./example_project
 TESTS = tests example_project/tests
+# Of the demo and the UI: an open cluster and its Schema Registry, in place of the local ones.
+SERVERS =
+REGISTRY =
+WHERE = --servers '$(SERVERS)' --registry '$(REGISTRY)'
+QUIET = PYTHONWARNINGS='ignore:pkg_resources:UserWarning,ignore:Asset job publish_day:UserWarning'
 
 .PHONY: help install demo ui test test-only test-faults test-browser bench lint matrix build docs screenshots clean
 
@@ -33,11 +38,10 @@ $(STAMP): pyproject.toml example_project/pyproject.toml
 	@touch $(STAMP)
 
 demo: $(STAMP) ## Publish one week of flights to a real Kafka through Dagster, and count them with Kafka's own tools
-	@$(BIN)/python -W 'ignore:pkg_resources:UserWarning' -W 'ignore:Asset job publish_day:UserWarning' \
-	  example_project/demo.py
+	@$(QUIET) $(BIN)/python example_project/demo.py demo $(WHERE)
 
 ui: $(STAMP) ## Run Kafka and the Dagster UI together (PORT=3000), until Ctrl-C
-	@$(BIN)/python example_project/demo.py ui --port $(PORT)
+	@$(QUIET) $(BIN)/python example_project/demo.py ui --port $(PORT) $(WHERE)
 
 test: lint docs test-only ## Check style and types, build the docs, and run all tests but the faults, on a real Kafka
 

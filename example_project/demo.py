@@ -1,7 +1,7 @@
 """`make demo` and `make ui`: the example project on a real Kafka that this script starts on 127.0.0.1.
 
-With the environment variables KAFKA_BOOTSTRAP_SERVERS and SCHEMA_REGISTRY_URL set, the records and their schemas go to
-that cluster and that registry instead.
+With `--servers` and `--registry`, the records and their schemas go to that open cluster and that registry instead. What
+KAFKA_BOOTSTRAP_SERVERS and SCHEMA_REGISTRY_URL name is left alone.
 """
 # ruff: noqa: T201, INP001
 
@@ -40,26 +40,22 @@ Place = tuple[int, int]
 
 
 @contextlib.contextmanager
-def cluster(folder: Path | None = None) -> Iterator[LocalKafka]:
-    """A local Kafka and Schema Registry, with the topics made there or on the cluster of KAFKA_BOOTSTRAP_SERVERS."""
-    own = os.environ.get("KAFKA_BOOTSTRAP_SERVERS")
+def cluster(servers: str, registry_url: str, folder: Path | None = None) -> Iterator[LocalKafka]:
+    """A local Kafka and Schema Registry; the topics are made there, or on the cluster of `servers`."""
     print("Starting a Kafka and a Schema Registry on this machine", flush=True)
-    with LocalKafka(data_dir=folder and folder / "kafka") as kafka, schema_registry(folder):
-        servers = os.environ.setdefault("KAFKA_BOOTSTRAP_SERVERS", kafka.bootstrap_servers)
-        print(f"Kafka: {servers}" + (" (the local one is only for its command line tools)" if own else ""))
-        create_topics(servers)
+    with LocalKafka(data_dir=folder and folder / "kafka") as kafka, schema_registry(registry_url, folder):
+        used = os.environ["KAFKA_BOOTSTRAP_SERVERS"] = servers or kafka.bootstrap_servers
+        print(f"Kafka: {used}" + (" (the local one is for its tools)" if servers else ""))
+        create_topics(used)
         yield kafka
 
 
 @contextlib.contextmanager
-def schema_registry(folder: Path | None) -> Iterator[None]:
-    """A local Schema Registry in SCHEMA_REGISTRY_URL, unless that names one."""
-    if "SCHEMA_REGISTRY_URL" not in os.environ:
-        with LocalSchemaRegistry(data_dir=folder and folder / "schemas") as registry:
-            os.environ["SCHEMA_REGISTRY_URL"] = registry.url
-            print(f"Schema Registry: {registry.url}")
-            yield
-    else:
+def schema_registry(url: str, folder: Path | None) -> Iterator[None]:
+    """SCHEMA_REGISTRY_URL names this registry, or a local one."""
+    local = contextlib.nullcontext() if url else LocalSchemaRegistry(data_dir=folder and folder / "schemas")
+    with local as registry:
+        os.environ["SCHEMA_REGISTRY_URL"] = registry.url if registry else url
         print(f"Schema Registry: {os.environ['SCHEMA_REGISTRY_URL']}")
         yield
 
@@ -67,22 +63,25 @@ def schema_registry(folder: Path | None) -> Iterator[None]:
 def create_topics(servers: str) -> None:
     """Create the topics that are not there yet."""
     admin = AdminClient({"bootstrap.servers": servers, "log_level": 0})
-    made = admin.create_topics([NewTopic(topic, partitions) for topic, partitions in TOPICS.items()])
-    for future in made.values():
+    topics = [NewTopic(topic, partitions) for topic, partitions in TOPICS.items()]
+    for topic, future in admin.create_topics(topics, request_timeout=20).items():
         try:
-            future.result(30)
+            future.result()
         except KafkaException as error:
             if error.args[0].name() != "TOPIC_ALREADY_EXISTS":
-                raise
+                raise LocalKafkaError(
+                    f"Could not create topic {topic!r} at {servers}: {error.args[0].str()}. Name an open cluster that"
+                    " runs, without TLS and passwords, or none."
+                ) from error
 
 
-def demo() -> int:
+def demo(servers: str, registry_url: str) -> int:
     """Publish one week, and count its records with Kafka's own tools.
 
     Returns:
         The exit code: 0 if Kafka holds what Dagster reported, else 1.
     """
-    with cluster() as kafka:
+    with cluster(servers, registry_url) as kafka:
         started = time.monotonic()
         publications = publish_week()
         print(f"\nDagster published the week and ran the job 'announce' in {time.monotonic() - started:.0f} s.")
@@ -168,7 +167,7 @@ def tool(kafka: LocalKafka, name: str, *arguments: str) -> str:
     return done.stdout
 
 
-def ui(port: int, home: Path) -> int:
+def ui(port: int, home: Path, servers: str, registry_url: str) -> int:
     """Run `dg dev` until Ctrl-C, on a Kafka whose data stays in the home folder with Dagster's.
 
     Returns:
@@ -185,7 +184,7 @@ def ui(port: int, home: Path) -> int:
         except OSError:
             print(f"Port {port} is in use. Choose another one: make ui PORT={port + 1}", file=sys.stderr)
             return 1
-    with cluster(home):
+    with cluster(servers, registry_url, home):
         print(f"Dagster: http://127.0.0.1:{port} in half a minute (Ctrl-C ends both)", flush=True)
         dev = subprocess.Popen(  # noqa: S603
             [str(Path(sys.executable).with_name("dg")), "dev", "--host", "127.0.0.1", "--port", str(port)],
@@ -215,11 +214,16 @@ def main() -> int:
     parser.add_argument("what", nargs="?", choices=["demo", "ui"], default="demo")
     parser.add_argument("--port", type=int, default=3000, help="of the Dagster UI")
     parser.add_argument("--home", type=Path, default=HOME, help="folder for the UI's and Kafka's data")
+    parser.add_argument("--servers", default="", help="open cluster to publish to, in place of the local one")
+    parser.add_argument("--registry", default="", help="URL of its Schema Registry, in place of the local one")
     options = parser.parse_args()
+    where = (options.servers, options.registry)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
-        return ui(options.port, options.home.resolve()) if options.what == "ui" else demo()
+        if options.what == "ui":
+            return ui(options.port, options.home.resolve(), *where)
+        return demo(*where)
     except LocalKafkaError as error:
         print(error, file=sys.stderr)
         return 1

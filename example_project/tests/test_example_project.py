@@ -1,6 +1,11 @@
 """Tests of the example project that need no Kafka: the assets are functions, and are called as such."""
 
+import contextlib
 import datetime as dt
+import importlib.util
+import os
+import types
+from pathlib import Path
 
 import dagster as dg
 import polars as pl
@@ -13,6 +18,23 @@ from example_project.rows import weather
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
 from dataforge_kafka_dagster.kafka.serialization import serialize_value
+
+
+def test_the_demo_goes_to_a_cluster_only_if_it_is_asked_to(monkeypatch):
+    path = Path(__file__).parents[1] / "demo.py"
+    demo = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("demo", path))
+    spec.loader.exec_module(demo)
+    local = types.SimpleNamespace(bootstrap_servers="127.0.0.1:1", url="http://127.0.0.1:2")
+    topics_made_at = []
+    monkeypatch.setattr(demo, "LocalKafka", lambda **_: contextlib.nullcontext(local))
+    monkeypatch.setattr(demo, "LocalSchemaRegistry", lambda **_: contextlib.nullcontext(local))
+    monkeypatch.setattr(demo, "create_topics", topics_made_at.append)
+    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", "production:9092")
+    monkeypatch.setenv("SCHEMA_REGISTRY_URL", "http://production:8081")
+    for asked, expected in ([("", ""), (local.bootstrap_servers, local.url)], [("a:1", "http://a:2")] * 2):
+        with demo.cluster(*asked):
+            assert (os.environ["KAFKA_BOOTSTRAP_SERVERS"], os.environ["SCHEMA_REGISTRY_URL"]) == expected
+        assert topics_made_at.pop() == expected[0]
 
 
 def test_definitions_load():
