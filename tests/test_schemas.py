@@ -16,6 +16,7 @@ import narwhals as nw
 import numpy as np
 import pandas as pd
 import polars as pl
+import pydantic.dataclasses
 import pytest
 from confluent_kafka.schema_registry import Schema, SchemaReference
 from conftest import mostly_slow
@@ -35,6 +36,7 @@ from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfig
 from dataforge_kafka_dagster.kafka.registry import SchemaRegistry, SchemaRegistryConfig, client_options
 from dataforge_kafka_dagster.kafka.schema_types import message_class, rows_of_frame
 from dataforge_kafka_dagster.kafka.schemas import KafkaSchema, SchemaDecoder, SchemaEncoder, SchemaEncoders
+from dataforge_kafka_dagster.kafka.serialization import to_json
 from dataforge_kafka_dagster.kafka.sources import chunks
 
 UTC = dt.timezone.utc
@@ -855,6 +857,29 @@ def test_a_model_is_what_it_serializes_to_by_its_fields_and_what_it_excludes_is_
             {"name": "name", "type": "string", "default": "?"},
             {"name": "miles", "type": "double"},
         ]
+
+
+@pydantic.dataclasses.dataclass
+class Seat:
+    row: int
+    card: str = Field("canary-card", exclude=True)
+    miles: int = 1
+
+    @field_serializer("miles")
+    def rounded(self, miles: int) -> float:
+        return miles / 2
+
+
+@pytest.mark.parametrize("form", ["avro", "protobuf", "json_schema"])
+def test_a_dataclass_of_pydantic_is_what_it_serializes_to(registry, form):
+    allowed = {"properties": {"row": {}, "miles": {"type": "number"}}, "additionalProperties": False}
+    of_json = KafkaSchema(format=form, text=json.dumps({"type": "object", **allowed}))
+    schema = of_json if form == "json_schema" else KafkaSchema.of(Seat, format=form)
+    (data,) = encoder(registry, schema)([Seat(row=3)])
+    assert SchemaDecoder(registry)(data, form) == {"row": 3, "miles": 0.5}
+    assert b"canary" not in data
+    assert b"canary" not in to_json({"seats": [Seat(row=3)]})
+    assert to_json(Seat(row=3)) == b'{"row":3,"miles":0.5}'
 
 
 def test_a_given_message_may_have_what_a_model_computes(registry):

@@ -1,6 +1,7 @@
 """Which publication a `publishing` session is: in graphs, multi-assets and their retries, checks, ranges and tests."""
 
 import contextlib
+import inspect
 import time
 import uuid
 
@@ -371,6 +372,9 @@ def test_a_check_publishes(kafka, kafka_topic, read, instance):
     assert _values(read(topic)) == ["checked"]
 
 
+@pytest.mark.skipif(
+    "partitions_def" not in inspect.signature(dg.asset_check).parameters, reason="checks had no Dagster partitions yet"
+)
 def test_a_check_of_one_dagster_partition_does_not_fence_that_of_another(kafka, kafka_topic, instance):
     topic, publishers = kafka_topic(), {}
     letters = dg.StaticPartitionsDefinition(["a", "b"])

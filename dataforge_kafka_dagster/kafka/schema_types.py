@@ -22,6 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from pydantic import BaseModel, PlainSerializer, RootModel, TypeAdapter, WrapSerializer
+from pydantic.dataclasses import is_pydantic_dataclass
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticUndefined
@@ -126,10 +127,12 @@ def _first_free(names: Sequence[str], taken: Iterable[str]) -> str:
 
 def _fields(cls: type) -> list[tuple[str, Any, Sequence[Any]]]:
     """(name, default or ..., what pydantic knows of it) of each field."""
-    if issubclass(cls, BaseModel):
+    known = _known_to_pydantic(cls)
+    if known is not None:
+        serialized = _serialized(cls)
         return [
-            (name, ... if _has_no_default(cls, name) else info.default, info.metadata)
-            for name, info in cls.model_fields.items()
+            (name, ... if _has_no_default(info) or name in serialized else info.default, info.metadata)
+            for name, info in known.items()
             if not info.exclude
         ]
     return [
@@ -138,10 +141,16 @@ def _fields(cls: type) -> list[tuple[str, Any, Sequence[Any]]]:
     ]
 
 
-def _has_no_default(model: type[BaseModel], name: str) -> bool:
+def _known_to_pydantic(cls: type) -> Mapping[str, FieldInfo] | None:
+    """The fields of a model, or of a dataclass that is pydantic's own; None of others."""
+    if issubclass(cls, BaseModel):
+        return cls.model_fields
+    return cls.__pydantic_fields__ if is_pydantic_dataclass(cls) else None
+
+
+def _has_no_default(info: FieldInfo) -> bool:
     """Whether a field has none that stands in records as it is."""
-    info = model.model_fields[name]
-    serialized = name in _serialized(model) or any(isinstance(part, _SERIALIZERS) for part in info.metadata)
+    serialized = any(isinstance(part, _SERIALIZERS) for part in info.metadata)
     return info.is_required() or info.default_factory is not None or serialized
 
 
@@ -150,12 +159,13 @@ _SERIALIZERS: Final = (PlainSerializer, WrapSerializer)
 
 def _serialized(cls: type) -> dict[str, Any]:
     """What a model's serializers make of its fields, by field, as far as they are annotated."""
-    if not issubclass(cls, BaseModel):
+    known = _known_to_pydantic(cls)
+    if known is None:
         return {}
-    made = {}
-    for found in cls.__pydantic_decorators__.field_serializers.values():
+    made: dict[str, Any] = {}
+    for found in cast("Any", cls).__pydantic_decorators__.field_serializers.values():
         returned = _returned(found.info, found.func)
-        fields = cls.model_fields if "*" in found.info.fields else found.info.fields
+        fields = known if "*" in found.info.fields else found.info.fields
         made.update(dict.fromkeys(fields, returned) if returned is not None else {})
     return made
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic.dataclasses import is_pydantic_dataclass
 
 from dataforge_kafka_dagster.kafka.avro_check import avro_check
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError
@@ -42,6 +43,7 @@ from dataforge_kafka_dagster.kafka.schema_types import (
 )
 from dataforge_kafka_dagster.kafka.serialization import (
     Encoders,
+    dumped,
     is_message,
     no_json_form,
     refuse_non_finite,
@@ -788,8 +790,8 @@ def _plain(value: Any) -> Any:
     """
     if type(value) in {dict, str, int}:
         return value
-    if isinstance(value, BaseModel):
-        return _inside(value.model_dump(**_FIELDS_ONLY))
+    if isinstance(value, BaseModel) or is_pydantic_dataclass(type(value)):
+        return _inside(dumped(value, **_FIELDS_ONLY))
     if dataclasses.is_dataclass(value):
         return {field.name: _inside(getattr(value, field.name)) for field in dataclasses.fields(value)}
     return dict(value) if isinstance(value, Mapping) else value

@@ -22,6 +22,7 @@ from typing import Any, Final, Literal, cast
 
 import orjson
 from pydantic import BaseModel
+from pydantic.dataclasses import is_pydantic_dataclass
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
 
@@ -99,10 +100,10 @@ def _jsonable(value: Any) -> Any:
     cls = type(value)
     if cls.__module__ == "numpy":
         return value.item() if cls.__name__ in _NUMPY_NUMBERS else _of_numpy(value)
-    if type(value) is dt.datetime:
+    if cls is dt.datetime:
         return orjson.Fragment(orjson.dumps(value))
-    if hasattr(type(value), "__dataclass_fields__"):
-        return _fields(value)
+    if hasattr(cls, "__dataclass_fields__"):
+        return dumped(value, mode="json") if is_pydantic_dataclass(cls) else _fields(value)
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, BaseModel):
@@ -150,6 +151,18 @@ def _numpy_json(value: Any) -> bytes:
         return found
 
     return orjson.dumps(value, plain, orjson.OPT_SERIALIZE_NUMPY)
+
+
+def dumped(value: Any, **options: Any) -> Any:
+    """What pydantic writes of a model, or of a dataclass that is its own: by serializers, without what they exclude.
+
+    Args:
+        value: The model or dataclass.
+        options: As for ``BaseModel.model_dump``.
+    """
+    if isinstance(value, BaseModel):
+        return value.model_dump(**options)
+    return type(value).__pydantic_serializer__.to_python(value, **options)
 
 
 def _fields(value: object) -> dict[str, Any]:
@@ -207,10 +220,10 @@ def to_protobuf_json(value: Any) -> bytes:
 def _protobuf_jsonable(value: Any) -> Any:
     if isinstance(value, (bytes, bytearray, memoryview)):
         return base64.b64encode(value).decode()
-    if isinstance(value, BaseModel):
+    if isinstance(value, BaseModel) or is_pydantic_dataclass(type(value)):
         # pydantic's own JSON has bytes as text.
-        plain = value.model_dump()
-        return plain if _has_bytes(plain) else value.model_dump(mode="json")
+        plain = dumped(value)
+        return plain if _has_bytes(plain) else dumped(value, mode="json")
     return _jsonable(value)
 
 
@@ -360,7 +373,7 @@ def _has_json_form(leaf: Any, write: Callable[[Any], bytes]) -> bool:
 
 def _find(value: Any, wrong: Any, path: str = "", depth: int = 0) -> str | None:
     """Dotted path of the first leaf for which ``wrong`` holds."""
-    if isinstance(value, BaseModel):
+    if isinstance(value, BaseModel) or is_pydantic_dataclass(type(value)):
         value = _dumped(value)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {name: getattr(value, name, None) for name in _field_names(type(value))}
@@ -387,12 +400,12 @@ def _find(value: Any, wrong: Any, path: str = "", depth: int = 0) -> str | None:
     return path.rstrip(".") if wrong(value) else None
 
 
-def _dumped(model: BaseModel) -> Any:
+def _dumped(model: Any) -> Any:
     """What a model is serialized from, as Python values; its fields if its serializers fail."""
     try:
-        return model.model_dump()
+        return dumped(model)
     except Exception:  # noqa: BLE001  (of any kind: it is told elsewhere)
-        return dict(model)
+        return dict(model) if isinstance(model, BaseModel) else dict(vars(model))
 
 
 def record_name(index: int | None) -> str:
