@@ -11,10 +11,6 @@ STAMP = $(VENV)/.installed
 PACKAGES = -e '.[local,schema-registry]' --group dev $(REST)
 REST = --group docs -e ./example_project
 TESTS = tests example_project/tests
-# Of the demo and the UI: an open cluster and its Schema Registry, in place of the local ones.
-SERVERS =
-REGISTRY =
-WHERE = --servers '$(SERVERS)' --registry '$(REGISTRY)'
 QUIET = PYTHONWARNINGS='ignore:pkg_resources:UserWarning,ignore:Asset job publish_day:UserWarning'
 
 .PHONY: help install demo ui test test-only test-faults test-browser bench lint matrix build docs screenshots clean
@@ -38,10 +34,10 @@ $(STAMP): pyproject.toml example_project/pyproject.toml
 	@touch $(STAMP)
 
 demo: $(STAMP) ## Publish one week of flights to a real Kafka through Dagster, and count them with Kafka's own tools
-	@$(QUIET) $(BIN)/python example_project/demo.py demo $(WHERE)
+	@$(QUIET) $(BIN)/python example_project/demo.py demo
 
 ui: $(STAMP) ## Run Kafka and the Dagster UI together (PORT=3000), until Ctrl-C
-	@$(QUIET) $(BIN)/python example_project/demo.py ui --port $(PORT) $(WHERE)
+	@$(QUIET) $(BIN)/python example_project/demo.py ui --port $(PORT)
 
 test: lint docs test-only ## Check style and types, build the docs, and run all tests but the faults, on a real Kafka
 

@@ -1,8 +1,8 @@
 """Pytest fixtures that give tests a real Kafka: `pytest_plugins = ["dataforge_kafka_dagster.pytest_plugin"]`.
 
-They use the open Kafka that the environment variable `KAFKA_TEST_BOOTSTRAP_SERVERS` names, else one `LocalKafka` for
-the session; and the Schema Registry that `KAFKA_TEST_SCHEMA_REGISTRY_URL` names, else one `LocalSchemaRegistry`. These
-are not the names that production has, so that tests make and delete no topics there.
+They use the open Kafka that the environment variable `KAFKA_BOOTSTRAP_SERVERS` names, else one `LocalKafka` for the
+session; and the Schema Registry that `SCHEMA_REGISTRY_URL` names, else one `LocalSchemaRegistry`. pytest's header names
+them: tests make and delete topics there.
 """
 
 import os
@@ -19,8 +19,8 @@ from dataforge_kafka_dagster.kafka.errors import KafkaError
 from dataforge_kafka_dagster.local import LocalKafka
 from dataforge_kafka_dagster.local_registry import LocalSchemaRegistry
 
-_SERVERS = "KAFKA_TEST_BOOTSTRAP_SERVERS"
-_REGISTRY = "KAFKA_TEST_SCHEMA_REGISTRY_URL"
+_SERVERS = "KAFKA_BOOTSTRAP_SERVERS"
+_REGISTRY = "SCHEMA_REGISTRY_URL"
 _CONNECT_WAIT = 10.0
 _WAIT = 30.0
 

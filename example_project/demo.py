@@ -1,7 +1,7 @@
 """`make demo` and `make ui`: the example project on a real Kafka that this script starts on 127.0.0.1.
 
-With `--servers` and `--registry`, the records and their schemas go to that open cluster and that registry instead. What
-KAFKA_BOOTSTRAP_SERVERS and SCHEMA_REGISTRY_URL name is left alone.
+With the environment variables KAFKA_BOOTSTRAP_SERVERS and SCHEMA_REGISTRY_URL set, the records and their schemas go to
+that open cluster and that registry instead.
 """
 # ruff: noqa: T201, INP001
 
@@ -214,10 +214,8 @@ def main() -> int:
     parser.add_argument("what", nargs="?", choices=["demo", "ui"], default="demo")
     parser.add_argument("--port", type=int, default=3000, help="of the Dagster UI")
     parser.add_argument("--home", type=Path, default=HOME, help="folder for the UI's and Kafka's data")
-    parser.add_argument("--servers", default="", help="open cluster to publish to, in place of the local one")
-    parser.add_argument("--registry", default="", help="URL of its Schema Registry, in place of the local one")
     options = parser.parse_args()
-    where = (options.servers, options.registry)
+    where = (os.environ.get("KAFKA_BOOTSTRAP_SERVERS", ""), os.environ.get("SCHEMA_REGISTRY_URL", ""))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:

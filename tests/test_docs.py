@@ -199,6 +199,6 @@ def test_tests_of_a_page_pass(page, kafka_bootstrap_servers, pytester, monkeypat
     for block in _blocks(page):
         if found := _FILE.fullmatch(block.tag):
             (pytester.path / f"{found[1]}.py").write_text(block.source)
-    monkeypatch.setenv("KAFKA_TEST_BOOTSTRAP_SERVERS", kafka_bootstrap_servers)
+    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", kafka_bootstrap_servers)
     monkeypatch.setenv("PYTHONPATH", f"{pytester.path}:{ROOT}")
     pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=1)

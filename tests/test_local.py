@@ -248,8 +248,7 @@ def test_fixtures_make_topics_and_delete_them(local_kafka, pytester):
             raise AssertionError
     """)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KAFKA_BOOTSTRAP_SERVERS", "production.invalid:9092")
-        patch.setenv("KAFKA_TEST_BOOTSTRAP_SERVERS", local_kafka.bootstrap_servers)
+        patch.setenv("KAFKA_BOOTSTRAP_SERVERS", local_kafka.bootstrap_servers)
         patch.setenv("PYTHONPATH", str(Path(local.__file__).parents[1]))
         pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=1, skipped=1)
     assert eventually(lambda: not [t for t in local_kafka._metadata(1).topics if t.startswith("fixture-")])
@@ -260,12 +259,12 @@ def test_fixtures_name_the_variable_of_a_kafka_that_does_not_answer(pytester, cl
     pytester.makeconftest('pytest_plugins = ["dataforge_kafka_dagster.pytest_plugin"]')
     pytester.makepyfile("def test_topics(kafka_topic): pass")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KAFKA_TEST_BOOTSTRAP_SERVERS", closed_port)
+        patch.setenv("KAFKA_BOOTSTRAP_SERVERS", closed_port)
         patch.setenv("PYTHONPATH", str(Path(local.__file__).parents[1]))
         result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
     result.assert_outcomes(errors=1)
-    said = f"KAFKA_TEST_BOOTSTRAP_SERVERS='{closed_port}': no Kafka answers there"
-    result.stdout.fnmatch_lines([f"KAFKA_TEST_BOOTSTRAP_SERVERS: {closed_port}", f"*KafkaError: {said} (*"])
+    said = f"KAFKA_BOOTSTRAP_SERVERS='{closed_port}': no Kafka answers there"
+    result.stdout.fnmatch_lines([f"KAFKA_BOOTSTRAP_SERVERS: {closed_port}", f"*KafkaError: {said} (*"])
 
 
 @pytest.mark.kafka

@@ -4,6 +4,7 @@ import contextlib
 import datetime as dt
 import importlib.util
 import os
+import sys
 import types
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
 from dataforge_kafka_dagster.kafka.serialization import serialize_value
 
 
-def test_the_demo_goes_to_a_cluster_only_if_it_is_asked_to(monkeypatch):
+@pytest.mark.parametrize("given", [("", ""), ("a:1", "http://a:2")])
+def test_the_demo_goes_to_its_own_cluster_or_to_that_of_the_environment(given, monkeypatch):
     path = Path(__file__).parents[1] / "demo.py"
     demo = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("demo", path))
     spec.loader.exec_module(demo)
@@ -29,12 +31,21 @@ def test_the_demo_goes_to_a_cluster_only_if_it_is_asked_to(monkeypatch):
     monkeypatch.setattr(demo, "LocalKafka", lambda **_: contextlib.nullcontext(local))
     monkeypatch.setattr(demo, "LocalSchemaRegistry", lambda **_: contextlib.nullcontext(local))
     monkeypatch.setattr(demo, "create_topics", topics_made_at.append)
-    monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", "production:9092")
-    monkeypatch.setenv("SCHEMA_REGISTRY_URL", "http://production:8081")
-    for asked, expected in ([("", ""), (local.bootstrap_servers, local.url)], [("a:1", "http://a:2")] * 2):
-        with demo.cluster(*asked):
-            assert (os.environ["KAFKA_BOOTSTRAP_SERVERS"], os.environ["SCHEMA_REGISTRY_URL"]) == expected
-        assert topics_made_at.pop() == expected[0]
+    names = ("KAFKA_BOOTSTRAP_SERVERS", "SCHEMA_REGISTRY_URL")
+    for name, value in zip(names, given, strict=True):
+        monkeypatch.setenv(name, value)
+    seen = []
+
+    def published():
+        seen.extend(os.environ[name] for name in names)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "publish_week", published)
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
+    monkeypatch.setattr(demo.signal, "signal", lambda *_: None)
+    assert demo.main() == 130
+    assert seen == (list(given) if given[0] else [local.bootstrap_servers, local.url])
+    assert topics_made_at == seen[:1]
 
 
 def test_definitions_load():
