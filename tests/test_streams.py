@@ -96,6 +96,8 @@ def test_a_missing_key_is_refused_before_anything_is_connected(make, tmp_path):
         ("rows.ndjson.gz", gzip.compress(b'{"n": 1}\n')[:-8], "line 2: it cannot be read: .*ended before"),
         ("rows.ndjson.gz", gzip.compress(b'{"n": 1}\n')[:10] + b"\xff" * 20, "line 1: it cannot be read"),
         ("rows.csv", b"a,b\n1,2\n1\n", "cannot be read as CSV: .*Expected 2 columns, got 1"),
+        ("rows.csv", b'a,b\n1,"2\n' + b"3,4\n" * 1_000_000, "cannot be read as CSV: .* a quote that nothing closes"),
+        ("rows.csv.gz", b"a,b\n1,2\n", "cannot be read as CSV"),
         ("rows.parquet", b"nothing like it", "cannot be read as Parquet"),
         ("rows.txt", b"", "its name does not say what is in it. Give a path that ends with .ndjson"),
         ("rows.parquet.gz", b"", "its name does not say what is in it"),
@@ -115,6 +117,20 @@ def test_numbers_of_64_bits_and_text_of_digits_are_kept_as_they_are(tmp_path):
     path.write_text(json.dumps(row))
     (chunk,) = chunks(path)
     assert [json.loads(value) for value in chunk.values] == [row]
+
+
+def test_lines_in_the_values_of_a_csv_are_no_rows(tmp_path):
+    """In two megabytes, of which pyarrow reads one at a time."""
+    path = tmp_path / "rows.csv"
+    rows = [{"n": i, "s": f"a\n{i},b\n{i},c\n{i},d"} for i in range(80_000)]
+    path.write_text("n,s\n" + "".join(f'{row["n"]},"{row["s"]}"\n' for row in rows))
+    assert [json.loads(value) for chunk in chunks(path) for value in chunk.values] == rows
+
+
+def test_a_zipped_csv_has_a_name_of_any_case(tmp_path):
+    path = tmp_path / "ROWS.CSV.GZ"
+    path.write_bytes(gzip.compress(b"n,s\n1,a\n"))
+    assert [chunk.values for chunk in chunks(path)] == [['{"n":1,"s":"a"}']]
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):

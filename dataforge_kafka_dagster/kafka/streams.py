@@ -132,7 +132,7 @@ def _open_file(path: Path) -> Stream:
     if kind in {".ndjson", ".jsonl"}:
         return Stream(_json_lines(path, gzip.open if compressed else open), of_frames=False)
     if kind == ".csv":
-        return Stream(_csv(path), of_frames=True)
+        return Stream(_csv(path, "gzip" if compressed else None), of_frames=True)
     return Stream(_parquet(path), of_frames=True)
 
 
@@ -178,18 +178,21 @@ def _int(text: str) -> int:
     return int(text)
 
 
-def _csv(path: Path) -> Iterator[Any]:
+def _csv(path: Path, compression: str | None) -> Iterator[Any]:
     name = f"file {str(path)!r}"
     csv = _library("pyarrow.csv", name)
     pa = importlib.import_module("pyarrow")
     try:
-        with pa.input_stream(path, compression="detect") as stream:
-            yield from _tables(csv.open_csv(stream))
+        with pa.input_stream(path, compression=compression) as stream:
+            # Else a block may end in mid-value, and what comes next passes for rows.
+            options = csv.ParseOptions(newlines_in_values=True)
+            yield from _tables(csv.open_csv(stream, parse_options=options))
     except (pa.ArrowInvalid, OSError) as error:
         raise InvalidRecordError(
             name,
             f"it cannot be read as CSV: {error}",
-            "Correct it; a column's type is that of its first megabyte. Else read it yourself, and return the rows",
+            "Correct it, for instance a quote that nothing closes; a row has at most a megabyte, and a column's type is"
+            " that of its first megabyte. Else read it yourself, and return the rows",
         ) from error
 
 
