@@ -1,6 +1,7 @@
 import gzip
 import json
 import uuid
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import dagster as dg
@@ -14,6 +15,7 @@ import pytest
 from conftest import mostly_slow
 
 from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource
+from dataforge_kafka_dagster.kafka import frames
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
 from dataforge_kafka_dagster.kafka.sources import chunks
 
@@ -157,9 +159,21 @@ def test_a_query_that_fails_is_refused_before_anything_is_connected():
 
 @pytest.mark.parametrize("version", ["1.36.1", "1.9.0", "0.20.31"])
 def test_an_older_polars_that_hides_the_failure_of_a_query_is_refused(version, monkeypatch):
-    monkeypatch.setattr("importlib.metadata.version", lambda _: version)
+    monkeypatch.setattr(pl, "__version__", version)
     with pytest.raises(InvalidRecordError, match=f"polars {version} .* Use polars 1.37 or later"):
         chunks(pl.LazyFrame({"a": [1]}))
+
+
+@pytest.mark.parametrize("frame", [pl.DataFrame({"a": [1]}), pl.LazyFrame({"a": [1]})], ids=["DataFrame", "LazyFrame"])
+def test_a_polars_of_another_distribution_will_do(frame, monkeypatch):
+    """Such as polars-lts-cpu."""
+
+    def not_found(name):
+        raise PackageNotFoundError(name)
+
+    frames._json_is_exact.cache_clear()
+    monkeypatch.setattr("importlib.metadata.version", not_found)
+    assert [chunk.values for chunk in chunks(frame)] == [['{"a":1}']]
 
 
 @pytest.mark.parametrize("library", ["pyarrow"])

@@ -7,7 +7,7 @@ and pyarrow frames reach it by slices.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
+import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -259,7 +259,7 @@ def _json_is_exact() -> bool:
 
     Before 2.0 it loses values of arrays, before 1.37 of decimals; 2.0 mixes null and the struct of nulls inside arrays.
     """
-    return tuple(map(int, importlib.metadata.version("polars").split(".")[:2])) >= _EXACT_POLARS
+    return tuple(map(int, importlib.import_module("polars").__version__.split(".")[:2])) >= _EXACT_POLARS
 
 
 @functools.cache

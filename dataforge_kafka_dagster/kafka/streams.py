@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import importlib
-import importlib.metadata
 import json
 import re
 import zlib
@@ -93,7 +92,7 @@ def _library(name: str, what: str) -> Any:
 
 def _lazy_frame(frame: Any) -> Iterator[Any]:
     # Before 1.37 the batches of a query that fails just end, as if there were no more.
-    found = importlib.metadata.version("polars")
+    found = importlib.import_module("polars").__version__  # its package may have another name, as polars-lts-cpu
     if tuple(map(int, found.split(".")[:2])) < _LEAST_POLARS:
         raise InvalidRecordError(
             "polars LazyFrame", f"polars {found} cannot give it bit by bit", "Use polars 1.37 or later, or collect() it"
