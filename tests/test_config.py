@@ -460,12 +460,21 @@ def test_publications_have_bulk_defaults_where_options_were_left_alone():
 
 
 def test_publications_keep_options_that_were_set():
-    producer = KafkaProducerConfig(batch_size=20000, linger_ms=1, buffer_memory=1 << 20, retries=5)
+    producer = KafkaProducerConfig(batch_size=20000, linger_ms=1, buffer_memory=1 << 20)
     options = publication_options(PublicationConfig(producer=producer), "id")
     assert options["batch.size"] == 20000
     assert options["queue.buffering.max.ms"] == 1
     assert options["queue.buffering.max.kbytes"] == 1024
-    assert options["message.send.max.retries"] == 5
+
+
+def test_publications_retry_until_delivery_timeout_unless_told_never_to():
+    def retries(guarantee="exactly_once", **options):
+        config = PublicationConfig(producer=KafkaProducerConfig(**options), delivery_guarantee=guarantee)
+        return publication_options(config, "id")["message.send.max.retries"]
+
+    assert retries() == retries(retries=1) == retries(retries=5) == 2147483647
+    assert retries("at_least_once", retries=0) == 0
+    assert retries(librdkafka_config={"message.send.max.retries": "7"}) == "7"
 
 
 @pytest.mark.parametrize(("delivery", "transaction", "sent"), [(120, 60, 60_000), (30, 60, 30_000)])

@@ -91,7 +91,7 @@ class KafkaOptions(BaseModel):
         default=3,
         description=(
             "Times a failed request is sent again within delivery_timeout; 0 turns idempotence off."
-            " Publications retry until delivery_timeout."
+            " Publications retry until delivery_timeout, unless it is 0."
         ),
     )
     batch_size: int = Field(
@@ -713,11 +713,13 @@ def producer_options(config: KafkaProducerConfig) -> dict[str, Any]:
 def publication_options(config: PublicationConfig, transactional_id: str) -> dict[str, Any]:
     """librdkafka's settings for one publication: bulk defaults where the producer's options were left alone."""
     producer = config.producer
-    bulk = {"batch_size": 1_000_000, "linger_ms": 20, "buffer_memory": 67_108_864, "retries": 2147483647}
-    tuned = producer.model_copy(
-        update={n: v for n, v in bulk.items() if getattr(producer, n) == type(producer).model_fields[n].default}
-    )
-    options: dict[str, Any] = producer_options(tuned)
+    bulk = {"batch_size": 1_000_000, "linger_ms": 20, "buffer_memory": 67_108_864}
+    update: dict[str, Any] = {
+        n: v for n, v in bulk.items() if getattr(producer, n) == type(producer).model_fields[n].default
+    }
+    if producer.retries:
+        update["retries"] = BOUNDS["retries"][1]
+    options: dict[str, Any] = producer_options(producer.model_copy(update=update))
     if config.delivery_guarantee == "exactly_once":
         timeout = round(config.transaction_timeout * 1000)
         options = {
