@@ -191,6 +191,18 @@ REFUSED = {
         OAUTH | OIDC | {"sasl_oauthbearer_client_secret": None},
         ["oidc", "needs sasl_oauthbearer_client_secret"],
     ),
+    "text for OIDC": (
+        OAUTH | OIDC | {"sasl_oauthbearer_config": CANARY},
+        ["sasl_oauthbearer_config", "ignored", "oidc"],
+    ),
+    "OIDC's options with callback": (
+        OAUTH | OIDC | {"sasl_oauthbearer_callback": "os.path:join", "sasl_oauthbearer_method": "default"},
+        ["sasl_oauthbearer_client_id, sasl_oauthbearer_client_secret, sasl_oauthbearer_token_endpoint_url", "ignored"],
+    ),
+    "CA of OIDC with callback": (
+        OAUTH | {"sasl_oauthbearer_callback": "os.path:join", "https_ca_location": __file__},
+        ["https_ca_location", "ignored", "sasl_oauthbearer_callback"],
+    ),
     "way to a token": (OAUTH | {"sasl_oauthbearer_method": "jwt"}, ["sasl_oauthbearer_method", "jwt", "oidc"]),
     "callback that is no path": (
         OAUTH | {"sasl_oauthbearer_callback": "os.path.join"},

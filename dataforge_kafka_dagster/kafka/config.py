@@ -450,7 +450,19 @@ class KafkaProducerConfig(KafkaOptions):
                     "sasl_oauthbearer_callback and sasl_oauthbearer_method='oidc' exclude each other:"
                     " the token comes from one of them"
                 )
-        elif not callback:
+            if "sasl_oauthbearer_config" in given:
+                raise ValueError(
+                    "sasl_oauthbearer_config would be ignored with sasl_oauthbearer_method='oidc': leave it out"
+                )
+        elif callback:
+            ours = [n for n in type(self).model_fields if n.startswith(("sasl_oauthbearer_", "https_")) and n in given]
+            ignored = [name for name in ours if not name.endswith(("_callback", "_config", "_method"))]
+            if ignored:
+                raise ValueError(
+                    f"{', '.join(ignored)} would be ignored with sasl_oauthbearer_callback, whose function asks for the"
+                    " token: leave it out, or set sasl_oauthbearer_method='oidc' instead of the function"
+                )
+        else:
             raise ValueError(
                 "sasl_mechanism='OAUTHBEARER' needs sasl_oauthbearer_callback ('package.module:function'),"
                 " or sasl_oauthbearer_method='oidc' with its client id, secret and token endpoint"
