@@ -143,13 +143,13 @@ def test_a_template_of_a_number_is_text_where_settings_are_text(monkeypatch):
             "batch_size": "{{ env.NUMBER_OF_TEST }}",
             "schema_registry_url": "http://a:1",
             "schema_registry_client_config": {"cache.capacity": number},
-            "librdkafka_config": {"message.timeout.ms": number, "client.rack": "01"},
+            "librdkafka_config": {"connections.max.idle.ms": number, "client.rack": "01"},
             "create_topics": {"partitions": 2, "configs": {"retention.ms": number}},
         }
     ).kafka
     assert kafka.batch_size == 604800000
     assert kafka.schema_registry_client_config == {"cache.capacity": "604800000"}
-    assert kafka.librdkafka_config == {"message.timeout.ms": "604800000", "client.rack": "01"}
+    assert kafka.librdkafka_config == {"connections.max.idle.ms": "604800000", "client.rack": "01"}
     assert kafka.publication_config().create_topics == KafkaTopicSpec(
         partitions=2, configs={"retention.ms": "604800000"}
     )

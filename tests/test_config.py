@@ -449,10 +449,10 @@ def test_msk_without_its_package_says_how_to_install_it(monkeypatch):
 
 
 def test_raw_settings_are_applied_last():
-    raw = {"acks": "1", "enable.idempotence": "false", "partitioner": "random", "bootstrap.servers": "z:9"}
+    raw = {"acks": "1", "enable.idempotence": "false", "partitioner": "random", "client.id": "z"}
     config = KafkaProducerConfig(librdkafka_config=raw)
     assert raw.items() <= producer_options(config).items()
-    assert client_options(config)["bootstrap.servers"] == "z:9"
+    assert client_options(config)["client.id"] == "z"
     bulk = PublicationConfig(producer=KafkaProducerConfig(librdkafka_config={"batch.size": "77", "linger.ms": "9"}))
     assert publication_options(bulk, "t")["batch.size"] == "77"
 
@@ -611,11 +611,23 @@ def test_oauth_callback_is_imported():
             oauth_callback(KafkaProducerConfig(**config, sasl_oauthbearer_callback=path))
 
 
-@pytest.mark.parametrize(
-    ("raw", "said"),
-    [({"message.timeout.ms": "abc"}, "'abc'")],
-)
-def test_raw_settings_that_would_break_a_publication_are_refused(raw, said):
-    producer = KafkaProducerConfig(librdkafka_config=raw)
-    with pytest.raises(ValidationError, match=said):
-        PublicationConfig(producer=producer)
+@pytest.mark.parametrize("name", ["bootstrap.servers", "metadata.broker.list"])
+def test_raw_servers_that_errors_would_not_name_are_refused(name):
+    with pytest.raises(ValidationError, match=f"'{name}': ...}} is not possible: .* Set bootstrap_servers"):
+        KafkaProducerConfig(librdkafka_config={name: "z:9"})
+
+
+@pytest.mark.parametrize("name", ["message.timeout.ms", "delivery.timeout.ms"])
+def test_a_raw_time_out_is_at_most_that_of_our_own_waits(name):
+    for text in ("abc", "0", "-1", "2001"):
+        with pytest.raises(ValidationError, match=f"'{name}': '{text}'}} is not possible: .* Set delivery_timeout"):
+            KafkaProducerConfig(delivery_timeout=2, librdkafka_config={name: text})
+    KafkaProducerConfig(delivery_timeout=2, librdkafka_config={name: "2000"})
+
+
+def test_a_raw_time_out_waits_for_the_value_of_delivery_timeout():
+    later = {"context": {"later": {"delivery_timeout"}}}
+    raw = {"message.timeout.ms": "200000"}
+    KafkaProducerConfig.model_validate({"librdkafka_config": raw}, **later)
+    with pytest.raises(ValidationError, match="delivery_timeout"):
+        KafkaProducerConfig(librdkafka_config=raw)

@@ -47,7 +47,9 @@ _FILES: Final = (
     "https_ca_location",
 )
 # Raw settings of which librdkafka judges itself whether they fit together.
-_TIMES: Final = {"linger.ms", "queue.buffering.max.ms", "message.timeout.ms", "delivery.timeout.ms"}
+_RAW_TIMEOUTS: Final = {"message.timeout.ms", "delivery.timeout.ms"}
+_TIMES: Final = {"linger.ms", "queue.buffering.max.ms", *_RAW_TIMEOUTS}
+_RAW_SERVERS: Final = {"bootstrap.servers", "metadata.broker.list"}
 _PEMS: Final = ("ssl_ca_pem", "ssl_certificate_pem", "ssl_key_pem", "https_ca_pem")
 # Ours, or librdkafka's under another name.
 _NOT_LIBRDKAFKAS: Final = (
@@ -371,13 +373,8 @@ class KafkaProducerConfig(KafkaOptions):
 
         The context's "later" names the options whose values are not known yet, but will be given.
         """
-        if "transactional.id" in self.librdkafka_config:
-            raise ValueError(
-                "librdkafka_config={'transactional.id': ...} is not possible: single records are sent outside of"
-                " transactions, and each publication has one of its own, by which attempts find each other."
-                " Set transactional_id_prefix"
-            )
         later = (info.context or {}).get("later", ())
+        self._check_raw(math.inf if "delivery_timeout" in later else round(self.delivery_timeout * 1000))
         fields = type(self).model_fields
         given = {name for name in fields if name in later or getattr(self, name) is not None}
         if "security_protocol" not in later:
@@ -398,6 +395,27 @@ class KafkaProducerConfig(KafkaOptions):
                     f"{name} is no PEM text, which has a line '-----BEGIN ...-----': for a file set {name[:-3]}location"
                 )
         return self
+
+    def _check_raw(self, most: float) -> None:
+        """Refuse raw settings that errors, deadlines and other attempts would not know of."""
+        raw = self.librdkafka_config
+        if "transactional.id" in raw:
+            raise ValueError(
+                "librdkafka_config={'transactional.id': ...} is not possible: single records are sent outside of"
+                " transactions, and each publication has one of its own, by which attempts find each other."
+                " Set transactional_id_prefix"
+            )
+        for name in _RAW_SERVERS & set(raw):
+            raise ValueError(
+                f"librdkafka_config={{{name!r}: ...}} is not possible: errors would name other brokers."
+                " Set bootstrap_servers"
+            )
+        for name in _RAW_TIMEOUTS & set(raw):
+            if not (raw[name].isdecimal() and 1 <= int(raw[name]) <= most):
+                raise ValueError(
+                    f"librdkafka_config={{{name!r}: {raw[name]!r}}} is not possible: give whole milliseconds, no more"
+                    " than delivery_timeout, which all other waits keep to. Set delivery_timeout"
+                )
 
     def _check_sasl(self, given: Container[str], later: Container[str]) -> None:
         protocol, mechanism = self.security_protocol, self.sasl_mechanism
@@ -641,12 +659,6 @@ class PublicationConfig(BaseModel):
             raise ValueError("transactional_id_prefix is not possible: it contains a NUL character")
         if not (self.transactional_id_prefix.isascii() and self.transactional_id_prefix.isprintable()):
             raise _not("transactional_id_prefix", self.transactional_id_prefix, "give printable ASCII characters")
-        raw = self.producer.librdkafka_config
-        if not raw.get("message.timeout.ms", "0").isdecimal():
-            raise ValueError(
-                f"librdkafka_config={{'message.timeout.ms': {raw['message.timeout.ms']!r}}} is not possible:"
-                " give whole milliseconds, or set delivery_timeout"
-            )
         if self.delivery_guarantee == "exactly_once" and ACKS[str(self.producer.acks)] != "all":
             raise ValueError(
                 f"acks={self.producer.acks!r} cannot give delivery_guarantee='exactly_once': a record that only some"
