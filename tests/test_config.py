@@ -6,6 +6,7 @@ import sys
 import time
 import urllib.parse
 
+import botocore.exceptions as aws
 import confluent_kafka
 import pytest
 from pydantic import ValidationError
@@ -21,7 +22,8 @@ from dataforge_kafka_dagster.kafka.config import (
     producer_options,
     publication_options,
 )
-from dataforge_kafka_dagster.kafka.errors import KafkaConfigError
+from dataforge_kafka_dagster.kafka.connection import Connection
+from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError, Remedy
 
 CANARY = "canary-8d1f"
 PEM = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
@@ -440,6 +442,50 @@ def test_msk_without_credentials_says_so(monkeypatch, tmp_path):
     with pytest.raises(KafkaConfigError, match="AWS credentials were not found") as caught:
         oauth_callback(KafkaProducerConfig(**MSK))("")
     assert "AWS_ACCESS_KEY_ID" in caught.value.fix
+
+
+def _answer(status, code):
+    return aws.ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "AssumeRole")
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy", "fix"),
+    [
+        (_answer(403, "AccessDenied"), Remedy.FAIL, "may assume this role"),
+        (_answer(400, "Throttling"), Remedy.RETRY, "AWS STS"),
+        (_answer(429, "TooManyRequestsException"), Remedy.RETRY, "AWS STS"),
+        (_answer(503, "ServiceUnavailable"), Remedy.RETRY, "AWS STS"),
+        (aws.EndpointConnectionError(endpoint_url="https://sts"), Remedy.RETRY, "can be reached"),
+        (aws.ReadTimeoutError(endpoint_url="https://sts"), Remedy.RETRY, "can be reached"),
+        (aws.CredentialRetrievalError(provider="container", error_msg="m"), Remedy.RETRY, "AWS credentials"),
+        (aws.NoRegionError(), Remedy.FAIL, "AWS_DEFAULT_REGION"),
+        (aws.NoCredentialsError(), Remedy.FAIL, "AWS_ACCESS_KEY_ID"),
+    ],
+    ids=["role", "throttling", "too many", "fault", "away", "silent", "container", "region", "credentials"],
+)
+def test_where_aws_gives_no_token_the_cause_is_named_and_what_may_pass_is_retried(error, remedy, fix, monkeypatch):
+    from aws_msk_iam_sasl_signer import MSKAuthTokenProvider
+
+    def refuse(*_):
+        raise error
+
+    role = "arn:aws:iam::1:role/r"
+    monkeypatch.setattr(MSKAuthTokenProvider, "generate_auth_token_from_role_arn", refuse)
+    with pytest.raises(KafkaError) as caught:
+        Connection(KafkaProducerConfig(**MSK, sasl_aws_role_arn=role)).producer({})
+    told = caught.value
+    assert (told.remedy, told.code) == (remedy, "_AUTHENTICATION")
+    assert fix in told.fix
+    assert "AWS_MSK_IAM" in told.culprit
+    if not isinstance(told, KafkaConfigError):
+        assert repr(role) in told.culprit
+        assert str(error).rstrip(".") in told.cause
+
+
+def test_a_profile_that_aws_does_not_know_is_named():
+    with pytest.raises(KafkaError, match="sasl_aws_profile='nope': .*ProfileNotFound.* Check this profile") as caught:
+        oauth_callback(KafkaProducerConfig(**MSK, sasl_aws_profile="nope"))("")
+    assert caught.value.remedy is Remedy.FAIL
 
 
 def test_msk_without_its_package_says_how_to_install_it(monkeypatch):

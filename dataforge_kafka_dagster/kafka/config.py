@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from dataforge_kafka_dagster.kafka.errors import KafkaConfigError
+from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError, Remedy
 from dataforge_kafka_dagster.kafka.registry import SchemaRegistryConfig
 
 DeliveryGuarantee = Literal["exactly_once", "at_least_once"]
@@ -807,13 +807,40 @@ def _msk_token(config: KafkaProducerConfig) -> Callable[[str], tuple[str, float]
                 text, milliseconds = signer.generate_auth_token_from_profile(region, profile)
             else:
                 text, milliseconds = signer.generate_auth_token(region)
-        except AttributeError as error:  # the signer (1.0) asks None for its key
-            raise KafkaConfigError(
-                "sasl_mechanism='AWS_MSK_IAM'",
-                "AWS credentials were not found",
-                "Give this process a role, a profile, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-                code="_AUTHENTICATION",
-            ) from error
+        except Exception as error:
+            raise _no_msk_token(config, error) from error
         return text, milliseconds / 1000
 
     return token
+
+
+def _no_msk_token(config: KafkaProducerConfig, error: Exception) -> KafkaError:
+    aws = importlib.import_module("botocore.exceptions")
+    culprit, code = "sasl_mechanism='AWS_MSK_IAM'", "_AUTHENTICATION"
+    if isinstance(error, (AttributeError, aws.NoCredentialsError)):  # the signer (1.0) asks None for its key
+        return KafkaConfigError(
+            culprit,
+            "AWS credentials were not found",
+            "Give this process a role, a profile, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+            code=code,
+        )
+    fix = "Check the AWS credentials of this process"
+    if config.sasl_aws_role_arn is not None:
+        culprit += f" with sasl_aws_role_arn={config.sasl_aws_role_arn!r}"
+        fix = "Check that the AWS credentials of this process may assume this role, and that AWS STS can be reached"
+    elif config.sasl_aws_profile is not None:
+        culprit += f" with sasl_aws_profile={config.sasl_aws_profile!r}"
+        fix = "Check this profile in the AWS configuration of this process"
+    if isinstance(error, aws.NoRegionError):
+        fix = "Set AWS_DEFAULT_REGION to the region of AWS STS"
+    away = (OSError, aws.ConnectionError, aws.HTTPClientError, aws.CredentialRetrievalError)
+    answer = error.response if isinstance(error, aws.ClientError) else {}
+    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    busy = status >= 500 or status == 429 or "Throttl" in answer.get("Error", {}).get("Code", "")  # noqa: PLR2004
+    return KafkaError(
+        culprit,
+        f"AWS gave no token: {type(error).__name__}: {str(error).rstrip('.')}",
+        fix,
+        code=code,
+        remedy=Remedy.RETRY if busy or isinstance(error, away) else Remedy.FAIL,
+    )
