@@ -1,4 +1,5 @@
 import pickle
+import sys
 import threading
 import time
 import traceback
@@ -397,6 +398,46 @@ def test_an_error_of_the_token_function_is_the_cause_at_once(name, said, remedy)
     assert caught.value.remedy is remedy
 
 
+WRONG_TOKENS = {
+    "token alone": (lambda _: "secret", "it returned str"),
+    "bytes": (lambda _: (b"secret", time.time() + 3600), r"it returned \(bytes, float\)"),
+    "text": (lambda _: ("secret", str(time.time() + 3600)), r"it returned \(str, str\)"),
+    "no principal": (lambda _: ("secret", time.time() + 3600, None, {}), r"it returned \(str, float, NoneType, dict\)"),
+    "empty": (lambda _: (), r"it returned \(\)"),
+    "nothing": (lambda _: None, "it returned NoneType"),
+    "seconds from now": (lambda _: ("secret", 3600), "the expiry that it returned is 3600, and now is 1"),
+    "milliseconds": (lambda _: ("secret", (time.time() + 3600) * 1000), "the expiry that it returned is 1[0-9]{12}, "),
+    "for ever": (lambda _: ("secret", float("inf")), "the expiry that it returned is inf"),
+}
+
+
+@pytest.mark.parametrize(("function", "said"), WRONG_TOKENS.values(), ids=WRONG_TOKENS)
+def test_what_is_no_token_is_refused_at_once_and_not_told(function, said, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "_token_of_test", function, raising=False)
+    oauth = {"security_protocol": "SASL_SSL", "sasl_mechanism": "OAUTHBEARER"}
+    config = KafkaProducerConfig(**oauth, sasl_oauthbearer_callback=f"{__name__}:_token_of_test")
+    began = time.monotonic()
+    with pytest.raises(KafkaError, match=said) as caught:
+        Connection(config).producer({})
+    assert time.monotonic() - began < 5
+    assert "_token_of_test" in caught.value.culprit
+    assert "(token, expiry in seconds since the epoch)" in caught.value.fix
+    assert "secret" not in str(caught.value)
+    assert caught.value.remedy is Remedy.FAIL
+
+
+def test_what_is_no_token_any_more_is_the_cause_once_the_broker_does_not_let_us_in():
+    """librdkafka asks again in a thread of its own."""
+    oauth = {"security_protocol": "SASL_SSL", "sasl_mechanism": "OAUTHBEARER"}
+    connection = Connection(KafkaProducerConfig(**oauth, sasl_oauthbearer_callback="m:f"))
+    returned = iter([("token", time.time() + 3600), ("token", 3600)])
+    fetch = connection._first_token_at_once(lambda _: next(returned), {})
+    assert fetch("")[0] == "token"
+    with pytest.raises(KafkaError):
+        fetch("")
+    assert "m:f" in connection.unreachable(1).culprit
+
+
 _three = threading.Barrier(3)
 
 
@@ -418,8 +459,12 @@ def test_the_clients_of_a_publication_wait_for_their_tokens_at_the_same_time(clo
     assert not _three.broken
 
 
+NEVER = 1e11
+"""When these tokens expire."""
+
+
 def test_an_error_of_the_token_function_at_a_later_token_is_the_cause(connection):
-    tokens = [("a", 1.0), ("b", 2.0)]
+    first, second = tokens = [("a", NEVER), ("b", NEVER)]
 
     def token(_):
         if not tokens:
@@ -427,7 +472,7 @@ def test_an_error_of_the_token_function_at_a_later_token_is_the_cause(connection
         return tokens.pop(0)
 
     fetch = connection._first_token_at_once(token, {})
-    assert [fetch(""), fetch("")] == [("a", 1.0), ("b", 2.0)]
+    assert [fetch(""), fetch("")] == [first, second]
     with pytest.raises(LookupError):
         fetch("")
     connection._on_error(_theirs("SASL_AUTHENTICATION_FAILED"))
@@ -443,17 +488,17 @@ def test_an_error_of_the_token_function_is_over_once_it_gives_a_token(connection
         answer = answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
-        return answer, 1.0
+        return answer, NEVER
 
     fetch = connection._first_token_at_once(token, {})
-    assert fetch("") == ("first", 1.0)
+    assert fetch("") == ("first", NEVER)
     with pytest.raises(LookupError):
         fetch("")
     # What librdkafka then tells.
     text = "Failed to acquire SASL OAUTHBEARER token: OAuth callback raised exception"
     connection._on_error(confluent_kafka.KafkaError(confluent_kafka.KafkaError._AUTHENTICATION, text))
     assert "away" in connection.cause(_theirs("_TIMED_OUT"), "x").cause
-    assert fetch("") == ("later", 1.0)
+    assert fetch("") == ("later", NEVER)
     error = connection.cause(_theirs("_TIMED_OUT"), "x")
     assert (error.code, error.remedy) == ("_TIMED_OUT", Remedy.RETRY)
     assert "token" not in str(error)

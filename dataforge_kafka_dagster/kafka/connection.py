@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, SupportsFloat, TypeVar
 
 import confluent_kafka
 
@@ -55,6 +55,12 @@ _LOG_SHARE: Final = 0.25
 _LOG_SECONDS: Final = 2.0
 # How librdkafka begins what it tells of a token server (OpenID Connect); its code is that of a wrong password.
 _NO_TOKEN: Final = "Failed to acquire SASL OAUTHBEARER token: "  # noqa: S105
+
+# What a token function returns: token, expiry, and if there are any, principal and extensions.
+_TOKEN: Final = (str, SupportsFloat, str, dict)
+_TOKEN_SIZES: Final = (2, 3, 4)
+# No time in seconds is so late; each in milliseconds is, since 2001.
+_MILLISECONDS: Final = 1e12
 
 
 class Connection:
@@ -166,6 +172,7 @@ class Connection:
                 return first.pop()
             try:
                 fetched = token(oauth_config)
+                self._check_token(fetched)
             except Exception as error:
                 self._oauth_error = error
                 raise
@@ -180,6 +187,24 @@ class Connection:
         except Exception as error:  # noqa: BLE001  (of any kind: the function is the user's)
             raise self._oauth_cause(error) from None
         return fetch
+
+    def _check_token(self, fetched: Any) -> None:
+        """Refuse what librdkafka would, which does not tell why, or would take for a token without end."""
+        if not isinstance(fetched, tuple):
+            cause = f"it returned {type(fetched).__name__}"
+        elif len(fetched) not in _TOKEN_SIZES or not all(map(isinstance, fetched, _TOKEN)):
+            cause = f"it returned ({', '.join(type(part).__name__ for part in fetched)})"
+        elif not time.time() < float(fetched[1]) < _MILLISECONDS:
+            cause = f"the expiry that it returned is {float(fetched[1]):.0f}, and now is {time.time():.0f}"
+        else:
+            return
+        raise KafkaError(
+            f"sasl_oauthbearer_callback={self.config.sasl_oauthbearer_callback!r}",
+            cause,
+            "Return (token, expiry in seconds since the epoch), a str and a number, from a function that is not async;"
+            " after them may come the principal, a str, and a dict of SASL extensions",
+            code="_AUTHENTICATION",
+        )
 
     def _oauth_cause(self, error: Exception) -> KafkaError:
         if isinstance(error, KafkaError):
