@@ -42,7 +42,8 @@ def build_publication_checks(
 
     An asset whose metadata gives a schema (``kafka/value_schema``, ``kafka/key_schema``) that is known without an
     output has a second check, ``schema_is_compatible``: the Schema Registry would take it for the topic, which is the
-    metadata's ``kafka/topic`` or the one that the asset's IO manager would choose.
+    metadata's ``kafka/topic`` or the one that the asset's IO manager would choose (with ``{job}`` in it, the last
+    materialization's).
 
     Args:
         assets: What to check, by definition, spec or key.
@@ -118,7 +119,11 @@ def _build_schema_check(
                 )
             # What publishes from the asset's body has some other IO manager.
             template = manager.topic if isinstance(manager, KafkaIOManager) else None
-            topic = topic_of(spec.key.path, _metadata(spec, "kafka/topic"), template, op_context.job_name)
+            given = _metadata(spec, "kafka/topic")
+            if given is None and "{job" in (template or ""):
+                # The check's own job need not be the one that publishes.
+                given = _last_topic(op_context.instance, spec.key)
+            topic = topic_of(spec.key.path, given, template, "")
             found = [check_compatible(registry, schema, topic, part=part) for part, schema in schemas.items()]
         reasons = "; ".join(f"{one.subject}: {one.reason}" for one in found if not one.compatible)
         return dg.AssetCheckResult(
@@ -129,6 +134,20 @@ def _build_schema_check(
         )
 
     return schema_is_compatible
+
+
+def _last_topic(instance: dg.DagsterInstance, asset_key: dg.AssetKey) -> str:
+    """The topic that an asset's last materialization names."""
+    event = instance.get_latest_materialization_event(asset_key)
+    materialization = event.asset_materialization if event else None
+    said = materialization.metadata.get("kafka/topic") if materialization else None
+    if said is None:
+        raise KafkaConfigError(
+            name_of(asset_key, None),
+            "its topic has the name of the job that publishes it, which only a materialization tells",
+            "Materialize it first, or give it a topic by the metadata kafka/topic",
+        )
+    return str(said.value)
 
 
 def _specs(asset: dg.AssetsDefinition | dg.AssetSpec | dg.AssetKey | str) -> Iterable[tuple[dg.AssetSpec, str, bool]]:

@@ -225,6 +225,38 @@ def test_a_check_asks_for_the_topic_that_the_io_manager_would_choose(kafka, regi
     assert registry.get_versions(subject) == [1]
 
 
+def test_a_check_asks_for_the_topic_that_another_job_has_published_to(kafka, kafka_topic, instance):
+    topic, fields = kafka_topic(name="publish"), [{"name": "level", "type": "string"}]
+    manager = KafkaIOManager(kafka=kafka, topic=topic.replace("publish", "{job}"))
+    resources = {"kafka": kafka, "io_manager": manager}
+
+    def defs(*more):
+        text = {"type": "record", "name": "Alert", "fields": [*fields, *more]}
+
+        @dg.asset(metadata={"kafka/value_schema": KafkaSchema.parse({"text": text}).to_metadata()})
+        def alerts():
+            return [{"level": "high"}]
+
+        _, check = build_publication_checks([alerts])
+        jobs = [
+            dg.define_asset_job("publish", dg.AssetSelection.assets(alerts).without_checks()),
+            dg.define_asset_job("look", dg.AssetSelection.checks(check)),
+        ]
+        return dg.Definitions([alerts], asset_checks=[check], resources=resources, jobs=jobs)
+
+    def run_job(job, *more):
+        found = defs(*more).resolve_job_def(job)
+        return found.execute_in_process(instance=instance, raise_on_error=False)
+
+    description, _ = failure_of(run_job("look"))
+    assert "only a materialization tells. Materialize it first" in description
+    assert run_job("publish").success
+    for more, passed in ([], True), ([{"name": "count", "type": "long"}], False):
+        (evaluation,) = run_job("look", *more).get_asset_check_evaluations()
+        assert evaluation.passed is passed
+        assert evaluation.metadata["kafka/subjects"].value == f"{topic}-value"
+
+
 def test_a_check_of_what_publishes_from_its_body_asks_for_the_topic_of_its_key(kafka, instance):
     @dg.asset(metadata={"kafka/key_schema": {"text": '"long"'}})
     def alerts() -> None: ...
