@@ -216,7 +216,8 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         return publication_metadata(publication, identity.partition)
 
     def _topic_of(self, context: dg.OutputContext) -> str:
-        path = context.asset_key.path if context.has_asset_key else [context.step_key, context.name]
+        # A mapped step's key ends in [mapping_key], which no topic can be named by.
+        path = context.asset_key.path if context.has_asset_key else [context.step_key.partition("[")[0], context.name]
         # A context made by build_output_context has no job.
         job = context.job_name if "{job" in (self.topic or "") else ""
         return topic_of(path, _metadata(context, "kafka/topic"), self.topic, job)
@@ -271,7 +272,8 @@ class KafkaIOManager(dg.ConfigurableIOManager):
 
         The input's annotation says in what form, with or without ``| None``: ``pl.DataFrame``, ``pd.DataFrame``,
         ``pa.Table``, ``list[KafkaRecord]``, ``dict`` (of the only record), else a list of values as they were published
-        (a dataclass or model comes back as dict).
+        (a dataclass or model comes back as dict). Where an input takes several outputs as a list, as after
+        ``.collect()``, that is the form of its items: ``list[dict]`` is a list of the only record of each output.
 
         Raises:
             dagster.Failure: There is no publication to read, its records are gone, or Kafka failed for good.
@@ -290,7 +292,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                     read_publication(config.producer, publication, self.read_timeout),
                 )
             )
-            return _in_form(context.dagster_type.typing_type, records)
+            return _in_form(_form_of(context), records)
 
 
 def _is_again(context: dg.OutputContext, identity: Identity) -> bool:
@@ -590,6 +592,16 @@ def _publication_of_op(context: dg.InputContext) -> Publication:
             if publication is not None:
                 return publication
     raise KafkaError(name, f"run {upstream.run_id} has published nothing for it", "Run it again")
+
+
+def _form_of(context: dg.InputContext) -> Any:
+    """The form in which an input wants the output that is loaded: an item of its list, if it takes one of several."""
+    step, of_input = step_context_of(context), context.dagster_type
+    inputs = step.step.step_inputs if step else ()
+    source = next((one.source for one in inputs if one.name == context.name), None)
+    if type(source).__name__ == "FromMultipleSources" and of_input.supports_fan_in:
+        of_input = of_input.get_inner_type_for_fan_in()
+    return of_input.typing_type
 
 
 def _in_form(form: Any, records: Iterable[tuple[ReadRecord, ValueFormat | None]]) -> Any:

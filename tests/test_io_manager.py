@@ -814,6 +814,65 @@ def test_mapped_ops_read_their_own_outputs(manager, kafka_topic, read, instance)
     assert len(read(topic)) == 3
 
 
+@dg.op(out=dg.DynamicOut(io_manager_key="memory"))
+def _each_letter():
+    yield from (dg.DynamicOutput(letter, mapping_key=letter) for letter in "ab")
+
+
+@pytest.mark.parametrize(
+    ("annotation", "got"),
+    [
+        (list[dict], [{"x": "a"}, {"x": "b"}]),
+        (list[dict] | None, [{"x": "a"}, {"x": "b"}]),
+        (list[list[dict]], [[{"x": "a"}], [{"x": "b"}]]),
+        (list, [[{"x": "a"}], [{"x": "b"}]]),
+        (None, [[{"x": "a"}], [{"x": "b"}]]),
+        (list[pl.DataFrame], [[{"x": "a"}], [{"x": "b"}]]),
+    ],
+)
+def test_the_items_of_a_collected_input_have_its_form(annotation, got, manager, kafka_topic, instance):
+    topic, into = kafka_topic(), []
+
+    @dg.op(out=dg.Out(metadata={"kafka/topic": topic}))
+    def publish(letter):
+        return {"x": letter}
+
+    def read(rows):
+        into.extend(rows)
+
+    if annotation is not None:
+        read.__annotations__["rows"] = annotation
+
+    @dg.job(resource_defs={"io_manager": manager, "memory": dg.mem_io_manager})
+    def work():
+        dg.op(read, out=dg.Out(io_manager_key="memory"))(_each_letter().map(publish).collect())
+
+    assert work.execute_in_process(instance=instance).success
+    assert [item.to_dicts() if isinstance(item, pl.DataFrame) else item for item in into] == got
+
+
+def test_the_topic_of_mapped_ops_is_their_steps_without_the_mapping_key(
+    kafka_bootstrap_servers, kafka_topic, read, instance
+):
+    topic = kafka_topic(name="publish.result")
+
+    @dg.op
+    def publish(letter):
+        return {"x": letter}
+
+    manager = _manager(kafka_bootstrap_servers, topic=topic.replace("publish.result", "{asset_key}"))
+
+    @dg.job(resource_defs={"io_manager": manager, "memory": dg.mem_io_manager})
+    def work():
+        _each_letter().map(publish)
+
+    result = work.execute_in_process(instance=instance)
+    assert sorted(_values(read(topic))) == [b'{"x":"a"}', b'{"x":"b"}']
+    said = [e.event_specific_data.metadata for e in _events(result, dg.DagsterEventType.HANDLED_OUTPUT)]
+    ids = {one["kafka/publication"].value["publication_id"] for one in said if "kafka/publication" in one}
+    assert len(ids) == 2
+
+
 # Failures
 
 
