@@ -519,7 +519,7 @@ def _schema_of(context: dg.OutputContext, name: str, default: str | None) -> Kaf
 def _publications(context: dg.InputContext) -> Iterator[Publication]:
     """The publications that hold an input's records, each once, in the order of its Dagster partitions."""
     if not context.has_asset_key:
-        yield _publication_of_op(context)
+        yield from _publication_of_op(context)
         return
     asset_key = context.asset_key
     asked: list[str | None] = list(context.asset_partition_keys) if context.has_asset_partitions else [None]
@@ -576,7 +576,8 @@ def _refuse_others(name: str, covered: Sequence[str], asked: Sequence[str | None
         raise KafkaError(name, cause, fix)
 
 
-def _publication_of_op(context: dg.InputContext) -> Publication:
+def _publication_of_op(context: dg.InputContext) -> Iterator[Publication]:
+    """What a run has published for the output of an op; nothing if that was None."""
     upstream = context.upstream_output
     if upstream is None:
         raise KafkaError(f"input {context.name!r}", "it has no upstream output", "Connect it to an output")
@@ -590,7 +591,8 @@ def _publication_of_op(context: dg.InputContext) -> Publication:
         if data.output_name == upstream.name and (mapping_key and mapping_key.value) == upstream.mapping_key:
             publication = published(data.metadata, name).publication
             if publication is not None:
-                return publication
+                yield publication
+            return
     raise KafkaError(name, f"run {upstream.run_id} has published nothing for it", "Run it again")
 
 

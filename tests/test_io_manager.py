@@ -814,6 +814,25 @@ def test_mapped_ops_read_their_own_outputs(manager, kafka_topic, read, instance)
     assert len(read(topic)) == 3
 
 
+def test_an_op_that_returns_none_is_read_as_nothing(manager, instance):
+    got = []
+
+    @dg.op
+    def nothing():
+        return None
+
+    @dg.op(out=dg.Out(io_manager_key="memory"))
+    def consume(rows: list):
+        got.append(rows)
+
+    @dg.job(resource_defs={"io_manager": manager, "memory": dg.mem_io_manager})
+    def work():
+        consume(nothing())
+
+    assert work.execute_in_process(instance=instance).success
+    assert got == [[]]
+
+
 @dg.op(out=dg.DynamicOut(io_manager_key="memory"))
 def _each_letter():
     yield from (dg.DynamicOutput(letter, mapping_key=letter) for letter in "ab")
