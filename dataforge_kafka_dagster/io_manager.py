@@ -577,11 +577,12 @@ def _refuse_others(name: str, covered: Sequence[str], asked: Sequence[str | None
 
 
 def _publication_of_op(context: dg.InputContext) -> Iterator[Publication]:
-    """What a run has published for the output of an op; nothing if that was None."""
+    """What the last attempt has published for the output of an op; nothing if that was None."""
     upstream = context.upstream_output
     if upstream is None:
         raise KafkaError(f"input {context.name!r}", "it has no upstream output", "Connect it to an output")
     name = f"output {upstream.name!r} of step {upstream.step_key!r}"
+    handled: Any = None
     for entry in context.instance.all_logs(upstream.run_id, of_type=dg.DagsterEventType.HANDLED_OUTPUT):
         event = entry.dagster_event
         if event is None or event.step_key != upstream.step_key:
@@ -589,11 +590,12 @@ def _publication_of_op(context: dg.InputContext) -> Iterator[Publication]:
         data: Any = event.event_specific_data
         mapping_key = data.metadata.get("kafka/mapping_key")
         if data.output_name == upstream.name and (mapping_key and mapping_key.value) == upstream.mapping_key:
-            publication = published(data.metadata, name).publication
-            if publication is not None:
-                yield publication
-            return
-    raise KafkaError(name, f"run {upstream.run_id} has published nothing for it", "Run it again")
+            handled = data
+    if handled is None:
+        raise KafkaError(name, f"run {upstream.run_id} has published nothing for it", "Run it again")
+    publication = published(handled.metadata, name).publication
+    if publication is not None:
+        yield publication
 
 
 def _form_of(context: dg.InputContext) -> Any:

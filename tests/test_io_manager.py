@@ -833,6 +833,34 @@ def test_an_op_that_returns_none_is_read_as_nothing(manager, instance):
     assert got == [[]]
 
 
+@pytest.mark.parametrize(("guarantee", "read"), [("exactly_once", 1), ("at_least_once", 2)])
+def test_what_an_op_has_published_in_its_last_attempt_is_read(
+    guarantee, read, kafka_bootstrap_servers, kafka_topic, instance
+):
+    topic, attempts, got = kafka_topic(), [], []
+
+    @dg.op(out={"rows": dg.Out(metadata={"kafka/topic": topic}), "end": dg.Out(io_manager_key="memory")})
+    def produce():
+        attempts.append(1)
+        yield dg.Output({"attempt": len(attempts)}, "rows")
+        if len(attempts) == 1:
+            raise dg.RetryRequested(max_retries=1)
+        yield dg.Output(None, "end")
+
+    @dg.op(out=dg.Out(io_manager_key="memory"))
+    def consume(rows: dict, end):
+        got.append(rows)
+
+    manager = _manager(kafka_bootstrap_servers, delivery_guarantee=guarantee)
+
+    @dg.job(resource_defs={"io_manager": manager, "memory": dg.mem_io_manager})
+    def work():
+        consume(*produce())
+
+    assert work.execute_in_process(instance=instance).success
+    assert got == [{"attempt": read}]
+
+
 @dg.op(out=dg.DynamicOut(io_manager_key="memory"))
 def _each_letter():
     yield from (dg.DynamicOutput(letter, mapping_key=letter) for letter in "ab")
