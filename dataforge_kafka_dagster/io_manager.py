@@ -271,9 +271,10 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         """The records of exactly the Dagster partitions (or the run, for an op) that the input asks for.
 
         The input's annotation says in what form, with or without ``| None``: ``pl.DataFrame``, ``pd.DataFrame``,
-        ``pa.Table``, ``list[KafkaRecord]``, ``dict`` (of the only record), else a list of values as they were published
-        (a dataclass or model comes back as dict). Where an input takes several outputs as a list, as after
-        ``.collect()``, that is the form of its items: ``list[dict]`` is a list of the only record of each output.
+        ``pa.Table``, ``list[KafkaRecord]``, ``dict`` (of the only record; ``dict | None`` is None if there is none),
+        else a list of values as they were published (a dataclass or model comes back as dict). Where an input takes
+        several outputs as a list, as after ``.collect()``, that is the form of its items: ``list[dict]`` is a list of
+        the only record of each output.
 
         Raises:
             dagster.Failure: There is no publication to read, its records are gone, or Kafka failed for good.
@@ -614,7 +615,8 @@ def _in_form(form: Any, records: Iterable[tuple[ReadRecord, ValueFormat | None]]
     Each comes with the format of its value; None if that is decoded.
     """
     arguments = [argument for argument in typing.get_args(form) if argument is not type(None)]
-    if typing.get_origin(form) in {typing.Union, types.UnionType} and len(arguments) == 1:
+    optional = typing.get_origin(form) in {typing.Union, types.UnionType} and len(arguments) == 1
+    if optional:
         (form,) = arguments
     origin = typing.get_origin(form) or form
     if typing.get_args(form) == (KafkaRecord,):
@@ -636,6 +638,8 @@ def _in_form(form: Any, records: Iterable[tuple[ReadRecord, ValueFormat | None]]
     single = isinstance(origin, type) and issubclass(origin, (Mapping, str, bytes))
     if not single:
         return values
+    if optional and not values:
+        return None
     if len(values) != 1:
         raise KafkaError(
             f"input annotated {origin.__qualname__}",

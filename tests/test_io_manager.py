@@ -466,15 +466,36 @@ def test_tombstones_alone_are_an_empty_frame(manager, kafka_topic, instance):
     assert len(_read_back(pl.DataFrame, output, manager, kafka_topic(), instance)) == 0
 
 
-def test_read_none_as_nothing(manager, instance):
+@pytest.mark.parametrize(("annotation", "nothing"), [(list, []), (dict | None, None), (str | None, None)])
+def test_read_none_as_nothing(annotation, nothing, manager, instance):
     into = []
 
     @dg.asset
     def made():
         return None
 
-    _materialize([made, _reader(list, into)], manager, instance)
-    assert into == [[]]
+    _materialize([made, _reader(annotation, into)], manager, instance)
+    assert into == [nothing]
+
+
+def test_no_record_is_no_dict(manager, instance):
+    result = _materialize([_asset(None), _reader(dict, [])], manager, instance, raise_on_error=False)
+    assert "0 records" in _failure(result).description
+
+
+def test_the_first_day_of_a_running_total_has_none_before(manager, kafka_topic, instance):
+    days = dg.DailyPartitionsDefinition("2026-01-01", end_date="2026-01-04")
+    before = dg.AssetIn(partition_mapping=dg.TimeWindowPartitionMapping(start_offset=-1, end_offset=-1))
+    got = []
+
+    @dg.asset(partitions_def=days, ins={"total": before}, metadata={"kafka/topic": kafka_topic()})
+    def total(total: dict | None) -> dict:
+        got.append(total)
+        return {"n": (total or {"n": 0})["n"] + 1}
+
+    for day in ("2026-01-01", "2026-01-02", "2026-01-03"):
+        _materialize(total, manager, instance, partition_key=day)
+    assert got == [None, {"n": 1}, {"n": 2}]
 
 
 def test_several_records_are_no_dict(manager, kafka_topic, instance):
