@@ -606,6 +606,6 @@ class KafkaTopicComponent(_Component):
         def publish(context: dg.AssetExecutionContext) -> Any:
             given = function(context) if takes_context else function()
             # As an Output, for a generator: Dagster would iterate it itself.
-            yield given if isinstance(given, dg.Output) else dg.Output(given, "result")
+            yield given if isinstance(given, (dg.Output, dg.MaterializeResult)) else dg.Output(given, "result")
 
         return publish

@@ -41,6 +41,10 @@ def numbers_with_metadata():
     return dg.Output(iter(NUMBERS), metadata={"source": "a test"})
 
 
+def numbers_as_result():
+    return dg.MaterializeResult(value=iter(NUMBERS), metadata={"source": "a test"})
+
+
 def day(context):
     return [{"day": context.partition_key, "asset": context.asset_key.to_user_string()}]
 
@@ -406,17 +410,12 @@ def test_ten_lines_of_yaml_publish(kafka_bootstrap_servers, kafka_topic, read, i
     found = read(topic)
     assert [(r.key, json.loads(r.value)) for r in found if r.key] == [(f"N{i}".encode(), NUMBERS[i]) for i in range(10)]
     assert [json.loads(r.value) for r in found if not r.key] == [{"day": "tue", "asset": "a/day"}]
-    (asset,) = (
-        _component(
-            KafkaTopicComponent,
-            f"{{asset: {{key: more}}, topic: {topic}, function: 'test_components:numbers_with_metadata'}}",
-        )
-        .build_defs(None)
-        .assets
-    )
-    result = dg.materialize([asset], resources=defs.resources, instance=instance)
-    said = result.asset_materializations_for_node("more")[0].metadata
-    assert (said["source"].value, said["kafka/records"].value) == ("a test", len(NUMBERS))
+    for name in ("numbers_with_metadata", "numbers_as_result"):
+        text = f"{{asset: {{key: more}}, topic: {topic}, function: 'test_components:{name}'}}"
+        (asset,) = _component(KafkaTopicComponent, text).build_defs(None).assets
+        result = dg.materialize([asset], resources=defs.resources, instance=instance)
+        said = result.asset_materializations_for_node("more")[0].metadata
+        assert (said["source"].value, said["kafka/records"].value) == ("a test", len(NUMBERS))
 
 
 @pytest.mark.kafka
