@@ -479,6 +479,26 @@ def _filled(path: str, partition_key: str) -> str:
     return filled
 
 
+def _takes_context(function: Callable[..., Any]) -> bool:
+    """Whether a function is called with the asset's context: if its first argument has no default, or is `context`.
+
+    Raises:
+        KafkaConfigError: It takes more.
+    """
+    signature = inspect.signature(function)
+    first = next(iter(signature.parameters.values()), None)
+    takes_context = first is not None and (first.default is first.empty or first.name == "context")
+    try:
+        signature.bind(*[None] * takes_context)
+    except TypeError as error:
+        raise KafkaConfigError(
+            f"function {getattr(function, '__name__', function)!r}{signature}",
+            f"it is called with {'the context of the asset' if takes_context else 'nothing'}: {error}",
+            "Let it take the context or nothing; others need defaults",
+        ) from error
+    return takes_context
+
+
 @dg.scaffold_with(_TopicScaffolder)
 @dataclasses.dataclass
 class KafkaTopicComponent(_Component):
@@ -486,7 +506,8 @@ class KafkaTopicComponent(_Component):
 
     Attributes:
         asset: Key, Dagster partitions and all else that Dagster wants to know.
-        source: Returns the records, and may take the asset's context; or the path of their file, relative to the
+        source: Returns the records, and may take the asset's context, by an argument that has no default or is named
+            ``context``; or the path of their file, relative to the
             component's folder, in which {partition_key} is filled in.
         topic: The topic; the IO manager's if None.
         key: Field that is the record's key, or several.
@@ -549,7 +570,8 @@ class KafkaTopicComponent(_Component):
         """The asset as definitions.
 
         Raises:
-            KafkaConfigError: ``key`` names a field twice, or ``path`` a Dagster partition of an asset that has none.
+            KafkaConfigError: ``key`` names a field twice, or ``path`` a Dagster partition of an asset that has none; or
+                the function takes more than the context.
             InvalidRecordError: The end of ``path`` does not say what is in the file.
         """
         key_fields(self.key)
@@ -589,7 +611,7 @@ class KafkaTopicComponent(_Component):
         spec = self.asset.merge_attributes(kinds={"kafka"}).replace_attributes(
             metadata=metadata | dict(self.asset.metadata)
         )
-        takes_context = bool(inspect.signature(function).parameters)
+        takes_context = _takes_context(function)
 
         @dg.multi_asset(
             name=self.op.name or spec.key.to_python_identifier(),

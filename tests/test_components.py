@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import subprocess
@@ -642,6 +643,31 @@ def test_what_could_only_fail_in_a_run_is_refused_when_the_asset_is_loaded(attri
     component = KafkaTopicComponent.from_attributes_dict(attributes=attributes)
     with pytest.raises(KafkaError, match=said):
         component.build_defs(None)
+
+
+@pytest.mark.parametrize(
+    ("function", "gets"),
+    [
+        (lambda: [1], [1]),
+        (lambda ctx: [ctx], ["context"]),
+        (lambda context=None: [context], ["context"]),
+        (lambda context, n=3: [context, n], ["context", 3]),
+        (lambda n=3: [n], [3]),
+        (lambda *, n=3: [n], [3]),
+        (functools.partial(lambda context, n: [context, n], n=3), ["context", 3]),
+        (lambda *any_: list(any_), ["context"]),
+    ],
+)
+def test_a_function_gets_the_context_if_it_asks_for_it(function, gets):
+    (asset,) = KafkaTopicComponent(dg.AssetSpec("a"), function).build_defs(None).assets
+    (output,) = asset(dg.build_asset_context())
+    assert [one if isinstance(one, int) else "context" for one in output.value] == gets
+
+
+@pytest.mark.parametrize("function", [lambda context, other: [], lambda *, context: [], lambda n=3, *, m: []])
+def test_a_function_that_takes_more_than_the_context_is_refused(function):
+    with pytest.raises(KafkaConfigError, match="function '<lambda>'.*argument.*take the context or nothing"):
+        KafkaTopicComponent(dg.AssetSpec("a"), function).build_defs(None)
 
 
 @pytest.mark.parametrize("path", ["{partition_key}", "x-{partition_key}.ndjson", "x.{partition_key}.gz", "X.CSV.GZ"])
