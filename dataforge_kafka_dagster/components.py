@@ -234,6 +234,10 @@ class _ResourceAttributesBase(_Attributes):
         """What a schema cannot say, such as options that do not go together."""
         options = _options(self, KafkaProducerResource, _OWN_KEYS)
         of_io_manager = _options(self.io_manager, KafkaIOManager)
+        if self.io_manager_key is None and of_io_manager:
+            raise ValueError(
+                "io_manager has options, but io_manager_key null makes no IO manager: leave one of them out"
+            )
         if not _has_template(options):
             try:
                 kafka = KafkaProducerResource(**options)

@@ -134,6 +134,11 @@ def test_a_resource_without_an_io_manager():
     assert set(_defs(_component(KafkaResourceComponent, "io_manager_key: null")).resources) == {"kafka"}
 
 
+def test_options_of_an_io_manager_that_is_not_made_are_refused():
+    with pytest.raises(ValidationError, match="io_manager has options, but io_manager_key null makes no IO manager"):
+        _component(KafkaResourceComponent, "{io_manager_key: null, io_manager: {topic: a}}")
+
+
 def test_templates_are_filled_in(monkeypatch):
     monkeypatch.setenv("CLIENT_OF_TEST", "me")
     component = _component(KafkaResourceComponent, 'client_id: "{{ env.CLIENT_OF_TEST }}"')
