@@ -574,8 +574,8 @@ class KafkaTopicComponent(_Component):
         """The asset as definitions.
 
         Raises:
-            KafkaConfigError: ``key`` names a field twice, or ``path`` a Dagster partition of an asset that has none; or
-                the function takes more than the context.
+            KafkaConfigError: ``key`` names a field twice, or ``path`` a Dagster partition of an asset that has none;
+                the function takes more than the context; or the asset's metadata gives what an attribute gives too.
             InvalidRecordError: The end of ``path`` does not say what is in the file.
         """
         key_fields(self.key)
@@ -609,9 +609,16 @@ class KafkaTopicComponent(_Component):
                 named[name] = options
         if self.create_topic is not None:
             named["kafka/create_topic"] = self.create_topic.model_dump(exclude_unset=True)
-        if self.topic is not None:
-            named["dagster/uri"] = f"kafka://{self.topic}"
         metadata = {name: value for name, value in named.items() if value is not None}
+        twice = next((name for name in metadata if name in self.asset.metadata), None)
+        if twice is not None:
+            raise KafkaConfigError(
+                f"{twice}={self.asset.metadata[twice]!r} in the asset's metadata",
+                f"the component gives it too, {metadata[twice]!r}",
+                "Leave one of them out",
+            )
+        if self.topic is not None:
+            metadata["dagster/uri"] = f"kafka://{self.topic}"
         spec = self.asset.merge_attributes(kinds={"kafka"}).replace_attributes(
             metadata=metadata | dict(self.asset.metadata)
         )

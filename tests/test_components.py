@@ -641,10 +641,14 @@ def test_a_project_made_with_create_dagster_publishes_with_the_built_wheel(
         ("path: x.parquet.gz", "its name does not say"),
         ("path: ''", "its name does not say"),
         ("{path: x.csv, key: [a, a]}", "names a field more than once"),
+        (
+            "{function: 'test_components:numbers', topic: a, asset: {key: a, metadata: {kafka/topic: b}}}",
+            "kafka/topic='b' in the asset's metadata: the component gives it too, 'a'",
+        ),
     ],
 )
 def test_what_could_only_fail_in_a_run_is_refused_when_the_asset_is_loaded(attributes, said):
-    attributes = yaml.safe_load(attributes) | {"asset": {"key": "a"}}
+    attributes = {"asset": {"key": "a"}} | yaml.safe_load(attributes)
     component = KafkaTopicComponent.from_attributes_dict(attributes=attributes)
     with pytest.raises(KafkaError, match=said):
         component.build_defs(None)
