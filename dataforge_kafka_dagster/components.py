@@ -29,7 +29,7 @@ from pydantic import (
 from typing_extensions import Self
 
 from dataforge_kafka_dagster.failures import failure_of
-from dataforge_kafka_dagster.io_manager import WRITE_MODES, KafkaIOManager
+from dataforge_kafka_dagster.io_manager import WRITE_MODES, KafkaIOManager, check_write_mode
 from dataforge_kafka_dagster.kafka.config import (
     ACKS,
     BOUNDS,
@@ -544,12 +544,11 @@ class KafkaTopicComponent(_Component):
         """The component that YAML attributes describe.
 
         Raises:
-            KafkaConfigError: There is no such function, or the topic's name is illegal.
+            KafkaConfigError: There is no such function.
         """
         attributes = typing.cast("_TopicAttributes", model)
         schemas = [_resolved(context, given) for given in (attributes.value_schema, attributes.key_schema)]
         value_schema, key_schema = (None if given is None else KafkaSchema.parse(given) for given in schemas)
-        topic = _resolved(context, attributes.topic)
         spec = attributes.create_topic
         if spec is not None:
             spec = KafkaTopicSpec(**_resolved(context, spec.model_dump(exclude_unset=True), text=True))
@@ -560,7 +559,7 @@ class KafkaTopicComponent(_Component):
         return cls(
             asset=_Asset.resolve_from_model(context, attributes).asset,
             source=source,
-            topic=None if topic is None else check_topic(topic),
+            topic=_resolved(context, attributes.topic),
             key=_resolved(context, attributes.key),
             create_topic=spec,
             value_schema=value_schema,
@@ -574,10 +573,14 @@ class KafkaTopicComponent(_Component):
         """The asset as definitions.
 
         Raises:
-            KafkaConfigError: ``key`` names a field twice, or ``path`` a Dagster partition of an asset that has none;
+            KafkaConfigError: An attribute is not allowed; ``path`` names a Dagster partition, and the asset has none;
                 the function takes more than the context; or the asset's metadata gives what an attribute gives too.
             InvalidRecordError: The end of ``path`` does not say what is in the file.
         """
+        if self.topic is not None:
+            check_topic(self.topic)
+        if self.write_mode is not None:
+            check_write_mode(self.write_mode)
         key_fields(self.key)
         source = self.source
         if callable(source):

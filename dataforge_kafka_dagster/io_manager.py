@@ -121,7 +121,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         elif info.field_name == "key":
             _names_in(value)
         elif info.field_name == "write_mode":
-            _check_write_mode(value)
+            check_write_mode(value)
         else:
             KafkaSchema.parse(value)
         return value
@@ -228,7 +228,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
 
     def _write_mode_of(self, context: dg.OutputContext) -> str:
         given = _metadata(context, "kafka/write_mode")
-        return _check_write_mode(self.write_mode if given is None else given)
+        return check_write_mode(self.write_mode if given is None else given)
 
     def _upsert(self, context: dg.OutputContext, target: "_Target", identity: Identity) -> Upsert | None:
         """What deletes the keys of the asset's last publication, if it is to replace that one."""
@@ -342,7 +342,12 @@ def _names_in(key: str | None) -> tuple[str, ...]:
     return key_fields(names)
 
 
-def _check_write_mode(mode: Any) -> str:
+def check_write_mode(mode: Any) -> str:
+    """The write mode.
+
+    Raises:
+        KafkaConfigError: There is no such one.
+    """
     if mode not in WRITE_MODES:
         raise KafkaConfigError(f"write_mode={mode!r}", "there is no such mode", f"Use {' or '.join(WRITE_MODES)}")
     return str(mode)

@@ -679,6 +679,15 @@ def test_a_function_that_takes_more_than_the_context_is_refused(function):
         KafkaTopicComponent(dg.AssetSpec("a"), function).build_defs(None)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"topic": "a b"}, "topic 'a b'"), ({"write_mode": "upsrt"}, "write_mode='upsrt': there is no such mode")],
+)
+def test_a_component_made_in_python_is_checked_when_it_is_built(options, said):
+    with pytest.raises(KafkaConfigError, match=said):
+        KafkaTopicComponent(dg.AssetSpec("a"), numbers, **options).build_defs(None)
+
+
 @pytest.mark.parametrize("path", ["{partition_key}", "x-{partition_key}.ndjson", "x.{partition_key}.gz", "X.CSV.GZ"])
 def test_a_path_may_get_its_end_from_the_partition_key(path):
     partitions = {"type": "static", "partition_keys": ["a.csv"]}
