@@ -244,13 +244,20 @@ def test_fixtures_make_topics_and_delete_them(local_kafka, pytester):
         def test_topics(kafka_topic, kafka_bootstrap_servers):
             assert kafka_topic(partitions=2, name="fixture").startswith("fixture-")
 
+        def test_topic_that_the_test_deletes(kafka_topic, kafka_bootstrap_servers):
+            from confluent_kafka.admin import AdminClient
+
+            gone, _ = (kafka_topic(name="fixture") for _ in range(2))
+            admin = AdminClient({"bootstrap.servers": kafka_bootstrap_servers})
+            admin.delete_topics([gone], operation_timeout=30)[gone].result(30)
+
         def test_local(local_kafka):
             raise AssertionError
     """)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KAFKA_BOOTSTRAP_SERVERS", local_kafka.bootstrap_servers)
         patch.setenv("PYTHONPATH", str(Path(local.__file__).parents[1]))
-        pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=1, skipped=1)
+        pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=2, skipped=1)
     assert eventually(lambda: not [t for t in local_kafka._metadata(1).topics if t.startswith("fixture-")])
 
 
