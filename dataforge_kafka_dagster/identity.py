@@ -98,8 +98,10 @@ def output_identity(context: dg.OutputContext) -> Identity:
         partition = tuple(map(str, context.asset_partition_keys)) if context.has_asset_partitions else ()
     else:
         mapping = (context.mapping_key,) if context.mapping_key else ()
+        # A context made by build_output_context has no job.
+        job = context.job_name if step_context_of(context) else ""
         # Runs of an op job are different work and may overlap: they must not fence each other.
-        name = ("job", context.job_name, context.step_key, context.name, *mapping, origin)
+        name = ("job", job, context.step_key, context.name, *mapping, origin)
         partition = (str(context.partition_key),) if context.has_partition_key else ()
     return _identity(name, partition, origin)
 

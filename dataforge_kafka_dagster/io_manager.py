@@ -606,7 +606,12 @@ def _publication_of_op(context: dg.InputContext) -> Iterator[Publication]:
 
 def _form_of(context: dg.InputContext) -> Any:
     """The form in which an input wants the output that is loaded: an item of its list, if it takes one of several."""
-    step, of_input = step_context_of(context), context.dagster_type
+    try:
+        of_input = context.dagster_type
+    except dg.DagsterInvariantViolationError:
+        # A context made by build_input_context without a type.
+        return typing.Any
+    step = step_context_of(context)
     inputs = step.step.step_inputs if step else ()
     source = next((one.source for one in inputs if one.name == context.name), None)
     if type(source).__name__ == "FromMultipleSources" and of_input.supports_fan_in:

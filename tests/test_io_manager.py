@@ -1146,3 +1146,25 @@ def test_published_from_a_built_context(manager, kafka_topic, read):
         context = dg.build_output_context(asset_key="made", definition_metadata={"kafka/topic": topic})
         manager.handle_output(context, {"a": 1})
     assert len(read(topic)) == 2
+
+
+def test_an_output_of_an_op_is_published_from_a_built_context(manager, kafka_topic, read):
+    topic = kafka_topic()
+    for _ in range(2):
+        metadata = {"kafka/topic": topic}
+        context = dg.build_output_context(step_key="step", name="result", definition_metadata=metadata)
+        manager.handle_output(context, {"a": 1})
+    assert len(read(topic)) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "got"),
+    [
+        ({}, [{"a": 1}]),
+        ({"dagster_type": dg.PythonObjectDagsterType(dict)}, {"a": 1}),
+    ],
+)
+def test_read_by_a_built_context(options, got, manager, kafka_topic, instance):
+    _materialize(_asset({"a": 1}, kafka_topic()), manager, instance)
+    context = dg.build_input_context(asset_key=dg.AssetKey("made"), instance=instance, **options)
+    assert manager.load_input(context) == got
