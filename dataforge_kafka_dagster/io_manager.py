@@ -26,7 +26,13 @@ from dataforge_kafka_dagster.kafka.schemas import KafkaSchema, SchemaDecoder, Sc
 from dataforge_kafka_dagster.kafka.serialization import ValueFormat, deserialize
 from dataforge_kafka_dagster.kafka.sources import chunks
 from dataforge_kafka_dagster.kafka.upserts import Upsert
-from dataforge_kafka_dagster.resource import KafkaProducerResource, describe, is_env_var, publication_metadata
+from dataforge_kafka_dagster.resource import (
+    KafkaProducerResource,
+    describe,
+    is_env_var,
+    log_prefix,
+    publication_metadata,
+)
 
 WRITE_MODES: Final = ("append", "upsert")
 
@@ -185,9 +191,10 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                     )
                 done = self.kafka.published(identity, topic) if _is_again(context, identity) else None
             if done is None:
-                context.log.info(f"The output is None: nothing was published to {topic!r}")
+                begin = log_prefix(identity.partition)
+                context.log.info(f"{begin}The output is None: nothing was published to {topic!r}")
                 return {"dagster/row_count": 0, "kafka/topic": topic, "kafka/records": 0}
-            context.log.info(describe(done))
+            context.log.info(describe(done, identity.partition))
             return publication_metadata(done, identity.partition)
 
         def attempt(reports: bool) -> Publication:
@@ -212,7 +219,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
 
         with self.kafka.errors_in_dagster(context, topic):
             publication = settle(obj, attempt)
-        context.log.info(describe(publication))
+        context.log.info(describe(publication, identity.partition))
         return publication_metadata(publication, identity.partition)
 
     def _topic_of(self, context: dg.OutputContext) -> str:

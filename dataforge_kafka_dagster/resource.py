@@ -351,7 +351,7 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
                 if session.replayed:
                     _refuse_that_of_other_assets(op_context_of(context), identity, named=name is not None)
                 yield session
-            context.log.info(describe(session.result))
+            context.log.info(describe(session.result, identity.partition))
 
     def writer(
         self,
@@ -368,11 +368,12 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
     ) -> PublicationWriter:
         """A writer of the publication with this identity, which logs its progress to the context's log."""
         config = self.publication_config()
+        begin = log_prefix(identity.partition)
 
         def on_progress(records: int, size: int, seconds: float) -> None:
             rate = records / seconds if seconds else 0
             context.log.info(
-                f"Published {records:,} records ({size / 1e6:,.1f} MB) to {topic!r} in {seconds:.0f} s,"
+                f"{begin}Published {records:,} records ({size / 1e6:,.1f} MB) to {topic!r} in {seconds:.0f} s,"
                 f" {rate:,.0f} records/s; not committed yet"
             )
 
@@ -525,15 +526,21 @@ def publication_metadata(publication: Publication, partitions: Sequence[str] = (
     return said
 
 
-def describe(publication: Publication) -> str:
+def log_prefix(partitions: Sequence[str]) -> str:
+    """What begins the log lines of a publication of one Dagster partition: its run may have others."""
+    return f"Dagster partition {partitions[0]!r}: " if len(partitions) == 1 else ""
+
+
+def describe(publication: Publication, partitions: Sequence[str] = ()) -> str:
     """One line for the step's log."""
+    begin = log_prefix(partitions)
     count = "1 record" if publication.records == 1 else f"{publication.records:,} records"
     places = f"{count} to {', '.join(map(repr, publication.topics))}"
     if publication.dead_letters:
         places += f" and {publication.dead_letters:,} bad ones to {publication.dead_letter_topic!r}"
     if publication.replayed:
-        return f"An earlier attempt had published {places}; nothing was published again"
-    return f"Published {places}, {publication.bytes:,} bytes, in {publication.seconds:.2f} s"
+        return f"{begin}An earlier attempt had published {places}; nothing was published again"
+    return f"{begin}Published {places}, {publication.bytes:,} bytes, in {publication.seconds:.2f} s"
 
 
 def _transactional_id(config: PublicationConfig, identity: Identity) -> str:

@@ -693,6 +693,8 @@ def test_a_range_with_a_mapping_is_a_publication_each(manager, kafka_topic, read
     sizes = {"a": 1, "b": 0, "c": 3}
     made = _ranged(topic, lambda letters: {letter: [{"letter": letter}] * sizes[letter] for letter in letters})
     result = _materialize(made, manager, instance, tags=RANGE)
+    logged = "\n".join(entry.user_message for entry in instance.all_logs(result.run_id))
+    assert f"Dagster partition 'b': Published 0 records to {topic!r}, " in logged
     said = {e.partition: _plain(e.materialization.metadata) for e in result.get_asset_materialization_events()}
     assert {letter: metadata["dagster/row_count"] for letter, metadata in said.items()} == sizes
     assert len({metadata["kafka/publication"]["publication_id"] for metadata in said.values()}) == 3

@@ -703,6 +703,8 @@ def test_the_steps_log_tells_a_publication_in_one_line():
     assert describe(some) == "Published 1,200 records to 'orders', 34,567 bytes, in 0.46 s"
     bad = dataclasses.replace(some, records=1, dead_letters=2, dead_letter_topic="orders.dead")
     assert describe(bad).startswith("Published 1 record to 'orders' and 2 bad ones to 'orders.dead', ")
+    assert describe(some, ["a"]).startswith("Dagster partition 'a': Published 1,200 records to 'orders', ")
+    assert describe(some, ["a", "b"]) == describe(some)
     again = dataclasses.replace(some, replayed=True)
     assert describe(again) == "An earlier attempt had published 1,200 records to 'orders'; nothing was published again"
 
