@@ -101,6 +101,11 @@ def test_remedies(name, remedy):
     assert remedy_of(name) is remedy
 
 
+@pytest.mark.parametrize("code", ["_TRANSPORT", "_ALL_BROKERS_DOWN", "_TIMED_OUT"])
+def test_where_no_broker_answers_the_first_to_check_is_that_it_runs(code):
+    assert fix_for(code).startswith("Check that the brokers in bootstrap_servers run")
+
+
 def test_unknown_codes_point_to_kafkas_list():
     assert "A_CODE_OF_NEXT_YEAR" in fix_for("A_CODE_OF_NEXT_YEAR")
 

@@ -150,8 +150,9 @@ _FIXES: Final[dict[str, str]] = {
     "_SSL": "Check security_protocol, ssl_ca_location and the client certificate against the listener",
     "_RESOLVE": "Check the host names in bootstrap_servers, and the advertised listeners of the brokers",
     "_TRANSPORT": (
-        "Check that bootstrap_servers names the cluster's listener and that a firewall lets you through, that"
-        " security_protocol is that of the listener, and whether it asks for a client certificate"
+        "Check that the brokers in bootstrap_servers run and that a firewall lets you through, that it names the"
+        " cluster's listener and security_protocol is that of the listener, and whether that asks for a client"
+        " certificate"
     ),
     "_ALL_BROKERS_DOWN": (
         "Check that the brokers in bootstrap_servers run, and that security_protocol is that of the listener"
@@ -181,11 +182,11 @@ _FIXES: Final[dict[str, str]] = {
         " delivery_guarantee='exactly_once'"
     ),
     "GROUP_AUTHORIZATION_FAILED": (
-        "Grant this user the READ and DESCRIBE ACLs on Group, prefixed with the resource's transactional_id_prefix,"
+        "Grant this user the READ ACL on Group, prefixed with the resource's transactional_id_prefix,"
         " or set delivery_guarantee='at_least_once'"
     ),
     "TRANSACTIONAL_ID_AUTHORIZATION_FAILED": (
-        "Grant this user the WRITE and DESCRIBE ACLs on TransactionalId, prefixed with the resource's"
+        "Grant this user the WRITE ACL on TransactionalId, prefixed with the resource's"
         " transactional_id_prefix, or set delivery_guarantee='at_least_once'"
     ),
     "CLUSTER_AUTHORIZATION_FAILED": (
