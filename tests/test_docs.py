@@ -14,6 +14,8 @@ from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from dataforge_kafka_dagster import KafkaProducerConfig, local
+from dataforge_kafka_dagster.io_manager import _NAMES
+from dataforge_kafka_dagster.kafka.statistics import Statistics
 
 try:
     import tomllib
@@ -142,6 +144,23 @@ def test_the_table_of_options_has_the_defaults_of_the_config():
         assert repr(KafkaProducerConfig.model_fields[name].get_default(call_default_factory=True)) == repr(
             ast.literal_eval(default)
         ), name
+
+
+def _metadata_in_tables(text):
+    """The metadata in the first columns of its tables."""
+    return set(re.findall(r"kafka/\w+", " ".join(re.findall(r"^\| (.*?) \|", text, re.MULTILINE))))
+
+
+def test_the_pages_name_all_metadata_that_are_read_and_written():
+    code = "".join(path.read_text(encoding="utf-8") for path in Path(local.__file__).parent.rglob("*.py"))
+    measured = Statistics()
+    measured._seen = True
+    known = set(re.findall(r'"(kafka/\w+)"', code)) | {f"kafka/{name}" for name in measured.summary()}
+    for part in ("value", "key"):
+        known |= {f"kafka/{part}_{name}" for name in ("format", "subject", "schema_id", "schema_version")}
+    metadata, errors = ((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("metadata", "errors"))
+    assert _metadata_in_tables(metadata + errors) == known
+    assert _metadata_in_tables(metadata.partition("## What a materialization says")[0]) == set(_NAMES)
 
 
 @pytest.fixture
