@@ -550,6 +550,51 @@ def test_a_callback_that_sends_again_on_failure_does_not_hold_close_up(unconnect
     assert "the producer is closed" in caplog.text
 
 
+RESEND = """
+import faulthandler
+faulthandler.enable()
+from dataforge_kafka_dagster import KafkaProducerConfig, DataForgeKafkaProducer, KafkaTimeoutError
+from dataforge_kafka_dagster.kafka.connection import Connection
+
+Connection.answer = lambda *_: None
+refused = []
+
+
+def again(err, msg):
+    try:
+        producer.send_async("t", msg.value(), callback=again)
+    except KafkaTimeoutError as error:
+        refused.append(str(error))
+
+
+config = KafkaProducerConfig(bootstrap_servers=BROKER, buffer_memory=65536, delivery_timeout=1, linger_ms=0)
+producer = DataForgeKafkaProducer(config)
+try:
+    for i in range(30):
+        producer.send_async("t", "x" * 10_000, callback=again)
+except KafkaTimeoutError:
+    pass
+try:
+    producer.close(1)
+except KafkaTimeoutError:
+    pass
+print(refused[0])
+"""
+
+
+def test_a_callback_that_sends_into_a_full_buffer_is_told_so(closed_port):
+    """A poll in its midst aborts the process, which is why this has one of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"BROKER = {closed_port!r}\n{RESEND}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "topic 't', buffer_memory: the buffer is full, and stays so" in done.stdout
+
+
 def test_close_does_not_wait_for_a_callback_that_does_not_return(unconnected, eventually):
     entered, go, told = threading.Event(), threading.Event(), []
 

@@ -24,7 +24,7 @@ from typing_extensions import Self
 
 from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig, check_topic, producer_options
 from dataforge_kafka_dagster.kafka.connection import SLICE, Connection, logger, timed_out
-from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError
+from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError, KafkaTimeoutError
 from dataforge_kafka_dagster.kafka.records import Extra, KafkaRecord, as_record, encode_record
 from dataforge_kafka_dagster.kafka.serialization import Headers
 
@@ -181,7 +181,8 @@ class DataForgeKafkaProducer:
             A future of the `RecordMetadata`, or of the `KafkaError`.
 
         Raises:
-            KafkaTimeoutError: The buffer stayed full for delivery_timeout.
+            KafkaTimeoutError: The buffer stayed full for delivery_timeout, or is full in a delivery callback, before the
+                end of which it cannot empty.
             KafkaError: The record was refused at once, for instance as too large.
             InvalidRecordError: It cannot be encoded; nothing was sent.
         """
@@ -308,12 +309,20 @@ class DataForgeKafkaProducer:
                         topic, value, key, extra.partition, on_delivery, timestamp=extra.timestamp, headers=headers
                     )
             except BufferError:
+                # To poll within a poll aborts the process (confluent-kafka 2.16).
+                if self._in_callback:
+                    raise KafkaTimeoutError(
+                        f"topic {topic!r}, buffer_memory",
+                        "the buffer is full, and stays so until this delivery callback has ended [_QUEUE_FULL]",
+                        "Raise buffer_memory, or hand the record to the thread that sends the others",
+                        code="_QUEUE_FULL",
+                    ) from None
                 if time.monotonic() > deadline:
                     waited = self.config.delivery_timeout
                     raise self._logged(timed_out(f"topic {topic!r}, buffer_memory", waited, "_QUEUE_FULL")) from None
                 self._use(self._connection.serve, self._producer.poll, SLICE)
             except confluent_kafka.KafkaException as exception:
-                if exception.args[0].name() == "_FATAL":
+                if exception.args[0].name() == "_FATAL" and not self._in_callback:
                     self._use(self._connection.serve, self._producer.poll, SLICE)  # tells the cause
                 error = self._connection.fatal or exception.args[0]
                 raise self._logged(self._connection.cause(error, f"topic {topic!r}")) from None

@@ -50,7 +50,8 @@ def read_publication(
         {
             "auto.offset.reset": "earliest" if partial else "error",
             "enable.partition.eof": partial,
-            "fetch.wait.max.ms": 100,
+            # The request for more than there is of one Kafka partition holds up the next one's.
+            "fetch.wait.max.ms": 5,
             "queued.max.messages.kbytes": 32768,
         }
     )
