@@ -9,6 +9,7 @@ import pickle
 import sys
 import threading
 import types
+import typing
 import uuid
 from typing import Annotated, Literal
 
@@ -36,7 +37,7 @@ from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfig
 from dataforge_kafka_dagster.kafka.registry import SchemaRegistry, SchemaRegistryConfig, client_options
 from dataforge_kafka_dagster.kafka.schema_types import message_class, rows_of_frame
 from dataforge_kafka_dagster.kafka.schemas import KafkaSchema, SchemaDecoder, SchemaEncoder, SchemaEncoders
-from dataforge_kafka_dagster.kafka.serialization import to_json
+from dataforge_kafka_dagster.kafka.serialization import serialize_value, to_json
 from dataforge_kafka_dagster.kafka.sources import chunks
 
 UTC = dt.timezone.utc
@@ -878,8 +879,53 @@ def test_a_dataclass_of_pydantic_is_what_it_serializes_to(registry, form):
     (data,) = encoder(registry, schema)([Seat(row=3)])
     assert SchemaDecoder(registry)(data, form) == {"row": 3, "miles": 0.5}
     assert b"canary" not in data
-    assert b"canary" not in to_json({"seats": [Seat(row=3)]})
-    assert to_json(Seat(row=3)) == b'{"row":3,"miles":0.5}'
+
+
+class Window(Seat):
+    """No dataclass of its own."""
+
+
+@pydantic.dataclasses.dataclass(config={"arbitrary_types_allowed": True})
+class Wide:
+    a: int = Field(alias="A")
+    pin: dataclasses.InitVar[str] = "0"
+    at: typing.Any = None
+    scores: np.ndarray = None
+    amount: decimal.Decimal = decimal.Decimal("1E+3")
+
+
+@pydantic.dataclasses.dataclass(slots=True)
+class Failing:
+    n: int
+
+    @field_serializer("n")
+    def odd(self, n):
+        return 1 // n
+
+
+def test_a_dataclass_of_pydantic_in_json():
+    """By its serializers, without what it excludes, and with the forms that its values have elsewhere."""
+    assert to_json(Seat(row=3)) == to_json(Window(row=3)) == b'{"row":3,"miles":0.5}'
+    assert to_json({"seats": [Seat(row=3)]}) == b'{"seats":[{"row":3,"miles":0.5}]}'
+    wide = Wide(A=1, at=pd.Timestamp("2020-01-01 00:00:00.123456789"), scores=np.array([0.5]))
+    assert to_json(wide) == b'{"a":1,"at":"2020-01-01T00:00:00.123456789","scores":[0.5],"amount":"1000"}'
+    assert to_json(Wide(A=1, at=pd.NaT)) == b'{"a":1,"at":null,"scores":null,"amount":"1000"}'
+    with pytest.raises(InvalidRecordError, match="field 'at'"):
+        serialize_value(Wide(A=1, at=object()))
+    with pytest.raises(InvalidRecordError, match="it cannot be written as JSON"):
+        serialize_value(Failing(0))
+
+
+@pytest.mark.parametrize("form", ["avro", "protobuf"])
+def test_schemas_of_dataclasses_of_pydantic_have_what_is_written(registry, form):
+    @pydantic.dataclasses.dataclass
+    class Pinned:
+        b: int
+        pin: dataclasses.InitVar[str] = "0"
+
+    for one, fields in ((Window(row=3), {"row": 3, "miles": 0.5}), (Pinned(b=1), {"b": 1})):
+        (data,) = encoder(registry, KafkaSchema.of(type(one), format=form))([one])
+        assert SchemaDecoder(registry)(data, form) == fields
 
 
 def test_a_given_message_may_have_what_a_model_computes(registry):

@@ -181,8 +181,8 @@ class DataForgeKafkaProducer:
             A future of the `RecordMetadata`, or of the `KafkaError`.
 
         Raises:
-            KafkaTimeoutError: The buffer stayed full for delivery_timeout, or is full in a delivery callback, before the
-                end of which it cannot empty.
+            KafkaTimeoutError: The buffer stayed full for delivery_timeout, or is full in a delivery callback, during
+                which it cannot empty.
             KafkaError: The record was refused at once, for instance as too large.
             InvalidRecordError: It cannot be encoded; nothing was sent.
         """

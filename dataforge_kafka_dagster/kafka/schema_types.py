@@ -22,12 +22,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from pydantic import BaseModel, PlainSerializer, RootModel, TypeAdapter, WrapSerializer
-from pydantic.dataclasses import is_pydantic_dataclass
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticUndefined
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
+from dataforge_kafka_dagster.kafka.serialization import pydantic_dataclass
 
 if TYPE_CHECKING:
     import narwhals as nw
@@ -145,7 +145,11 @@ def _known_to_pydantic(cls: type) -> Mapping[str, FieldInfo] | None:
     """The fields of a model, or of a dataclass that is pydantic's own; None of others."""
     if issubclass(cls, BaseModel):
         return cls.model_fields
-    return cls.__pydantic_fields__ if is_pydantic_dataclass(cls) else None
+    base: Any = pydantic_dataclass(cls)
+    if base is None:
+        return None
+    # It counts what only its constructor takes (InitVar), too.
+    return {field.name: base.__pydantic_fields__[field.name] for field in dataclasses.fields(base)}
 
 
 def _has_no_default(info: FieldInfo) -> bool:

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
-from pydantic.dataclasses import is_pydantic_dataclass
 
 from dataforge_kafka_dagster.kafka.avro_check import avro_check
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError
@@ -46,6 +45,7 @@ from dataforge_kafka_dagster.kafka.serialization import (
     dumped,
     is_message,
     no_json_form,
+    pydantic_dataclass,
     refuse_non_finite,
     to_json,
     to_protobuf_json,
@@ -790,7 +790,7 @@ def _plain(value: Any) -> Any:
     """
     if type(value) in {dict, str, int}:
         return value
-    if isinstance(value, BaseModel) or is_pydantic_dataclass(type(value)):
+    if isinstance(value, BaseModel) or pydantic_dataclass(type(value)):
         return _inside(dumped(value, **_FIELDS_ONLY))
     if dataclasses.is_dataclass(value):
         return {field.name: _inside(getattr(value, field.name)) for field in dataclasses.fields(value)}

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, cast
 
 import orjson
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 from pydantic.dataclasses import is_pydantic_dataclass
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
@@ -103,7 +103,7 @@ def _jsonable(value: Any) -> Any:
     if cls is dt.datetime:
         return orjson.Fragment(orjson.dumps(value))
     if hasattr(cls, "__dataclass_fields__"):
-        return dumped(value, mode="json") if is_pydantic_dataclass(cls) else _fields(value)
+        return dumped(value) if pydantic_dataclass(cls) else _fields(value)
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, BaseModel):
@@ -128,7 +128,7 @@ def _no_json_form_of(value: object) -> _UnsupportedTypeError:
 def _of_numpy(value: Any) -> Any:
     """An array, or a single value, of NumPy's."""
     kind = value.dtype.kind
-    if kind in "biuOU":
+    if kind in "OU":
         return value.tolist()
     if kind == "M" and value.ndim == 0:
         if value != value:  # noqa: PLR0124  (NaT)
@@ -136,21 +136,26 @@ def _of_numpy(value: Any) -> Any:
         micro = value.astype("M8[us]")
         return str(value) if micro != value else orjson.Fragment(_numpy_json(micro))
     if kind == "M":
-        return list(value)
-    if kind == "f":
-        # For the short form of a float32; orjson takes arrays in C order.
-        return orjson.Fragment(_numpy_json(value if value.flags.c_contiguous else value.copy()))
+        micro = value.astype("M8[us]", order="C")
+        # Not so with NaT, which is not equal to itself.
+        return orjson.Fragment(_numpy_json(micro)) if (micro == value).all() else list(value)
+    if kind in "biuf":
+        # By orjson, for the short form of a float32. It takes arrays in C order, and the machine's order of bytes.
+        taken = value.flags.c_contiguous and value.dtype.isnative
+        return orjson.Fragment(_numpy_json(value if taken else value.astype(value.dtype.newbyteorder("="), order="C")))
     raise _no_json_form_of(value)
 
 
 def _numpy_json(value: Any) -> bytes:
-    def plain(value: Any) -> Any:
-        found = value.tolist()
-        if type(found) is type(value):
-            raise _no_json_form_of(value)
-        return found
+    return orjson.dumps(value, _from_numpy, orjson.OPT_SERIALIZE_NUMPY)
 
-    return orjson.dumps(value, plain, orjson.OPT_SERIALIZE_NUMPY)
+
+def _from_numpy(value: Any) -> Any:
+    """What Python has for an array or a value that orjson does not know."""
+    found = value.tolist()
+    if type(found) is type(value):
+        raise _no_json_form_of(value)
+    return found
 
 
 def dumped(value: Any, **options: Any) -> Any:
@@ -162,7 +167,23 @@ def dumped(value: Any, **options: Any) -> Any:
     """
     if isinstance(value, BaseModel):
         return value.model_dump(**options)
-    return type(value).__pydantic_serializer__.to_python(value, **options)
+    return _adapter(pydantic_dataclass(type(value))).dump_python(value, **options)
+
+
+def pydantic_dataclass(cls: type) -> type | None:
+    """The dataclass of pydantic's that a class is, or inherits from without being a dataclass itself; else None."""
+    return _pydantic_dataclass(cls)
+
+
+@functools.lru_cache(1024)
+def _pydantic_dataclass(cls: type) -> type | None:
+    found = next((base for base in cls.__mro__ if "__dataclass_fields__" in vars(base)), None)
+    return found if found is not None and is_pydantic_dataclass(found) else None
+
+
+@functools.lru_cache(1024)
+def _adapter(cls: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
 
 
 def _fields(value: object) -> dict[str, Any]:
@@ -220,10 +241,10 @@ def to_protobuf_json(value: Any) -> bytes:
 def _protobuf_jsonable(value: Any) -> Any:
     if isinstance(value, (bytes, bytearray, memoryview)):
         return base64.b64encode(value).decode()
-    if isinstance(value, BaseModel) or is_pydantic_dataclass(type(value)):
+    if isinstance(value, BaseModel):
         # pydantic's own JSON has bytes as text.
-        plain = dumped(value)
-        return plain if _has_bytes(plain) else dumped(value, mode="json")
+        plain = value.model_dump()
+        return plain if _has_bytes(plain) else value.model_dump(mode="json")
     return _jsonable(value)
 
 
@@ -373,7 +394,7 @@ def _has_json_form(leaf: Any, write: Callable[[Any], bytes]) -> bool:
 
 def _find(value: Any, wrong: Any, path: str = "", depth: int = 0) -> str | None:
     """Dotted path of the first leaf for which ``wrong`` holds."""
-    if isinstance(value, BaseModel) or is_pydantic_dataclass(type(value)):
+    if isinstance(value, BaseModel) or pydantic_dataclass(type(value)):
         value = _dumped(value)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {name: getattr(value, name, None) for name in _field_names(type(value))}
@@ -405,7 +426,7 @@ def _dumped(model: Any) -> Any:
     try:
         return dumped(model)
     except Exception:  # noqa: BLE001  (of any kind: it is told elsewhere)
-        return dict(model) if isinstance(model, BaseModel) else dict(vars(model))
+        return dict(model if isinstance(model, BaseModel) else _fields(model))
 
 
 def record_name(index: int | None) -> str:
