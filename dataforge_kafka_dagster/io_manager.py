@@ -161,7 +161,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                 for partition, output in outputs.items():
                     done[partition] = self._publish(context, output, target, identity.of_partition(partition))
             except BaseException as error:
-                if not isinstance(error, dg.RetryRequested):
+                if not _is_tried_again(context.step_context, error):
                     _tell_at_once(context, done)
                 raise
             for partition, said in done.items():
@@ -397,9 +397,27 @@ def _tell_at_once(context: dg.OutputContext, done: Mapping[str, dict[str, Any]])
 
     Dagster tells nothing of a step that fails: a new run of what seems to be missing would publish them again.
     """
-    for partition, said in done.items():
-        event = dg.AssetMaterialization(context.asset_key, partition=partition, metadata=said)
-        dg.DagsterEvent.asset_materialization(context.step_context, event)
+    step, key = context.step_context, context.asset_key
+    for partition in context.asset_partition_keys:
+        if str(partition) in done:
+            added = [step.get_asset_metadata(key, of_partition) or {} for of_partition in (None, str(partition))]
+            metadata = {**added[0], **added[1], **done[str(partition)]}
+            parts = partition.keys_by_dimension if isinstance(partition, dg.MultiPartitionKey) else {}
+            tags = {f"dagster/partition/{dimension}": part for dimension, part in parts.items()}
+            event = dg.AssetMaterialization(key, partition=partition, metadata=metadata, tags=tags)
+            dg.DagsterEvent.asset_materialization(step, event)
+
+
+def _is_tried_again(step: Any, error: BaseException) -> bool:
+    """Whether Dagster makes another attempt at a step that fails so; by its own rules."""
+    policy = step.op_retry_policy
+    if isinstance(error, dg.RetryRequested):
+        most = error.max_retries
+    elif policy is None or (isinstance(error, dg.Failure) and not error.allow_retries):
+        return False
+    else:
+        most = policy.max_retries
+    return not step.retry_mode.disabled and step.previous_attempt_count < most
 
 
 class _Target(typing.NamedTuple):
@@ -451,18 +469,32 @@ def _cloud_events_of(context: dg.OutputContext, identity: Identity) -> CloudEven
 
 
 def _check_names(context: dg.OutputContext) -> None:
-    """Refuse metadata of a definition that is meant for this IO manager, which does not know it.
+    """Refuse metadata that is meant for this IO manager, and that would do nothing.
 
     Raises:
-        KafkaConfigError: A name is one of its own but for a slip.
+        KafkaConfigError: A name is one of its own but for a slip, or was added for one Dagster partition of several.
     """
-    for name in context.definition_metadata or ():
-        if name.startswith(_PREFIX) and name not in _NAMES:
-            short = name.removeprefix(_PREFIX).replace("-", "_")
-            close = difflib.get_close_matches(short, [known.removeprefix(_PREFIX) for known in _NAMES], 1, 0.8)
-            if close:
+    partitions = list(context.asset_partition_keys) if context.has_asset_partitions else []
+    added = _added_metadata(context, len(partitions))
+    short = {name.removeprefix(_PREFIX) for name in _NAMES}
+    for metadata in (context.output_metadata, *added.values(), context.definition_metadata):
+        for name in metadata or ():
+            given = name.removeprefix(_PREFIX).replace("-", "_")
+            # What this package writes begins with one, as kafka/value_schema_id does.
+            if name.startswith(_PREFIX) and not any(name == _PREFIX + s or given.startswith(s + "_") for s in short):
+                close = difflib.get_close_matches(given, short, 1, 0.8)
+                if close:
+                    raise KafkaConfigError(
+                        f"metadata {name}", "there is no such entry", f"Did you mean {_PREFIX}{close[0]}?"
+                    )
+    if len(partitions) > 1:
+        for partition, metadata in added.items():
+            mine = next((one for one in _NAMES if one in metadata), None)
+            if partition is not None and mine is not None:
                 raise KafkaConfigError(
-                    f"metadata {name}", "there is no such entry", f"Did you mean {_PREFIX}{close[0]}?"
+                    f"metadata {mine}, added for Dagster partition {partition!r}",
+                    f"this run publishes {len(partitions)} of them, all with the same",
+                    "Add it without a partition_key, or publish each from the asset's body",
                 )
 
 

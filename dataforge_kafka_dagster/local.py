@@ -612,6 +612,8 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 def _topic(spec: str) -> tuple[str, int, dict[str, str]]:
     """Name, number of Kafka partitions and settings of a `--topic`."""
     name, partitions, *settings = spec.split(":") if ":" in spec else (spec, "1")
+    if not partitions.isdecimal() or int(partitions) == 0:
+        raise argparse.ArgumentTypeError(f"{spec!r}: {partitions!r} is no number of Kafka partitions")
     return name, int(partitions), {key: value for key, _, value in (setting.partition("=") for setting in settings)}
 
 

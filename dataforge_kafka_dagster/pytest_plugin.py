@@ -6,6 +6,7 @@ them: tests make and delete topics there.
 """
 
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Protocol
@@ -27,7 +28,8 @@ _WAIT = 30.0
 
 def pytest_report_header() -> list[str]:
     """Name the Kafka and the registry that tests use and do not start."""
-    return [f"{name}: {os.environ[name]}" for name in (_SERVERS, _REGISTRY) if os.environ.get(name)]
+    given = {name: os.environ.get(name) for name in (_SERVERS, _REGISTRY)}
+    return [f"{name}: {re.sub('//[^/@]*@', '//***@', value)}" for name, value in given.items() if value]
 
 
 class TopicFactory(Protocol):

@@ -15,7 +15,8 @@ import pytest
 from confluent_kafka import Producer
 from pydantic import BaseModel
 
-from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource, KafkaRecord
+from dataforge_kafka_dagster import KafkaError, KafkaIOManager, KafkaProducerResource, KafkaRecord
+from dataforge_kafka_dagster.kafka.errors import Remedy
 
 pytestmark = pytest.mark.kafka
 
@@ -282,15 +283,23 @@ def test_an_env_var_in_metadata_is_no_topic(manager, instance):
     ("wrong", "meant"),
     [("keys", "key"), ("write-mode", "write_mode"), ("tpoic", "topic"), ("on_bad_records", "on_bad_record")],
 )
-def test_a_slip_in_a_name_of_the_metadata_is_told(wrong, meant, manager, instance):
-    made = _asset([{"a": 1}], "t", metadata={f"kafka/{wrong}": "a"})
+@pytest.mark.parametrize("place", ["definition", "output", "asset"])
+def test_a_slip_in_a_name_of_the_metadata_is_told(place, wrong, meant, manager, instance):
+    metadata = {f"kafka/{wrong}": "a"}
+
+    @dg.asset(metadata=metadata if place == "definition" else {})
+    def made(context: dg.AssetExecutionContext):
+        if place == "asset":
+            context.add_asset_metadata(metadata)
+        return dg.Output([{"a": 1}], metadata=metadata if place == "output" else {})
+
     failure = _failure(_materialize(made, manager, instance, raise_on_error=False))
     assert f"kafka/{wrong}" in failure.metadata["kafka/culprit"].value
     assert failure.metadata["kafka/what_to_do"].value == f"Did you mean kafka/{meant}?"
 
 
 def test_other_metadata_of_the_definition_is_left_alone(manager, kafka_topic, instance):
-    others = {"kafka/team": "data", "kafka/brokers": "two", "topics": "x"}
+    others = {"kafka/team": "data", "kafka/brokers": "two", "topics": "x", "kafka/value_schema_id": 7}
     made = _asset([{"a": 1}], metadata=others | {"kafka/topic": kafka_topic()})
     assert _materialize(made, manager, instance).success
 
@@ -742,6 +751,79 @@ def test_what_was_published_before_a_range_failed_is_told_so_that_nobody_publish
     into = []
     _materialize([made, _reader(list, into)], manager, instance, selection=["reader"])
     assert [row["letter"] for row in into[0]] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("options", "policy", "fails", "told"),
+    [
+        ({"step_retries": 1}, None, 2, ["a"]),
+        ({"step_retries": 0}, None, 1, ["a"]),
+        ({}, dg.RetryPolicy(max_retries=1), 2, ["a"]),
+        ({}, dg.RetryPolicy(max_retries=1), 1, ["a", "b", "c"]),
+        ({"step_retries": 1}, None, 1, ["a", "b", "c"]),
+    ],
+)
+def test_a_range_is_told_once_whichever_attempt_is_the_last(
+    options, policy, fails, told, kafka_bootstrap_servers, kafka_topic, monkeypatch, instance
+):
+    publish, topic = KafkaIOManager._publish, kafka_topic()
+    attempts = []
+
+    def failing(self, context, output, target, identity):
+        if identity.partition == ("b",):
+            attempts.append(1)
+            if len(attempts) <= fails:
+                with self.kafka.errors_in_dagster(context):
+                    raise KafkaError("all brokers", "away", "Wait", remedy=Remedy.RETRY)
+        return publish(self, context, output, target, identity)
+
+    monkeypatch.setattr(KafkaIOManager, "_publish", failing)
+
+    @dg.asset(
+        partitions_def=LETTERS,
+        metadata={"kafka/topic": topic},
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        retry_policy=policy,
+    )
+    def made(context: dg.AssetExecutionContext):
+        context.add_asset_metadata({"mine": 1})
+        return {letter: [{"letter": letter}] for letter in context.partition_keys}
+
+    result = _materialize(
+        made, _manager(kafka_bootstrap_servers, **options), instance, tags=RANGE, raise_on_error=False
+    )
+    assert result.success == (len(told) == 3)
+    records = instance.fetch_materializations(dg.AssetKey("made"), limit=10).records
+    assert sorted(record.partition_key for record in records) == told
+    assert all(record.asset_materialization.metadata["mine"].value == 1 for record in records)
+
+
+def test_a_range_over_several_dimensions_tells_what_it_has_published(manager, kafka_topic, instance):
+    dimensions = {"letter": LETTERS, "number": dg.StaticPartitionsDefinition(["1"])}
+
+    @dg.asset(
+        partitions_def=dg.MultiPartitionsDefinition(dimensions),
+        metadata={"kafka/topic": kafka_topic()},
+        backfill_policy=dg.BackfillPolicy.single_run(),
+    )
+    def made(context: dg.AssetExecutionContext):
+        return {key: [{"n": {1} if "b" in str(key) else 1}] for key in context.partition_keys}
+
+    tags = {"dagster/asset_partition_range_start": "a|1", "dagster/asset_partition_range_end": "c|1"}
+    assert not _materialize(made, manager, instance, tags=tags, raise_on_error=False).success
+    (record,) = instance.fetch_materializations(dg.AssetKey("made"), limit=10).records
+    assert record.partition_key == "a|1"
+    assert record.asset_materialization.tags == {"dagster/partition/letter": "a", "dagster/partition/number": "1"}
+
+
+def test_a_topic_added_for_one_dagster_partition_of_a_range_is_refused(manager, instance):
+    @dg.asset(partitions_def=LETTERS, backfill_policy=dg.BackfillPolicy.single_run())
+    def made(context: dg.AssetExecutionContext):
+        context.add_asset_metadata({"kafka/topic": "of-b"}, partition_key="b")
+        return {letter: [] for letter in context.partition_keys}
+
+    failure = _failure(_materialize(made, manager, instance, tags=RANGE, raise_on_error=False))
+    assert failure.metadata["kafka/culprit"].value == "metadata kafka/topic, added for Dagster partition 'b'"
 
 
 def test_a_mapping_of_one_dagster_partition_is_that_partitions_output(manager, kafka_topic, read, instance):

@@ -267,11 +267,13 @@ def test_fixtures_name_the_variable_of_a_kafka_that_does_not_answer(pytester, cl
     pytester.makepyfile("def test_topics(kafka_topic): pass")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KAFKA_BOOTSTRAP_SERVERS", closed_port)
+        patch.setenv("SCHEMA_REGISTRY_URL", "http://user:canary@127.0.0.1:1")
         patch.setenv("PYTHONPATH", str(Path(local.__file__).parents[1]))
         result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
     result.assert_outcomes(errors=1)
     said = f"KAFKA_BOOTSTRAP_SERVERS='{closed_port}': no Kafka answers there"
-    result.stdout.fnmatch_lines([f"KAFKA_BOOTSTRAP_SERVERS: {closed_port}", f"*KafkaError: {said} (*"])
+    registry = "SCHEMA_REGISTRY_URL: http://[*][*][*]@127.0.0.1:1"
+    result.stdout.fnmatch_lines([f"KAFKA_BOOTSTRAP_SERVERS: {closed_port}", registry, f"*KafkaError: {said} (*"])
 
 
 @pytest.mark.kafka
@@ -579,7 +581,7 @@ def test_a_topic_of_the_command_may_have_kafka_partitions_and_settings():
     assert local._topic("a:6:cleanup.policy=compact:b=c=d") == ("a", 6, {"cleanup.policy": "compact", "b": "c=d"})
 
 
-@pytest.mark.parametrize("wrong", [["--topic", "a:many"], ["--registry-port", "0"]])
+@pytest.mark.parametrize("wrong", [["--topic", "a:many"], ["--topic", "a:-1"], ["--topic", "a:0"], ["--registry-port", "0"]])
 def test_the_command_refuses_a_wrong_option_before_anything_is_started(wrong, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["local", *wrong])
     monkeypatch.setattr(LocalKafka, "start", lambda _: pytest.fail("started"))
