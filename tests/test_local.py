@@ -581,7 +581,9 @@ def test_a_topic_of_the_command_may_have_kafka_partitions_and_settings():
     assert local._topic("a:6:cleanup.policy=compact:b=c=d") == ("a", 6, {"cleanup.policy": "compact", "b": "c=d"})
 
 
-@pytest.mark.parametrize("wrong", [["--topic", "a:many"], ["--topic", "a:-1"], ["--topic", "a:0"], ["--registry-port", "0"]])
+@pytest.mark.parametrize(
+    "wrong", [["--topic", "a:many"], ["--topic", "a:-1"], ["--topic", "a:0"], ["--registry-port", "0"]]
+)
 def test_the_command_refuses_a_wrong_option_before_anything_is_started(wrong, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["local", *wrong])
     monkeypatch.setattr(LocalKafka, "start", lambda _: pytest.fail("started"))
