@@ -483,15 +483,22 @@ def _filled(path: str, partition_key: str) -> str:
     return filled
 
 
+_NOT_FIRST: Final = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+
+
 def _takes_context(function: Callable[..., Any]) -> bool:
-    """Whether a function is called with the asset's context: if its first argument has no default, or is `context`.
+    """Whether a function is called with the asset's context: if its first argument has no default, or is one by name.
+
+    An argument is one by name if it is called `context` or is annotated with a context of Dagster's.
 
     Raises:
         KafkaConfigError: It takes more.
     """
     signature = inspect.signature(function)
-    first = next(iter(signature.parameters.values()), None)
-    takes_context = first is not None and (first.default is first.empty or first.name == "context")
+    first = next((one for one in signature.parameters.values() if one.kind not in _NOT_FIRST), None)
+    takes_context = first is not None and (
+        first.default is first.empty or first.name == "context" or "ExecutionContext" in str(first.annotation)
+    )
     try:
         signature.bind(*[None] * takes_context)
     except TypeError as error:

@@ -654,6 +654,10 @@ def test_what_could_only_fail_in_a_run_is_refused_when_the_asset_is_loaded(attri
         component.build_defs(None)
 
 
+def _annotated(ctx: dg.AssetExecutionContext | None = None):
+    return [ctx]
+
+
 @pytest.mark.parametrize(
     ("function", "gets"),
     [
@@ -665,6 +669,10 @@ def test_what_could_only_fail_in_a_run_is_refused_when_the_asset_is_loaded(attri
         (lambda *, n=3: [n], [3]),
         (functools.partial(lambda context, n: [context, n], n=3), ["context", 3]),
         (lambda *any_: list(any_), ["context"]),
+        (lambda *, context=1: [context], [1]),
+        (lambda **options: [len(options)], [0]),
+        (functools.partial(lambda context, n: [context, n], context=1, n=2), [1, 2]),
+        (_annotated, ["context"]),
     ],
 )
 def test_a_function_gets_the_context_if_it_asks_for_it(function, gets):
