@@ -6,6 +6,7 @@ import json
 import math
 import uuid
 
+import narwhals as nw
 import pandas as pd
 import polars as pl
 import pyarrow as pa
@@ -15,7 +16,8 @@ from polars.testing.parametric import dataframes
 
 from dataforge_kafka_dagster.kafka import frames
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
-from dataforge_kafka_dagster.kafka.serialization import json_lines, serialize_key
+from dataforge_kafka_dagster.kafka.schema_types import key_of_frame
+from dataforge_kafka_dagster.kafka.serialization import Encoders, json_lines, serialize_key, to_json
 from dataforge_kafka_dagster.kafka.sources import chunks
 
 TYPES = [
@@ -191,6 +193,22 @@ def test_an_arrow_column_without_a_name_keeps_that(by_row):
     table = pa.table({"": [1, 2], "s": [{"": 3}, None]})
     expected = [(b'{"":1,"s":{"":3}}', b"1"), (b'{"":2,"s":null}', b"2")]
     assert encoded(table, "") == by_row(table, "") == expected
+
+
+@pytest.mark.parametrize("name", ["*", "^a$", "^.*$"])
+@pytest.mark.parametrize("library", ["polars", "pandas", "pyarrow"])
+def test_a_column_whose_name_is_a_pattern_to_polars_is_only_itself(name, library, by_row, columns):
+    whole = pl.DataFrame({"a": [1], "b": ["x"], name: pl.Series([0.5], dtype=pl.Float32)})
+    frame = {"polars": whole, "pandas": whole.to_pandas(), "pyarrow": whole.to_arrow()}[library]
+    value, key = f'{{"a":1,"b":"x","{name}":0.5}}', f'{{"b":"x","{name}":0.5}}'
+    assert encoded(frame, ["b", name]) == by_row(frame, ["b", name]) == [(value.encode(), key.encode())]
+    assert columns.count == frames._json_is_exact()
+    assert f"field '{name}': JSON has no infinity" in encoded(pl.DataFrame({"a": [1], name: [math.inf]}))
+    kept = frames.FrameEncoder((name,), Encoders(key=lambda keys, _: list(map(to_json, keys))))
+    assert kept(nw.from_native(frame), 0).keys == [b"0.5"]
+    with pytest.raises(InvalidRecordError, match="Avro does not allow this name") as caught:
+        key_of_frame(nw.from_native(frame), [name], "t")
+    assert caught.value.field == name
 
 
 @pytest.mark.skipif(not hasattr(pa, "bool8"), reason="this pyarrow has no such types")

@@ -115,6 +115,13 @@ def test_text_that_looks_like_something_else_stays_text(library, frame):
     assert dict(listed(made))["a"] == texts
 
 
+@pytest.mark.parametrize("name", ["*", "^a$", "^.*$"])
+def test_a_column_whose_name_is_a_pattern_to_polars_is_only_itself(name, frame):
+    assert dict(listed(frame("polars", [{name: "x", "a": "1"}]))) == {name: ["x"], "a": ["1"]}
+    with pytest.raises(KafkaError, match="do not fit into one"):
+        frame("polars", [{name: "x", "a": "y"}, {name: 1, "a": "y"}])
+
+
 def test_integers_beyond_those_of_arrow_are_refused():
     with pytest.raises(KafkaError, match="do not fit into one: .*too large"):
         io_manager._frame("pyarrow", [{"n": 2**64}])

@@ -101,7 +101,7 @@ class FrameEncoder:
                     raise
         if chunk is not None:
             return chunk
-        keys = _rows_of(rows.select(*fields), encoders.key_rows, start) if encoders.key and fields else ()
+        keys = _rows_of(rows[list(fields)], encoders.key_rows, start) if encoders.key and fields else ()
         return self._by_row(_rows_of(rows, encoders.rows, start), start, keys)
 
     def _by_polars(self, native: Any, start: int) -> Chunk | None:
@@ -124,7 +124,7 @@ class FrameEncoder:
         if not self._fields:
             return Chunk(values.to_list(), None, None, size, "json")
         if len(self._fields) > 1:
-            keys = _json_of(frame.select(self._fields)).to_list()
+            keys = _json_of(frame[list(self._fields)]).to_list()
         else:
             keys = self._keys(frame.get_column(self._fields[0]), start)
         return Chunk(values.to_list(), keys, None, size + text_size(keys), "json")
@@ -374,14 +374,14 @@ def _time_texts(value: pl.Expr, dtype: Any) -> pl.Expr:
 
 def _plain_types(frame: pl.DataFrame) -> pl.DataFrame | None:
     """The frame with types that polars writes as JSON as Python does; None if a column has none."""
-    casts = {}
-    for name, dtype in frame.schema.items():
-        plain = _plain_type(dtype)
+    casts = []
+    for series in frame:
+        plain = _plain_type(series.dtype)
         if plain is None:
             return None
-        if plain != dtype:
-            casts[name] = plain
-    return frame.cast(casts) if casts else frame  # type: ignore[arg-type]
+        if plain != series.dtype:
+            casts.append(series.cast(plain))
+    return frame.with_columns(casts) if casts else frame
 
 
 def _plain_type(dtype: pl.DataType) -> pl.DataType | None:
@@ -406,6 +406,7 @@ def _has_infinity(series: pl.Series) -> bool:
     import polars as pl  # noqa: PLC0415  (optional, and slow to import)
 
     dtype = series.dtype
+    series = series.alias("it")  # as in `_without_times`
     if isinstance(dtype, pl.Float64):
         return bool(series.is_infinite().any())
     if isinstance(dtype, (pl.List, pl.Array)):

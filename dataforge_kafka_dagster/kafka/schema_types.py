@@ -280,7 +280,7 @@ def key_of_frame(frame: nw.DataFrame[Any], fields: Sequence[str], name: str) -> 
     Raises:
         InvalidRecordError: A column's name or type has no Avro form.
     """
-    record = avro_of_frame(frame.select(*fields), name)
+    record = avro_of_frame(frame[list(fields)], name)
     types_ = [field["type"][1] for field in record["fields"]]
     if len(types_) == 1:
         return cast("AvroType", types_[0])
