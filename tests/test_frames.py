@@ -119,6 +119,10 @@ PANDAS = {
     "nanoseconds": pd.to_datetime([1, None, 10**18 + 1_000], unit="ns"),
     "zoned": pd.to_datetime([MOMENTS[0], None, MOMENTS[2]]).tz_localize("Asia/Kolkata"),
     "objects": pd.Series([1, "a", None], dtype=object),
+    "texts as objects": pd.Series(["a", None, pd.NA], dtype=object),
+    "bools as objects": pd.Series([True, None, float("nan")], dtype=object),
+    "no objects": pd.Series([None, float("nan"), pd.NaT], dtype=object),
+    "text and bytes": pd.Series(["a", None, b"b"], dtype=object),
     "decimals": pd.Series([decimal.Decimal("1.1"), decimal.Decimal("2.25"), None], dtype=object),
     "dates": pd.Series([dt.date(2020, 1, 2), None, dt.date(1, 1, 1)], dtype=object),
     "lists": pd.Series([[1, 2], None, [3.5]], dtype=object),
@@ -140,8 +144,10 @@ def test_each_pandas_column_is_the_json_of_its_rows(name, by_row):
 
 
 @pytest.mark.parametrize(
-    "name", ["int64", "float", "text", "bool", "nullable int", "datetime", "zoned", "float32", "uint64"]
-)
+    "name",
+    ["int64", "float", "text", "bool", "nullable int", "datetime", "zoned", "float32", "uint64", "texts as objects",
+     "bools as objects"],
+)  # fmt: skip
 def test_common_pandas_columns_go_by_column(name, columns):
     encoded(pd.DataFrame({name: PANDAS[name]}))
     assert columns.count == frames._json_is_exact()

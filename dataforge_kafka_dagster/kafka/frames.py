@@ -240,12 +240,13 @@ def _in_polars(native: Any) -> pl.DataFrame | None:
 
     try:
         if library == "pandas" and all(map(_is_plain_pandas, native.dtypes)):
-            frame = pl.from_pandas(native)
-            # An object column may hold anything: only text and booleans are the same in polars.
+            # An object column may hold anything: only text and booleans are the same in polars, and bytes become text.
+            from pandas.api.types import infer_dtype  # noqa: PLC0415  (slow to import)
+
             for name, dtype in native.dtypes.items():
-                if getattr(dtype, "kind", "") == "O" and frame.schema[name] not in (pl.String, pl.Boolean, pl.Null):
+                if str(dtype) == "object" and infer_dtype(native[name]) not in {"string", "boolean", "empty"}:
                     return None
-            return frame
+            return pl.from_pandas(native)
         if library == "pyarrow" and not any(field.name == "" or _is_odd_arrow(field.type) for field in native.schema):
             return pl.DataFrame(pl.from_arrow(_in_milliseconds(native)))
     except Exception:  # noqa: BLE001  (whatever it cannot take goes row by row)
