@@ -195,6 +195,18 @@ def test_common_arrow_columns_go_by_column(name, columns):
     assert columns.count == frames._json_is_exact()
 
 
+@pytest.mark.parametrize("library", ["polars", "pandas", "pyarrow"])
+def test_a_time_is_a_key_as_it_is_a_value(library, by_row):
+    table = pa.table({"t": [dt.time(1, 2, 3), None, dt.time(1, 2, 3, 400)]})
+    frame = {"polars": pl.from_arrow(table), "pandas": table.to_pandas(), "pyarrow": table}[library]
+    expected = [
+        (b'{"t":"01:02:03"}', b"01:02:03"),
+        (b'{"t":null}', None),
+        (b'{"t":"01:02:03.000400"}', b"01:02:03.000400"),
+    ]
+    assert encoded(frame, "t") == by_row(frame, "t") == expected
+
+
 def test_an_arrow_column_without_a_name_keeps_that(by_row):
     table = pa.table({"": [1, 2], "s": [{"": 3}, None]})
     expected = [(b'{"":1,"s":{"":3}}', b"1"), (b'{"":2,"s":null}', b"2")]

@@ -314,6 +314,7 @@ def test_fixes_keep_the_spelling_of_json():
         (UUID, str(UUID).encode()),
         (dt.date(2013, 1, 2), b"2013-01-02"),
         (dt.datetime(2013, 1, 2, 3), b"2013-01-02T03:00:00"),
+        (dt.time(3, 4, 5, 6), b"03:04:05.000006"),
         ({"a": 1, "b": "x"}, b'{"a":1,"b":"x"}'),
         (["a", 1], b'["a",1]'),
         (("a", 1), b'["a",1]'),
@@ -340,6 +341,7 @@ SINGLE = (
     | st.floats(allow_nan=False, allow_infinity=False, width=32).map(np.float32)
     | st.decimals(allow_nan=False, allow_infinity=False)
     | st.dates()
+    | st.times()
     | MOMENTS
 )
 

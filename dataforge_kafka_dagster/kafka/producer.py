@@ -130,7 +130,7 @@ class DataForgeKafkaProducer:
         Args:
             topic: The topic.
             value: Mapping, dataclass or pydantic model (sent as JSON), str (UTF-8), bytes, or None (a tombstone).
-            key: str, bytes, int, date, UUID, or a mapping or list of those.
+            key: str, bytes, int, date, time, UUID, or a mapping or list of those.
             headers: Mapping or (name, value) pairs of str to str, bytes or None.
             partition: Kafka partition, from 0; None lets the key decide (murmur2, as Kafka's Java client).
             timestamp: Milliseconds since the epoch or an aware datetime; None is now.

@@ -38,7 +38,7 @@ class KafkaRecord:
 
     Attributes:
         value: Mapping, dataclass, pydantic model (JSON), str (UTF-8), bytes, or None (a tombstone; it needs a key).
-        key: str, bytes, int, date, UUID, or a mapping or list of those; None lets the producer choose the
+        key: str, bytes, int, date, time, UUID, or a mapping or list of those; None lets the producer choose the
             Kafka partition.
         headers: Mapping or (name, value) pairs of str to str, bytes or None.
         partition: Kafka partition, from 0; None lets the key decide.

@@ -435,7 +435,7 @@ def record_name(index: int | None) -> str:
 
 
 def serialize_key(key: Any, index: int | None = None, field: str | None = None) -> bytes | None:
-    """A record's key as bytes: a str as UTF-8, a number, date or UUID as its text, a mapping or list as JSON.
+    """A record's key as bytes: a str as UTF-8, a number, date, time or UUID as its text, a mapping or list as JSON.
 
     The text forms are those of Kafka's StringSerializer, so other clients put the same key on the same Kafka partition.
 
@@ -473,7 +473,7 @@ def serialize_key(key: Any, index: int | None = None, field: str | None = None) 
     raise InvalidRecordError(
         f"{record_name(index)}{place}",
         f"a key cannot be {key!r}" if not is_number(key) else f"a key cannot be of type {type(key).__qualname__}",
-        "Use a str, bytes, int, date, UUID, or a mapping or list of those",
+        "Use a str, bytes, int, date, time, UUID, or a mapping or list of those",
         index=index,
         field=field,
     )
@@ -499,7 +499,7 @@ def _plain_key(key: Any) -> Any:
 
 def _key_text(key: Any) -> str | None:
     """The text of a single value, as it stands in the JSON of a record's value; None if it has none."""
-    if type(key) is dt.date:
+    if type(key) is dt.date or isinstance(key, dt.time):
         return key.isoformat()
     if isinstance(key, (bool, dt.date)):
         return to_json(key).decode().strip('"')
