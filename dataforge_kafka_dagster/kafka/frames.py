@@ -1,7 +1,7 @@
 """Rows of data frames to chunks of encoded records: whole columns at once where polars can, else row by row.
 
-Both ways give the same bytes. Missing values (None, NaN, NaT, NA) are null. polars is used if it is installed; pandas
-and pyarrow frames reach it by slices.
+Both ways give the same bytes, but for a time of day in Arrow's nanoseconds: Python's ends at microseconds. Missing
+values (None, NaN, NaT, NA) are null. polars is used if it is installed; pandas and pyarrow frames reach it by slices.
 """
 
 from __future__ import annotations
