@@ -306,6 +306,21 @@ def test_infinity_is_refused_with_row_and_column(series):
     assert caught.value.field.startswith("f")
 
 
+@pytest.mark.parametrize("unit", ["ms", "us", "ns"])
+def test_a_moment_whose_offset_has_seconds_is_written_in_utc(unit, by_row):
+    moments = [dt.datetime(1971, 12, 31), None, dt.datetime(1971, 12, 31, 0, 0, 0, 1000), dt.datetime(2020, 1, 1)]
+    series = pl.Series("t", moments, dtype=pl.Datetime(unit, "UTC"))
+    table = series.dt.convert_time_zone("Africa/Monrovia").to_frame().to_arrow()  # -00:44:30 until 1972
+    texts = ["1971-12-31T00:00:00+00:00", None, "1971-12-31T00:00:00.001000+00:00", "2020-01-01T00:00:00+00:00"]
+    for frame in (table, pl.from_arrow(table)):
+        assert [json.loads(value)["t"] for value, _ in encoded(frame, "t")] == texts
+        assert [key and key.decode() for _, key in encoded(frame, "t")] == texts
+        nested = pl.DataFrame(frame).select(pl.struct("t").implode(), a=pl.col("t").reshape((1, 4)))
+        expected = {"t": [{"t": text} for text in texts], "a": texts}
+        assert [json.loads(value) for value, _ in encoded(nested)] == [expected]
+    assert encoded(table, "t") == by_row(table, "t")
+
+
 def test_nanoseconds_are_kept():
     frame = pl.DataFrame({"t": pl.Series([1, 1_000, 0, None]).cast(pl.Datetime("ns"))})
     assert [value for value, _ in encoded(frame)] == [

@@ -116,6 +116,8 @@ def test_a_field_without_a_value_is_refused():
         serialize_value(thing, 0)
 
 
+# As Amsterdam's mean time was; the data bases of time zones do not agree on it.
+EARLY = dt.timezone(dt.timedelta(minutes=19, seconds=32))
 UUID = uuid.UUID("12345678-1234-5678-1234-567812345678")
 
 
@@ -131,6 +133,9 @@ UUID = uuid.UUID("12345678-1234-5678-1234-567812345678")
         (dt.date(2013, 1, 2), '"2013-01-02"'),
         (dt.datetime(2013, 1, 2, 3, 4, 5, 678901), '"2013-01-02T03:04:05.678901"'),
         (dt.datetime(2013, 1, 2, tzinfo=dt.timezone.utc), '"2013-01-02T00:00:00+00:00"'),
+        (dt.datetime(1880, 1, 2, tzinfo=EARLY), '"1880-01-01T23:40:28+00:00"'),
+        (pd.Timestamp(dt.datetime(1880, 1, 2, tzinfo=EARLY)), '"1880-01-01T23:40:28+00:00"'),
+        (dt.datetime(1880, 1, 2, tzinfo=dt.timezone.min), '"1880-01-02T00:00:00-23:59"'),
         (dt.time(3, 4, 5), '"03:04:05"'),
         (decimal.Decimal("0.10"), '"0.10"'),
         (decimal.Decimal("12345678901234567890.123456789"), '"12345678901234567890.123456789"'),
@@ -314,6 +319,7 @@ def test_fixes_keep_the_spelling_of_json():
         (UUID, str(UUID).encode()),
         (dt.date(2013, 1, 2), b"2013-01-02"),
         (dt.datetime(2013, 1, 2, 3), b"2013-01-02T03:00:00"),
+        (dt.datetime(1880, 1, 2, tzinfo=EARLY), b"1880-01-01T23:40:28+00:00"),
         (dt.time(3, 4, 5, 6), b"03:04:05.000006"),
         ({"a": 1, "b": "x"}, b'{"a":1,"b":"x"}'),
         (["a", 1], b'["a",1]'),

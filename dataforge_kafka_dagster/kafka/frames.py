@@ -18,6 +18,7 @@ from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
 from dataforge_kafka_dagster.kafka.records import Chunk, key_of
 from dataforge_kafka_dagster.kafka.serialization import (
     DEFAULT_ENCODERS,
+    STANDARD_TIME,
     Encoders,
     is_missing,
     is_nan,
@@ -317,7 +318,8 @@ def _without_times(frame: pl.DataFrame) -> pl.DataFrame:
         dtype = column.dtype
         # A column's own name, and a field's below, may look like a pattern to polars.
         series = column.alias("it")
-        if isinstance(dtype, (pl.Datetime, pl.Time)):
+        early = _has_early(series)
+        if isinstance(dtype, (pl.Datetime, pl.Time)) and not early:
             seconds, *finer = _time_formats(dtype)
             fraction = series.dt.nanosecond()
             text = series.dt.to_string(seconds)
@@ -326,9 +328,25 @@ def _without_times(frame: pl.DataFrame) -> pl.DataFrame:
                     text = text.zip_with(~needs.fill_null(value=False), series.dt.to_string(form))
             texts.append(text.alias(column.name))
         elif _has_times(dtype):
-            text = series.to_frame().select(_time_texts(pl.col("it"), dtype).alias("it")).to_series()
+            text = series.to_frame().select(_time_texts(pl.col("it"), dtype, early=early).alias("it")).to_series()
             texts.append(text.alias(column.name))
     return frame.with_columns(texts) if texts else frame
+
+
+def _has_early(series: pl.Series) -> bool:
+    """Whether a moment is so early that its offset from UTC may have seconds, which its text would round."""
+    import polars as pl  # noqa: PLC0415  (optional, and slow to import)
+
+    dtype = series.dtype
+    series = series.alias("it")  # as in `_without_times`
+    if isinstance(dtype, (pl.List, pl.Array)):
+        return _has_times(dtype.inner) and _has_early(series.explode())
+    if isinstance(dtype, pl.Struct):
+        return any(map(_has_early, series.struct.unnest()))
+    if not isinstance(dtype, pl.Datetime) or not dtype.time_zone:
+        return False
+    first: Any = series.to_physical().min()
+    return first is not None and first < STANDARD_TIME.timestamp() * {"ms": 1e3, "us": 1e6, "ns": 1e9}[dtype.time_unit]
 
 
 def _time_formats(dtype: Any) -> tuple[str, str, str]:
@@ -349,8 +367,11 @@ def _has_times(dtype: Any) -> bool:
     return isinstance(dtype, (pl.Datetime, pl.Time))
 
 
-def _time_texts(value: pl.Expr, dtype: Any) -> pl.Expr:
-    """A nested value as `_without_times` writes it: polars' Python objects would end at microseconds."""
+def _time_texts(value: pl.Expr, dtype: Any, *, early: bool) -> pl.Expr:
+    """A value, perhaps nested, as `_without_times` writes it: polars' Python objects would end at microseconds.
+
+    What is early is written in UTC where its offset from it has seconds.
+    """
     import polars as pl  # noqa: PLC0415  (optional, and slow to import)
 
     if not _has_times(dtype):
@@ -358,19 +379,24 @@ def _time_texts(value: pl.Expr, dtype: Any) -> pl.Expr:
     if isinstance(dtype, pl.Array):
         value, dtype = value.arr.to_list(), pl.List(dtype.inner)
     if isinstance(dtype, pl.List):
-        return value.list.eval(_time_texts(pl.element(), dtype.inner))
+        return value.list.eval(_time_texts(pl.element(), dtype.inner, early=early))
     if isinstance(dtype, pl.Struct):
         numbers = [str(i) for i in range(len(dtype.fields))]
         plain = value.struct.rename_fields(numbers)
         parts = [
-            _time_texts(plain.struct.field(number), field.dtype).alias(number)
+            _time_texts(plain.struct.field(number), field.dtype, early=early).alias(number)
             for number, field in zip(numbers, dtype.fields, strict=True)
         ]
         named = pl.struct(parts).struct.rename_fields([field.name for field in dtype.fields])
         return pl.when(value.is_not_null()).then(named)
     seconds, micros, nanos = map(value.dt.to_string, _time_formats(dtype))
     fraction = value.dt.nanosecond()
-    return pl.when(fraction % 1000 != 0).then(nanos).when(fraction != 0).then(micros).otherwise(seconds)
+    text = pl.when(fraction % 1000 != 0).then(nanos).when(fraction != 0).then(micros).otherwise(seconds)
+    if early and isinstance(dtype, pl.Datetime) and dtype.time_zone:
+        offset = (value.dt.base_utc_offset() + value.dt.dst_offset()).dt.total_seconds()
+        in_utc = _time_texts(value.dt.convert_time_zone("UTC"), dtype, early=False)
+        return pl.when(offset % 60 != 0).then(in_utc).otherwise(text)
+    return text
 
 
 def _plain_types(frame: pl.DataFrame) -> pl.DataFrame | None:

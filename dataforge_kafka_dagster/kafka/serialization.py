@@ -40,6 +40,9 @@ _NUMPY_NUMBERS: Final = frozenset(
     {"float64", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))}
 )
 
+# From here on no time zone's offset from UTC has seconds: Liberia's was the last.
+STANDARD_TIME: Final = dt.datetime(1973, 1, 1, tzinfo=dt.timezone.utc)
+
 _NULL: Final = re.compile(b"null")
 
 RowsEncoder = Callable[[Sequence[Any], int], "list[bytes | None]"]
@@ -101,7 +104,7 @@ def _jsonable(value: Any) -> Any:
     if cls.__module__ == "numpy":
         return value.item() if cls.__name__ in _NUMPY_NUMBERS else _of_numpy(value)
     if cls is dt.datetime:
-        return orjson.Fragment(orjson.dumps(value))
+        return orjson.Fragment(orjson.dumps(value if value.year >= STANDARD_TIME.year else _in_whole_minutes(value)))
     if hasattr(cls, "__dataclass_fields__"):
         return dumped(value) if pydantic_dataclass(cls) else _fields(value)
     if isinstance(value, Mapping):
@@ -113,12 +116,18 @@ def _jsonable(value: Any) -> Any:
     if value is None or is_missing(value):
         return None
     if isinstance(value, (dt.datetime, dt.date, dt.time)):
-        return value.isoformat()
+        return (_in_whole_minutes(value) if isinstance(value, dt.datetime) else value).isoformat()
     if isinstance(value, tuple):
         return list(value)
     if isinstance(value, (bytes, bytearray, memoryview)):
         raise _UnsupportedTypeError("bytes inside a JSON value; decode them, or publish the record as bytes")
     raise _no_json_form_of(value)
+
+
+def _in_whole_minutes(moment: dt.datetime) -> dt.datetime:
+    """A datetime whose offset RFC 3339 has a form for: one with seconds, which orjson would round, becomes UTC."""
+    offset = moment.utcoffset()
+    return moment.astimezone(dt.timezone.utc) if offset and offset.total_seconds() % 60 else moment
 
 
 def _no_json_form_of(value: object) -> _UnsupportedTypeError:
