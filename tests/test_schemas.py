@@ -17,6 +17,7 @@ import narwhals as nw
 import numpy as np
 import pandas as pd
 import polars as pl
+import pyarrow as pa
 import pydantic.dataclasses
 import pytest
 from confluent_kafka.schema_registry import Schema, SchemaReference
@@ -371,6 +372,29 @@ def test_columns_without_an_avro_form_are_named(registry, columns, said):
     with pytest.raises(InvalidRecordError) as caught:
         encoder(registry, "avro").prepare(nw.from_native(pl.DataFrame(columns)))
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_decimal_of_negative_scale_has_no_derived_type(registry, form):
+    hundreds = pa.array([decimal.Decimal(1200)]).cast(pa.decimal128(5, -2))
+    table = pa.table({"d": hundreds})
+    for frame in (table, table.to_pandas(types_mapper=pd.ArrowDtype)):
+        with pytest.raises(InvalidRecordError, match="column 'd': no Avro type can be derived from") as caught:
+            encoder(registry, form).prepare(nw.from_native(frame, eager_only=True))
+        assert caught.value.field == "d"
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_date_of_pandas_that_python_does_not_have_is_refused_with_row_and_column(registry, form):
+    frame = pd.DataFrame({"n": [1, 2], "d": np.array(["2020-01-01", "12000-01-01"], "M8[s]")})
+    encoders = SchemaEncoders(encoder(registry, form), None, form)
+    with pytest.raises(InvalidRecordError, match="record 11, field 'd': Python cannot read it: year 12000") as caught:
+        list(chunks(frame, start=10, encoders=encoders))
+    assert (caught.value.index, caught.value.field) == (11, "d")
+    bad = []
+    found = chunks(frame, encoders=encoders, on_bad=lambda row, index, error: bad.append((row["n"], index)))
+    assert [SchemaDecoder(registry)(value, form)["n"] for chunk in found for value in chunk.values] == [1]
+    assert bad == [(2, 1)]
 
 
 def test_keys_of_a_frame_have_the_type_of_their_column(registry):

@@ -182,8 +182,11 @@ def row_of(frame: nw.DataFrame[Any]) -> dict[str, Any]:
     except BaseException as error:
         if not _is_of_value(error):
             raise
-    columns = [frame.get_column(name) for name in frame.columns]
-    return {column.name: f"<{wrong}>" if (wrong := _error_of(column)) else column.to_list()[0] for column in columns}
+
+    def read(name: str) -> Any:
+        return frame.get_column(name).to_list()[0]
+
+    return {name: f"<{wrong}>" if (wrong := _error_of(read, name)) else read(name) for name in frame.columns}
 
 
 def _rows_of(frame: Any, read: Callable[[Any], Sequence[dict[str, Any]]], start: int) -> Sequence[dict[str, Any]]:
@@ -197,24 +200,24 @@ def _rows_of(frame: Any, read: Callable[[Any], Sequence[dict[str, Any]]], start:
     except BaseException as error:
         if not _is_of_value(error):
             raise
-        columns = [column for name in frame.columns if _error_of(column := frame.get_column(name))]
+        names = [name for name in frame.columns if _error_of(read, frame[[name]])]
         for i in range(len(frame)):
-            for column in columns:
-                if found := _error_of(column[i : i + 1]):
+            for name in names:
+                if found := _error_of(read, frame[[name]][i : i + 1]):
                     raise InvalidRecordError(
-                        f"record {start + i}, field {column.name!r}",
+                        f"record {start + i}, field {name!r}",
                         f"Python cannot read it: {found}",
                         "Replace it by None, or make the column text",
                         index=start + i,
-                        field=column.name,
+                        field=name,
                     ) from error
         raise
 
 
-def _error_of(values: Any) -> BaseException | None:
-    """Why a series cannot be read as Python's objects, if it cannot."""
+def _error_of(read: Callable[[Any], Any], values: Any) -> BaseException | None:
+    """Why values cannot be read as Python's objects, if they cannot."""
     try:
-        values.to_list()
+        read(values)
     except BaseException as error:
         if not _is_of_value(error):
             raise

@@ -269,7 +269,11 @@ def avro_of_frame(frame: nw.DataFrame[Any], name: str) -> dict[str, Any]:
                 field=column,
             )
         series = frame[column]
-        avro = _of_dtype(series, series.dtype, column, taken)
+        try:
+            dtype = series.dtype
+        except ValueError as error:  # narwhals has no decimal of negative scale
+            raise _no_column_type(column, f"it: {error}") from error
+        avro = _of_dtype(series, dtype, column, taken)
         fields.append({"name": column, "type": ["null", avro], "default": None})
     return {"type": "record", "name": own, "fields": fields}
 
@@ -305,7 +309,8 @@ def _of_dtype(series: nw.Series[Any], dtype: Any, place: str, taken: list[str]) 
         native: Any = series.to_native()
         native = getattr(native, "dtype", None) or native.type
         native = getattr(native, "pyarrow_dtype", native)
-        return decimal_type(native.precision or 38, native.scale or 0)
+        if (native.scale or 0) >= 0:
+            return decimal_type(native.precision or 38, native.scale or 0)
     if kind in {"List", "Array"}:
         return {"type": "array", "items": ["null", _of_dtype(series, dtype.inner, f"{place}_item", taken)]}
     if kind == "Struct":
@@ -316,9 +321,13 @@ def _of_dtype(series: nw.Series[Any], dtype: Any, place: str, taken: list[str]) 
             for field in dtype.fields
         ]
         return {"type": "record", "name": own, "fields": [f | {"default": None} for f in fields]}
-    raise InvalidRecordError(
+    raise _no_column_type(place, str(dtype))
+
+
+def _no_column_type(place: str, what: str) -> InvalidRecordError:
+    return InvalidRecordError(
         f"data frame, column {place!r}",
-        f"no Avro type can be derived from {dtype}",
+        f"no Avro type can be derived from {what}",
         "Cast it, or give the schema as text",
         field=place,
     )
