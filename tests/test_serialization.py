@@ -250,6 +250,18 @@ def test_non_finite_floats_are_refused_and_never_become_null(value, field):
     assert "NaN" in caught.value.cause
 
 
+@pytest.mark.parametrize("into", [lambda inner: {"a": inner}, lambda inner: [inner], lambda inner: (inner,)])
+def test_nan_is_found_as_deep_as_json_is_written(into):
+    def nested(leaf, levels):
+        return {"a": functools.reduce(lambda inner, _: into(inner), range(levels), leaf)}
+
+    for levels in (60, 253):
+        assert b"null" in serialize_value(nested(None, levels))
+        for leaf in (NAN, decimal.Decimal("NaN"), np.array([[NAN]])):
+            with pytest.raises(InvalidRecordError, match="neither NaN nor infinity|Recursion"):
+                serialize_value(nested(leaf, levels))
+
+
 class Leg(BaseModel):
     miles: float
 

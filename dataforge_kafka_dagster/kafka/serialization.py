@@ -411,7 +411,7 @@ def _find(value: Any, wrong: Any, path: str = "", depth: int = 0) -> str | None:
         value = value.value
     elif type(value).__module__ == "numpy":
         value = value.tolist()
-    if depth > 50:  # noqa: PLR2004  (deeper than any error message is read)
+    if depth > 320:  # noqa: PLR2004  (deeper than orjson writes, which is 254 levels and arrays in them)
         return None
     if isinstance(value, Mapping):
         for key, item in value.items():
