@@ -4,6 +4,7 @@ import datetime as dt
 import decimal
 import enum
 import http.server
+import itertools
 import json
 import pickle
 import sys
@@ -714,6 +715,64 @@ def test_what_a_union_of_hints_may_be_keeps_its_value_whichever_comes_first(regi
     given = [Event(NOON.replace(tzinfo=UTC), 2**53 + 1), Event(NAIVE.date(), 1.5), Event(None, 1)]
     found = [SchemaDecoder(registry)(data, "avro") for data in encoder(registry, "avro")(given)]
     assert found == list(map(dataclasses.asdict, given))
+
+
+MEMBERS = {
+    bool: True,
+    int: 1767225600000,
+    float: 1.5,
+    str: "2013-01-01",
+    bytes: b"\x01",
+    dt.datetime: NOON.replace(tzinfo=UTC),
+    dt.date: NAIVE.date(),
+    dt.time: dt.time(5),
+    uuid.UUID: uuid.UUID(int=1),
+    Annotated[decimal.Decimal, Field(max_digits=5, decimal_places=2)]: decimal.Decimal("1.25"),
+}
+
+
+def test_any_two_hints_of_a_union_keep_the_values_of_both(registry):
+    unions = {f"u{i}": (hints, typing.Union[hints]) for i, hints in enumerate(itertools.permutations(MEMBERS, 2))}  # noqa: UP007
+    all_of = dataclasses.make_dataclass("All", [(name, union) for name, (_, union) in unions.items()])
+    given = [all_of(*(MEMBERS[hints[n]] for hints, _ in unions.values())) for n in (0, 1)]
+    found = [SchemaDecoder(registry)(data, "avro") for data in encoder(registry, "avro")(given)]
+    assert found == list(map(dataclasses.asdict, given))
+    assert [[type(value) for value in row.values()] for row in found] == [
+        [type(value) for value in dataclasses.astuple(row)] for row in given
+    ]
+
+
+@pytest.mark.parametrize(
+    ("logical", "plain", "value", "of_logical"),
+    mostly_slow(
+        [
+            (UTC_MICROS, "long", 1767225600000, NOON.replace(tzinfo=UTC)),
+            (UTC_MICROS, {"type": "double"}, 5, NOON.replace(tzinfo=UTC)),
+            (DAY, "long", 5, NAIVE.date()),
+            (DAY, "string", "2013-01-01", NAIVE.date()),
+            ({"type": "long", "logicalType": "time-micros"}, "int", 5, dt.time(5)),
+            (UUID, {"type": "string", "avro.java.string": "String"}, str(uuid.UUID(int=1)), uuid.UUID(int=1)),
+            (UUID, "string", "guest", uuid.UUID(int=1)),
+            (
+                {"type": "bytes", "logicalType": "decimal", "precision": 5, "scale": 2},
+                "bytes",
+                b"\x01",
+                decimal.Decimal("1.25"),
+            ),
+        ],
+        2,
+    ),
+)
+def test_a_plain_value_is_not_written_as_the_logical_type_before_it(registry, logical, plain, value, of_logical):
+    """A given union is in the order it has; the other way round, all is well."""
+    encode = encoder(registry, {"text": record("R", f=["null", logical, plain])}, "refused")
+    assert SchemaDecoder(registry)(encode([{"f": of_logical}])[0], "avro") == {"f": of_logical}
+    with pytest.raises(InvalidRecordError, match=r"would become a .*; in a union, put") as caught:
+        encode([{"f": of_logical}, {"f": value}])
+    assert (caught.value.index, caught.value.field) == (1, "f")
+    encode = encoder(registry, {"text": record("R", f=["null", plain, logical])}, "kept")
+    for given in (value, of_logical, None):
+        assert SchemaDecoder(registry)(encode([{"f": given}])[0], "avro") == {"f": given}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import numbers
 import struct
 import typing
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 
@@ -78,12 +78,17 @@ class _Checks:
         wider = {"float": "double"}
         timed = any("timestamp" in member.get("logicalType", "") for member in members if isinstance(member, dict))
         checks = {
-            i: _no_datetime if check is _date and timed else check
+            i: check
             for i, member in enumerate(members)
             if (check := self.of(member, space, in_union=True))
-            and not (check is _uuid and "string" in members)
+            and not (check is _uuid and "string" in members[:i])
             and not (isinstance(member, str) and wider.get(member) in members)
         }
+        for i, member in enumerate(members):
+            if checks.get(i) is _date and timed:
+                checks[i] = _no_datetime
+            if taken := _taken(member, members[i + 1 :]):
+                checks[i] = _before(taken, member["logicalType"], checks.get(i))
         if not checks:
             return None
         if len(members) - members.count("null") == 1:
@@ -170,6 +175,27 @@ def _by_name(avro: Any, space: str) -> Any:
     if avro["type"] in {"record", "error", "enum", "fixed"}:
         return _full_name(avro["name"], avro.get("namespace", space))
     return avro | {part: _by_name(avro[part], space) for part in ("type", "items", "values") if part in avro}
+
+
+def _taken(logical: Any, behind: Sequence[Any]) -> set[str]:
+    """The plain types behind a logical one in a union whose values fastavro would write as that."""
+    if not isinstance(logical, dict) or logical.get("logicalType") not in {*_LOGICAL, "decimal"}:
+        return set()
+    taken = _TAKEN.get(str(logical["type"]), set()) | ({"string"} if logical["logicalType"] == "date" else set())
+    bare = (member["type"] if isinstance(member, dict) and "logicalType" not in member else member for member in behind)
+    return taken.intersection(name for name in bare if isinstance(name, str))
+
+
+def _before(taken: set[str], logical: str, check: Check | None) -> Check:
+    """The check of a logical type that stands before plain ones."""
+
+    def plain(value: Any) -> Misfit | None:
+        for name in taken:
+            if _PLAIN[name](value):
+                return Misfit("", f"it would become a {logical}; in a union, put {name} before the {logical}")
+        return check(value) if check else None
+
+    return plain
 
 
 def _within(field: object, misfit: Misfit) -> Misfit:
@@ -322,6 +348,15 @@ def _uuid(value: Any) -> Misfit | None:
 _UNNAMED: Final = {"null", "boolean", "int", "long", "float", "double", "bytes", "string", "array", "map"}
 _SCALARS: Final[Mapping[str, Check]] = {
     "null": _null, "boolean": _boolean, "int": _int, "long": _long, "float": _float, "double": _double
+}  # fmt: skip
+_NUMBERS: Final = {"int", "long", "float", "double"}
+_PLAIN: Final[Mapping[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(_NUMBERS, _is_whole),
+    "string": lambda value: isinstance(value, str),
+    "bytes": lambda value: isinstance(value, (bytes, bytearray)),
+}
+_TAKEN: Final[Mapping[str, set[str]]] = {
+    "int": _NUMBERS, "long": _NUMBERS, "string": {"string"}, "bytes": {"bytes"}, "fixed": {"bytes"}
 }  # fmt: skip
 _IN_UNIONS: Final[Mapping[str, Check]] = {"float": _rounded_to_float, "double": _rounded_to_double}
 _LOGICAL: Final[Mapping[str, Check]] = {

@@ -198,8 +198,7 @@ def _of_hint(hint: Any, place: str, metadata: Sequence[Any], seen: dict[type, st
         return _of_hint(hint, place, [*metadata, *extra], seen)
     if origin in {typing.Union, types.UnionType}:
         members = [_of_hint(arg, place, metadata, seen) for arg in arguments if arg not in _NULLS]
-        # Avro's serializer takes the first that a value fits: a datetime is a date, and an int a double.
-        members.sort(key=lambda member: member in ("double", _SCALARS[dt.date]))
+        members.sort(key=_rank)
         return ["null", *members] if len(members) < len(arguments) else members
     if origin is typing.Literal:
         return _of_values(arguments, place)
@@ -226,6 +225,16 @@ def _of_hint(hint: Any, place: str, metadata: Sequence[Any], seen: dict[type, st
 
 
 _DIGITS: Final = ("max_digits", "decimal_places")
+
+
+def _rank(member: AvroType) -> int:
+    """Where a union has a member: Avro's serializer takes the first that a value fits.
+
+    An int is a double and most logical types, text a UUID and a date, bytes a decimal, and a datetime a date.
+    """
+    if isinstance(member, dict) and "logicalType" in member:
+        return 3 if member["logicalType"] == "date" else 2
+    return 1 if member == "double" else 0
 
 
 def _of_values(values: Sequence[Any], place: str) -> AvroType:
