@@ -36,6 +36,7 @@ from pydantic import (
 )
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError, Remedy
+from dataforge_kafka_dagster.kafka.records import KafkaRecord
 from dataforge_kafka_dagster.kafka.registry import SchemaRegistry, SchemaRegistryConfig, client_options
 from dataforge_kafka_dagster.kafka.schema_types import message_class, rows_of_frame
 from dataforge_kafka_dagster.kafka.schemas import KafkaSchema, SchemaDecoder, SchemaEncoder, SchemaEncoders
@@ -1055,6 +1056,20 @@ def test_none_stays_none(registry):
     encode = encoder(registry, {"text": FLIGHT})
     assert encode([None, {"tailnum": "N1"}])[0] is None
     assert SchemaDecoder(registry)(None, "avro") is None
+
+
+@pytest.mark.parametrize("form", mostly_slow(FORMATS))
+def test_tombstones_and_records_without_key_may_come_before_what_a_schema_is_derived_from(registry, form):
+    place, decode = Place(1.0, 2.0), SchemaDecoder(registry)
+    records = [KafkaRecord(None, key=place), KafkaRecord(place, key=None), KafkaRecord(place, key=place)]
+    for rows in (records, records[1:], records[:1]):
+        encoders = SchemaEncoders(encoder(registry, form), encoder(registry, form, part="key"), form)
+        found = [
+            part for chunk in chunks(rows, encoders=encoders) for part in zip(chunk.values, chunk.keys, strict=True)
+        ]
+        assert [(decode(value, form), decode(key, form)) for value, key in found] == [
+            (row.value and dataclasses.asdict(place), row.key and dataclasses.asdict(place)) for row in rows
+        ]
 
 
 # Reaching the registry.

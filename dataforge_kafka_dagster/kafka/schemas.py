@@ -631,7 +631,10 @@ class SchemaEncoder:
             KafkaError: The registry refused the schema or does not answer.
         """
         if self._serialize is None:
-            self.prepare(next((row for row in rows if row is not None), None))
+            first = next((row for row in rows if row is not None), None)
+            if first is None:  # no schema can be derived yet, and none is needed
+                return [None] * len(rows)
+            self.prepare(first)
         serialize = cast("Callable[[Any], bytes]", self._serialize)
         encoded: list[bytes | None] = []
         try:
