@@ -693,6 +693,29 @@ def test_a_name_in_an_avro_schema_is_checked_like_what_it_names(registry):
     assert caught.value.field == "b.n"
 
 
+def test_what_an_avro_schema_refers_to_in_other_subjects_is_checked_too(registry):
+    deep = record("org.example.Deep", id=UUID, ok="boolean")
+    inner = record("org.example.Inner", at=UTC_MICROS, deep="org.example.Deep")
+    outer = record("R", note=["org.example.Deep", NOTE], i="org.example.Inner", again=["null", "org.example.Inner"])
+    to_deep, to_inner = (SchemaReference(f"org.example.{name.title()}", name, 1) for name in ("deep", "inner"))
+    registry.client.register_schema("deep", Schema(json.dumps(deep), "AVRO"))
+    registry.client.register_schema("inner", Schema(json.dumps(inner), "AVRO", [to_deep]))
+    registry.client.register_schema("flights-value", Schema(json.dumps(outer), "AVRO", [to_deep, to_inner]))
+    encode = encoder(registry, "latest")
+    good = {"at": NOON.replace(tzinfo=UTC), "deep": {"id": uuid.UUID(int=1), "ok": True}}
+    row = {"note": {"id": "N-17", "text": "hi"}, "i": good, "again": good}
+    assert SchemaDecoder(registry)(encode([row])[0], "avro") == row
+    for changed, field in (
+        ({"i": good | {"deep": good["deep"] | {"ok": "no"}}}, "i.deep.ok"),
+        ({"i": good | {"at": NOON}}, "i.at"),
+        ({"again": good | {"at": NOON}}, "again.at"),
+        ({"note": {"id": "N-17", "ok": True}}, "note.id"),
+    ):
+        with pytest.raises(InvalidRecordError) as caught:
+            encode([row | changed])
+        assert caught.value.field == field
+
+
 def test_what_fits_an_avro_schema_is_written_as_it_is(registry):
     types = ["boolean", "int", "float", "double", ["string", {"type": "string", "logicalType": "uuid"}], "bytes"]
     types += [{"type": "array", "items": "long"}, ["null", "float", "double"], DAY, DAY]

@@ -35,23 +35,27 @@ class Misfit(NamedTuple):
 Check = Callable[[Any], "Misfit | None"]
 
 
-def avro_check(avro: Any) -> Check | None:
+def avro_check(avro: Any, others: Sequence[Any] = ()) -> Check | None:
     """A function that tells what of a value would be written as something else.
 
     Args:
         avro: An Avro schema as JSON values.
+        others: The schemas that define what it refers to by name, each behind those that it refers to itself.
 
     Returns:
         None if there is nothing that fastavro does not check.
     """
-    return _Checks(avro).of(avro)
+    schemas = [*others, avro]
+    schemas = [schema for i, schema in enumerate(schemas) if schema not in schemas[:i]]
+    checks = _Checks(schemas)
+    return [checks.of(schema) for schema in schemas][-1]
 
 
 class _Checks:
     """Checks by type. What is inside a union has its type checked already."""
 
-    def __init__(self, avro: Any) -> None:
-        self._avro = avro
+    def __init__(self, schemas: Sequence[Any]) -> None:
+        self._schemas = schemas
         self._records: dict[str, Any] = {}
         self._made: dict[tuple[str, bool], list[Check | None]] = {}
 
@@ -111,20 +115,24 @@ class _Checks:
         def schema() -> Any:
             from fastavro import parse_schema  # noqa: PLC0415  (optional)
 
-            # An array of the whole schema, always empty, defines the names.
-            names = {"name": "names", "type": {"type": "array", "items": self._avro}}
-            fields = [names, {"name": "value", "type": types}]
-            return parse_schema({"type": "record", "name": "_Choice", "fields": fields})
+            # Arrays of the whole schemas, always empty, define the names.
+            fields = [
+                {"name": f"names{i}", "type": {"type": "array", "items": avro}, "default": []}
+                for i, avro in enumerate(self._schemas)
+            ]
+            return parse_schema(
+                {"type": "record", "name": "_Choice", "fields": [*fields, {"name": "value", "type": types}]}
+            )
 
         def choose(value: Any) -> int | None:
             from fastavro import schemaless_reader, schemaless_writer  # noqa: PLC0415  (optional)
 
             written = io.BytesIO()
             try:
-                schemaless_writer(written, schema(), {"names": [], "value": value})
-            except Exception:  # noqa: BLE001  (no member fits, or the schema has names of other subjects)
+                schemaless_writer(written, schema(), {"value": value})
+            except Exception:  # noqa: BLE001  (no member fits, or schemas of other subjects have a name twice)
                 return None
-            written.seek(1)
+            written.seek(len(self._schemas))
             return typing.cast("int", schemaless_reader(written, "long", None))
 
         return choose

@@ -488,10 +488,12 @@ class SchemaEncoder:
 
         schema, more = self._known_schema()
         self._avro = json.loads(schema.schema_str)
-        check = avro_check(self._avro)
         # A field that the schema lacks is an error, not left out.
         conf = _conf(self._schema) | {"validate.strict.allow.default": True} | more
         serialize = self._build(lambda: AvroSerializer(self._registry.client, schema, conf=conf))
+        with self._registry.errors(f"{self._part} schema of topic {self._topic!r}"):
+            others = [json.loads(found.schema_str) for _, found in _referred(self._registry, schema, deleted=True)]
+        check = avro_check(self._avro, others)
         if check is None:
             return lambda row: serialize(_plain(row))
 
@@ -747,6 +749,14 @@ def _record_names(schema: Any, space: str = "") -> set[str]:
         names.add(name if "." in name or not space else f"{space}.{name}")
         names.update(name for field in schema["fields"] for name in _record_names(field["type"], space))
     return names
+
+
+def _referred(registry: SchemaRegistry, schema: Any, **options: Any) -> Iterator[tuple[str, Any]]:
+    """(name, schema) of each of other subjects that a schema refers to, behind those that it refers to itself."""
+    for reference in schema.references or ():
+        found = registry.client.get_version(reference.subject, reference.version, **options).schema
+        yield from _referred(registry, found, **options)
+        yield reference.name, found
 
 
 def _registry_schema(text: str, form: SchemaFormat) -> Any:
@@ -1030,11 +1040,10 @@ class SchemaDecoder:
 
     def _imported(self, schema: Any) -> list[Any]:
         files = []
-        for reference in schema.references or ():
-            found = self._registry.client.get_version(reference.subject, reference.version, fmt="serialized").schema
+        for name, found in _referred(self._registry, schema, fmt="serialized"):
             file = _file_of_text(found.schema_str or "")
-            file.name = reference.name
-            files += [*self._imported(found), file]
+            file.name = name
+            files.append(file)
         return files
 
 
