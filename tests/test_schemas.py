@@ -411,6 +411,18 @@ def test_keys_of_a_frame_have_the_type_of_their_column(registry):
     assert one.registered.part == "key"
 
 
+def test_a_decimal_by_itself_is_no_avro_key(registry):
+    frame = frame_of("polars", {"price": [decimal.Decimal("1.25")], "day": [dt.date(2013, 1, 1)]})
+    with pytest.raises(KafkaConfigError, match="no decimal outside a record") as caught:
+        encoder(registry, "avro", part="key").prepare(frame, ["price"])
+    assert "Cast" in caught.value.fix
+    assert registry.client.get_subjects() == []
+    for form, fields in (("avro", ["price", "day"]), ("json_schema", ["price"])):
+        encoders = SchemaEncoders(None, encoder(registry, form, form, part="key"))
+        (chunk,) = chunks(frame, fields, encoders=encoders)
+        assert len(chunk.keys) == 1
+
+
 @pytest.mark.parametrize(
     "ids", [["a", None], [1.5, None], pd.array([1, None], "Int64"), [pd.Timestamp(2013, 1, 1), None]]
 )

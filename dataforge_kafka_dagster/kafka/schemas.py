@@ -379,6 +379,11 @@ class SchemaEncoder:
             avro = key_of_frame(like, key, f"{name}_key")
             if self.form == "protobuf" and len(key) == 1:
                 raise self._not_derived("a single column is no Protobuf message")
+            if self.form == "avro" and isinstance(avro, dict) and avro.get("logicalType") == "decimal":
+                # It writes bytes as they are, without a length, and reads them back as bytes.
+                raise self._not_derived(
+                    "confluent-kafka writes no decimal outside a record", "Cast the column to text or an int"
+                )
             return schema.with_avro(avro)
         return self._derived_from(like)
 
@@ -389,12 +394,13 @@ class SchemaEncoder:
             raise self._not_derived(f"a {type(like).__qualname__} does not say which types its fields have")
         return self._schema.with_class(type(like))
 
-    def _not_derived(self, cause: str) -> KafkaConfigError:
-        return KafkaConfigError(
-            f"{self._part} schema {self.form!r} of topic {self._topic!r}",
-            f"it cannot be derived: {cause}",
-            "Give the schema as text or file, or publish dataclasses, pydantic models or a data frame",
-        )
+    def _not_derived(
+        self,
+        cause: str,
+        fix: str = "Give the schema as text or file, or publish dataclasses, pydantic models or a data frame",
+    ) -> KafkaConfigError:
+        culprit = f"{self._part} schema {self.form!r} of topic {self._topic!r}"
+        return KafkaConfigError(culprit, f"it cannot be derived: {cause}", fix)
 
     def _text_of(self, schema: KafkaSchema) -> tuple[str, str | None]:
         """A given schema's text, as the registry keeps it, and its record's name."""
