@@ -820,6 +820,37 @@ def test_a_frames_whole_numbers_are_not_rounded_to_a_given_schemas_doubles(regis
         list(chunks(frame, encoders=encoders))
 
 
+@pytest.mark.parametrize(
+    ("values", "avro"),
+    mostly_slow(
+        [
+            ([1, None, 1], "long"),
+            (["a", None], "string"),
+            ([1.5, 2.5], "double"),
+            ([dt.date(2013, 1, 1), None], DAY),
+            ([NOON, None], LOCAL_MICROS),
+        ]
+    ),
+)
+def test_categories_have_the_type_of_their_values(registry, values, avro):
+    arrow = pa.array(values).dictionary_encode()
+    extension = pd.Series(pd.arrays.ArrowExtensionArray(pa.chunked_array([arrow])))
+    kinds = [pd.Categorical(values), pd.Categorical(values, ordered=True), extension]
+    frames = [*(pd.DataFrame({"c": kind}) for kind in kinds), pa.table({"c": arrow})]
+    for i, frame in enumerate(frames):
+        encode = encoder(registry, "avro", f"t{i}")
+        encoders = SchemaEncoders(encode, None, "avro")
+        (chunk,) = chunks(frame, encoders=encoders)
+        assert [SchemaDecoder(registry)(value, "avro")["c"] for value in chunk.values] == values
+        assert json.loads(registry.client.get_schema(encode.registered.id).schema_str)["fields"][0]["type"][1] == avro
+
+
+def test_categories_of_no_one_type_are_refused_before_a_schema_is_registered(registry):
+    with pytest.raises(InvalidRecordError, match="column 'c'.*Cast it"):
+        encoder(registry, "avro").prepare(nw.from_native(pd.DataFrame({"c": pd.Categorical([1, "a"])})))
+    assert registry.client.get_subjects() == []
+
+
 def test_a_frame_with_a_null_does_not_fit_a_schema_without(registry):
     encoders = SchemaEncoders(
         encoder(registry, {"text": {"type": "record", "name": "R", "fields": [{"name": "on", "type": "boolean"}]}}),

@@ -304,6 +304,9 @@ def key_of_frame(frame: nw.DataFrame[Any], fields: Sequence[str], name: str) -> 
 def _of_dtype(series: nw.Series[Any], dtype: Any, place: str, taken: list[str]) -> AvroType:
     """A data type's Avro type; `taken` has the names of the records so far."""
     kind = type(dtype).__name__
+    if kind in {"Categorical", "Enum"} and dtype == series.dtype and not series.implementation.is_polars():
+        series = _categories(series)
+        return _of_dtype(series, series.dtype, place, taken)
     known = _COLUMNS.get(kind)
     if known is not None:
         return known
@@ -315,9 +318,7 @@ def _of_dtype(series: nw.Series[Any], dtype: Any, place: str, taken: list[str]) 
     if kind == "Datetime":
         return {"type": "long", "logicalType": f"{'' if dtype.time_zone else 'local-'}timestamp-micros"}
     if kind == "Decimal" and dtype == series.dtype:
-        native: Any = series.to_native()
-        native = getattr(native, "dtype", None) or native.type
-        native = getattr(native, "pyarrow_dtype", native)
+        native = _native_type(series)
         if (native.scale or 0) >= 0:
             return decimal_type(native.precision or 38, native.scale or 0)
     if kind in {"List", "Array"}:
@@ -340,6 +341,25 @@ def _no_column_type(place: str, what: str) -> InvalidRecordError:
         "Cast it, or give the schema as text",
         field=place,
     )
+
+
+def _native_type(series: nw.Series[Any]) -> Any:
+    """A column's data type as pandas or Arrow has it."""
+    native: Any = series.to_native()
+    native = getattr(native, "dtype", None) or native.type
+    return getattr(native, "pyarrow_dtype", native)
+
+
+def _categories(series: nw.Series[Any]) -> nw.Series[Any]:
+    """A series of the type of a column's categories, which need not be text in pandas and Arrow."""
+    import narwhals as nw  # noqa: PLC0415  (slow to import)
+
+    native = _native_type(series)
+    if hasattr(native, "categories"):
+        return nw.from_native(native.categories.to_series(), series_only=True)
+    import pyarrow as pa  # noqa: PLC0415  (optional)
+
+    return nw.from_native(pa.chunked_array([], native.value_type), series_only=True)
 
 
 def rows_of_frame(frame: nw.DataFrame[Any], *, nan_is_null: bool = True) -> list[dict[str, Any]]:
