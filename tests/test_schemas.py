@@ -1201,11 +1201,12 @@ def answering():
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        body = b""
+        body, message = b"", ""
 
         def _answer(self):
             asked.append((self.command, self.path, dict(self.headers)))
-            body = Handler.body or json.dumps({"error_code": Handler.status, "message": Handler.message}).encode()
+            refusal = {"error_code": Handler.status, "message": Handler.message}
+            body = Handler.body if Handler.status < 300 else json.dumps(refusal).encode()
             self.send_response(Handler.status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
@@ -1261,13 +1262,52 @@ def test_the_registrys_refusals_keep_its_words_and_say_what_to_do(answering, sta
     assert {headers.get("Authorization", headers.get("authorization")) for _, _, headers in asked} == {expected}
 
 
-@pytest.mark.slow
-def test_an_answer_that_is_no_registrys_says_so(answering):
+def latest(form):
+    return KafkaSchema(format=form, use_latest_version=True, name="N")
+
+
+ASKING = {
+    "register": lambda registry, form: encoder(registry, KafkaSchema.of(Place, format=form)).prepare(),
+    "latest": lambda registry, form: encoder(registry, latest(form)).prepare(),
+    "decode": lambda registry, form: SchemaDecoder(registry)(b"\0\0\0\0\1\0\2", form),
+    "is compatible": lambda registry, form: encoder(registry, KafkaSchema.of(Place, format=form)).compatibility(),
+    "has a latest": lambda registry, form: encoder(registry, latest(form)).compatibility(),
+}
+
+
+@pytest.mark.parametrize("asking", ASKING)
+@pytest.mark.parametrize("form", mostly_slow(FORMATS))
+def test_an_answer_that_is_no_registrys_says_so(answering, asking, form):
     handler, url, _ = answering
-    handler.status, handler.body = 200, b"<html>Please log in</html>"
-    with pytest.raises(KafkaError, match=r"no Schema Registry: its answer is no JSON.*url, with the path") as caught:
-        encoder(SchemaRegistry(SchemaRegistryConfig(url=url)), {"text": FLIGHT})([{"tailnum": "N1"}])
-    assert caught.value.remedy is Remedy.FAIL
+    answers = [(200, body) for body in (b"<html>Please log in</html>", b"null", b"[]", b"{}", b'"x"', b'{"id": "x"}')]
+    for handler.status, handler.body in [*answers, (204, b"")]:
+        with pytest.raises(KafkaError, match=r"what answers there is no Schema Registry.*url, with the path") as caught:
+            ASKING[asking](SchemaRegistry(SchemaRegistryConfig(url=url)), form)
+        assert caught.value.remedy is Remedy.FAIL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, -1, None, True])
+def test_an_id_that_no_schema_has_is_no_registrys(answering, number):
+    handler, url, _ = answering
+    handler.status, handler.body = 200, json.dumps({"id": number, "version": 1, "schema": '"string"'}).encode()
+    for asking in ("register", "latest"):
+        with pytest.raises(KafkaError, match="what answers there is no Schema Registry"):
+            ASKING[asking](SchemaRegistry(SchemaRegistryConfig(url=url)), "avro")
+
+
+def test_a_latest_version_that_is_no_avro_schema_is_told(answering):
+    handler, url, _ = answering
+    handler.status, handler.body = 200, json.dumps({"id": 1, "version": 1, "schema": "record R"}).encode()
+    with pytest.raises(KafkaConfigError, match="no avro schema"):
+        ASKING["latest"](SchemaRegistry(SchemaRegistryConfig(url=url)), "avro")
+
+
+def test_a_record_that_is_no_json_is_no_answer_of_the_registry(registry):
+    encode = encoder(registry, KafkaSchema(format="json_schema", text='{"type": "object"}'))
+    (data,) = encode([{"a": 1}])
+    with pytest.raises(KafkaError, match="they are not json_schema"):
+        SchemaDecoder(registry)(data[:-1], "json_schema")
 
 
 @pytest.mark.slow

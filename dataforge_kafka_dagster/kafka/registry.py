@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import struct
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -112,6 +114,16 @@ def _number(name: str, text: str) -> float:
         raise ValueError(f"{name} is not a number") from None
 
 
+def is_answer(error: json.JSONDecodeError) -> bool:
+    """Whether it is a registry's answer that is no JSON, and not a record."""
+    return any(module.startswith("httpx") for module in _modules(error))
+
+
+def _modules(error: Exception) -> list[str]:
+    """The modules that an error came through."""
+    return [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+
+
 class SchemaRegistry:
     """A connection to a Schema Registry, with its errors as ours. Nothing is connected before the first question.
 
@@ -150,6 +162,7 @@ class SchemaRegistry:
             KafkaError: The registry refused or did not answer; its `remedy` says whether trying again can help.
         """
         from confluent_kafka.schema_registry.error import SchemaRegistryError  # noqa: PLC0415  (optional)
+        from confluent_kafka.serialization import SerializationError  # noqa: PLC0415  (heavy)
 
         try:
             yield
@@ -159,10 +172,36 @@ class SchemaRegistry:
             raise
         except json.JSONDecodeError as error:
             raise self._odd_answer(f"{culprit}, {self.name}", f"its answer is no JSON: {error}") from None
+        except (AttributeError, KeyError, TypeError, struct.error, SerializationError) as error:
+            # confluent-kafka takes an answer's form for granted.
+            if not _modules(error)[-1].startswith("confluent_kafka.schema_registry"):
+                raise
+            raise self._odd_answer(f"{culprit}, {self.name}", f"its answer has another form: {error}") from error
         except Exception as error:
             if not type(error).__module__.startswith("httpx"):
                 raise
             raise self._unreachable(error) from None
+
+    def checked(self, found: Any, culprit: str) -> Any:
+        """A registered schema as it was answered.
+
+        Raises:
+            KafkaError: It lacks what each has.
+        """
+        if type(found.schema_id) is not int or found.schema_id < 1:
+            raise self._odd_answer(f"{culprit}, {self.name}", f"its answer has the id {found.schema_id!r}")
+        self.text_of(found.schema, culprit)
+        return found
+
+    def text_of(self, schema: Any, culprit: str) -> str:
+        """The text of a schema as it was answered.
+
+        Raises:
+            KafkaError: It has none.
+        """
+        if not isinstance(schema.schema_str, str):
+            raise self._odd_answer(f"{culprit}, {self.name}", "its answer has no schema")
+        return schema.schema_str
 
     @staticmethod
     def _odd_answer(culprit: str, cause: str) -> KafkaError:

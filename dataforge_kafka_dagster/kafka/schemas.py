@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from dataforge_kafka_dagster.kafka.avro_check import avro_check
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError
-from dataforge_kafka_dagster.kafka.registry import INSTALL, SchemaRegistry, SchemaRegistryConfig
+from dataforge_kafka_dagster.kafka.registry import INSTALL, SchemaRegistry, SchemaRegistryConfig, is_answer
 from dataforge_kafka_dagster.kafka.schema_types import (
     avro_of_class,
     avro_of_frame,
@@ -356,7 +356,7 @@ class SchemaEncoder:
         subject = self._subject(name)
         with self._registry.errors(f"subject {subject!r}"):
             try:
-                latest = client.get_latest_version(subject)
+                latest = self._registry.checked(client.get_latest_version(subject), f"subject {subject!r}")
             except SchemaRegistryError as error:
                 if error.http_status_code != 404:  # noqa: PLR2004
                     raise
@@ -431,9 +431,9 @@ class SchemaEncoder:
         if schema.use_latest_version:
             subject = self._subject(schema.name)
             with self._registry.errors(f"subject {subject!r}"):
-                found = client.get_latest_version(subject)
+                found = self._registry.checked(client.get_latest_version(subject), f"subject {subject!r}")
             self._check_type(found.schema, subject)
-            self.registered = RegisteredSchema(self._part, self.form, subject, int(found.schema_id or 0), found.version)
+            self.registered = RegisteredSchema(self._part, self.form, subject, found.schema_id, found.version)
             # Only with use.latest.version does confluent-kafka run the rules of a data contract: slowly.
             return found.schema, {"use.latest.version": True} if found.schema.rule_set else {}
         text, name = self._text_of(schema)
@@ -442,8 +442,8 @@ class SchemaEncoder:
         with self._registry.errors(f"subject {subject!r}"):
             if schema.auto_register:
                 client.register_schema(subject, given)
-            found = client.lookup_schema(subject, given)
-        self.registered = RegisteredSchema(self._part, self.form, subject, int(found.schema_id or 0), found.version)
+            found = self._registry.checked(client.lookup_schema(subject, given), f"subject {subject!r}")
+        self.registered = RegisteredSchema(self._part, self.form, subject, found.schema_id, found.version)
         return given, {}
 
     def _check_type(self, found: Any, subject: str) -> None:
@@ -493,10 +493,10 @@ class SchemaEncoder:
         from confluent_kafka.schema_registry.avro import AvroSerializer  # noqa: PLC0415  (optional)
 
         schema, more = self._known_schema()
-        self._avro = json.loads(schema.schema_str)
         # A field that the schema lacks is an error, not left out.
         conf = _conf(self._schema) | {"validate.strict.allow.default": True} | more
         serialize = self._build(lambda: AvroSerializer(self._registry.client, schema, conf=conf))
+        self._avro = json.loads(schema.schema_str)
         with self._registry.errors(f"{self._part} schema of topic {self._topic!r}"):
             others = [json.loads(found.schema_str) for _, found in _referred(self._registry, schema, deleted=True)]
         check = avro_check(self._avro, others)
@@ -1006,6 +1006,8 @@ class SchemaDecoder:
             try:
                 return self._decoders[form](data)
             except (SerializationError, ValueError, EOFError, IndexError) as error:
+                if isinstance(error, json.JSONDecodeError) and is_answer(error):
+                    raise
                 raise KafkaError(
                     f"bytes {data[:10].hex(' ')}...",
                     f"they are not {form} in a Schema Registry's wire format: {error}",
@@ -1039,7 +1041,8 @@ class SchemaDecoder:
 
             schema = self._registry.client.get_schema(int(found.id or 0), fmt="serialized")
             files = self._imported(schema)
-            cls = message_class(_file_of_text(schema.schema_str or ""), place[1], files)
+            text = self._registry.text_of(schema, f"schema {found.id}")
+            cls = message_class(_file_of_text(text), place[1], files)
             # The class is known, so no subject is needed; confluent-kafka 2.13 asks for one all the same.
             self._messages[place] = ProtobufDeserializer(cls, {"subject.name.strategy": lambda _context, _name: None})
         return message_to_dict(self._messages[place](data))
