@@ -664,8 +664,8 @@ class PublicationWriter:
         producer, troubles = self._live_producer(), self._connection.troubles
         left = len(producer) if troubles else 0
         if self._connection.serve(wait, seconds, self._has_failed):
-            failed = any(track.first_failure for track in self._all_tracks)
-            if len(producer) < left and self._connection.troubles == troubles and not failed:
+            taken = left and len(producer) < left and self._connection.troubles == troubles
+            if taken and not any(track.first_failure for track in self._all_tracks):
                 # Brokers take records again: what fails later has another cause.
                 self._connection.connected()
             return
