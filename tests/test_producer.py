@@ -12,6 +12,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+import confluent_kafka
 import pytest
 
 from dataforge_kafka_dagster import (
@@ -626,6 +627,44 @@ def test_flush_keeps_the_remedy_of_the_first_failure(unconnected, monkeypatch):
         producer.flush()
     assert (caught.value.code, caught.value.remedy) == ("_AUTHENTICATION", Remedy.RETRY)
     producer.close()
+
+
+class _Drained:
+    """A client that has given all its reports, as after a fatal error."""
+
+    def __init__(self, client):
+        self._client = client
+
+    def __len__(self):
+        return 0
+
+    def __getattr__(self, name):
+        return getattr(self._client, name)
+
+
+def test_flush_waits_for_a_report_that_another_thread_has_taken_and_not_counted_yet(unconnected, monkeypatch):
+    producer, taken, cause = unconnected(delivery_timeout=4, linger_ms=0), threading.Event(), Connection.cause
+
+    def slow(self, *args):
+        taken.set()
+        time.sleep(0.5)
+        return cause(self, *args)
+
+    producer.send_async("t", "x")
+    ((report, _),) = producer._unreported.items()
+    client = producer._producer
+    with monkeypatch.context() as patch:
+        patch.setattr(Connection, "cause", slow)
+        patch.setattr(producer, "_producer", _Drained(client))
+        error = confluent_kafka.KafkaError(confluent_kafka.KafkaError._FATAL)
+        thread = threading.Thread(target=report, args=(error, None))
+        thread.start()
+        assert taken.wait(10)
+        with pytest.raises(KafkaError, match="1 records were not delivered"):
+            producer.flush()
+        thread.join(10)
+    with pytest.raises(KafkaTimeoutError):
+        producer.close(0.1)
 
 
 def test_a_callback_may_send_until_the_end_of_close(config, kafka_topic, read):

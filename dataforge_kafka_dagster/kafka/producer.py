@@ -96,6 +96,8 @@ class DataForgeKafkaProducer:
         """How many calls of librdkafka that wait are under way, those of close left out."""
         self._reporting = threading.local()
         self._unreported: dict[_Report, tuple[str, bytes | None]] = {}
+        # Reports that a thread has taken and not counted yet.
+        self._settling: set[object] = set()
         """What is to tell the end of each record that was sent, and the record's topic and key."""
         self._producer = self._connection.producer(producer_options(self.config))
         _alive.add(self)
@@ -227,7 +229,7 @@ class DataForgeKafkaProducer:
     def _left(self) -> int:
         """How many records are not told of; another thread may have taken a report, and not told it yet."""
         with self._lock:
-            return 0 if self._closed.is_set() else len(self._producer) or len(self._unreported)
+            return 0 if self._closed.is_set() else len(self._producer) or len(self._unreported) or len(self._settling)
 
     def _tell(self, wait: Callable[[float], object], seconds: float) -> None:
         self._connection.serve(wait, seconds)
@@ -254,15 +256,19 @@ class DataForgeKafkaProducer:
 
         def on_delivery(err: confluent_kafka.KafkaError | None, msg: Any) -> None:
             # With a fatal error pending, the first call raises it, so that this does nothing: `_serve` does it again.
-            if self._unreported.get(on_delivery) is None or self._unreported.pop(on_delivery, None) is None:
+            if self._unreported.get(on_delivery) is None:
                 return
+            taken = object()
+            self._settling.add(taken)
             outer, self._reporting.now = self._in_callback, True
             try:
-                settle(err, msg)
+                if self._unreported.pop(on_delivery, None) is not None:
+                    settle(err, msg, taken)
             finally:
+                self._settling.discard(taken)
                 self._reporting.now = outer
 
-        def settle(err: confluent_kafka.KafkaError | None, msg: Any) -> None:
+        def settle(err: confluent_kafka.KafkaError | None, msg: Any, taken: object) -> None:
             if err is None:
                 self._connection.connected()
                 kind, timestamp = msg.timestamp()
@@ -278,6 +284,7 @@ class DataForgeKafkaProducer:
                 # What close gives up it tells at once, not record by record.
                 logger.log(logging.DEBUG if err.name().startswith("_PURGE") else logging.ERROR, "%s", error)
                 future.set_exception(error)
+            self._settling.discard(taken)
             if callback is not None:
                 try:
                     callback(err, msg)
