@@ -517,9 +517,9 @@ class KafkaTopicComponent(_Component):
 
     Attributes:
         asset: Key, Dagster partitions and all else that Dagster wants to know.
-        source: Returns the records, and may take the asset's context, by an argument that has no default or is named
-            ``context``; or the path of their file, relative to the
-            component's folder, in which {partition_key} is filled in.
+        source: Returns the records, and may take the asset's context, by an argument that has no default, is named
+            ``context`` or is annotated with a context; or the path of their file, relative to the component's folder,
+            in which {partition_key} is filled in.
         topic: The topic; the IO manager's if None.
         key: Field that is the record's key, or several.
         create_topic: How to create the topic if it is missing; the resource's ``create_topics`` if None.

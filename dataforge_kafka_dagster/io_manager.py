@@ -173,7 +173,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
             said["kafka/mapping_key"] = context.mapping_key
         context.add_output_metadata(said)
         # What the asset has added by the same names would be shown instead.
-        for of_partition, added in _added_metadata(context, len(identity.partition)).items():
+        for of_partition, added in _added_metadata(context, identity.partition).items():
             same = {name: value for name, value in said.items() if name in added}
             if same:
                 context.step_context.add_asset_metadata(same, context.asset_key, of_partition)
@@ -400,8 +400,8 @@ def _tell_at_once(context: dg.OutputContext, done: Mapping[str, dict[str, Any]])
     step, key = context.step_context, context.asset_key
     for partition in context.asset_partition_keys:
         if str(partition) in done:
-            added = [step.get_asset_metadata(key, of_partition) or {} for of_partition in (None, str(partition))]
-            metadata = {**added[0], **added[1], **done[str(partition)]}
+            added = _added_metadata(context, [str(partition)])
+            metadata = {**added.get(None, {}), **added.get(str(partition), {}), **done[str(partition)]}
             parts = partition.keys_by_dimension if isinstance(partition, dg.MultiPartitionKey) else {}
             tags = {f"dagster/partition/{dimension}": part for dimension, part in parts.items()}
             event = dg.AssetMaterialization(key, partition=partition, metadata=metadata, tags=tags)
@@ -474,8 +474,8 @@ def _check_names(context: dg.OutputContext) -> None:
     Raises:
         KafkaConfigError: A name is one of its own but for a slip, or was added for one Dagster partition of several.
     """
-    partitions = list(context.asset_partition_keys) if context.has_asset_partitions else []
-    added = _added_metadata(context, len(partitions))
+    partitions = _partitions_of(context)
+    added = _added_metadata(context, partitions)
     short = {name.removeprefix(_PREFIX) for name in _NAMES}
     for metadata in (context.output_metadata, *added.values(), context.definition_metadata):
         for name in metadata or ():
@@ -504,7 +504,10 @@ def _metadata(context: dg.OutputContext, name: str) -> Any:
     Raises:
         KafkaConfigError: It is an EnvVar, which Dagster does not resolve there.
     """
-    for metadata in (context.output_metadata, *_added_metadata(context, 1).values(), context.definition_metadata):
+    partitions = _partitions_of(context)
+    # Those of several are refused by `_check_names`.
+    added = _added_metadata(context, partitions if len(partitions) == 1 else ())
+    for metadata in (context.output_metadata, *added.values(), context.definition_metadata):
         value = (metadata or {}).get(name)
         if value is not None:
             if is_env_var(value):
@@ -517,19 +520,16 @@ def _metadata(context: dg.OutputContext, name: str) -> Any:
     return None
 
 
-def _added_metadata(context: dg.OutputContext, most: int) -> dict[str | None, Mapping[str, Any]]:
-    """What the asset has added for itself by `add_asset_metadata`, by Dagster partition; last, under None, for all.
+def _partitions_of(context: dg.OutputContext) -> Sequence[str]:
+    return context.asset_partition_keys if context.has_asset_partitions else ()
 
-    Args:
-        context: Of the output.
-        most: For how many Dagster partitions it is looked up; if there are more, for none.
-    """
+
+def _added_metadata(context: dg.OutputContext, partitions: Iterable[str]) -> dict[str | None, Mapping[str, Any]]:
+    """What the asset has added by `add_asset_metadata`: for these Dagster partitions; under None, for all."""
     step = step_context_of(context)
     if step is None or not context.has_asset_key:
         return {}
-    partitions = list(context.asset_partition_keys) if context.has_asset_partitions else []
-    asked = [*(partitions if len(partitions) <= most else ()), None]
-    added = {partition: step.get_asset_metadata(context.asset_key, partition) for partition in asked}
+    added = {partition: step.get_asset_metadata(context.asset_key, partition) for partition in (*partitions, None)}
     return {partition: metadata for partition, metadata in added.items() if metadata}
 
 

@@ -96,9 +96,9 @@ class DataForgeKafkaProducer:
         """How many calls of librdkafka that wait are under way, those of close left out."""
         self._reporting = threading.local()
         self._unreported: dict[_Report, tuple[str, bytes | None]] = {}
-        # Reports that a thread has taken and not counted yet.
-        self._settling: set[object] = set()
         """What is to tell the end of each record that was sent, and the record's topic and key."""
+        self._settling: set[object] = set()
+        """Reports that a thread has taken and not counted yet."""
         self._producer = self._connection.producer(producer_options(self.config))
         _alive.add(self)
         try:

@@ -139,15 +139,14 @@ def _of_numpy(value: Any) -> Any:
     kind = value.dtype.kind
     if kind in "OU":
         return value.tolist()
-    if kind == "M" and value.ndim == 0:
-        if value != value:  # noqa: PLR0124  (NaT)
-            return None
-        micro = value.astype("M8[us]")
-        return str(value) if micro != value else orjson.Fragment(_numpy_json(micro))
     if kind == "M":
         micro = value.astype("M8[us]", order="C")
         # Not so with NaT, which is not equal to itself.
-        return orjson.Fragment(_numpy_json(micro)) if (micro == value).all() else list(value)
+        if (micro == value).all():
+            return orjson.Fragment(_numpy_json(micro))
+        if value.ndim:
+            return list(value)
+        return str(value) if value == value else None  # noqa: PLR0124
     if kind in "biuf":
         # By orjson, for the short form of a float32. It takes arrays in C order, and the machine's order of bytes.
         taken = value.flags.c_contiguous and value.dtype.isnative
