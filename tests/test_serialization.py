@@ -5,6 +5,7 @@ import enum
 import functools
 import json
 import types
+import typing
 import uuid
 import zoneinfo
 from collections import OrderedDict
@@ -27,6 +28,7 @@ from dataforge_kafka_dagster.kafka.serialization import (
     to_protobuf_json,
     with_null,
 )
+from dataforge_kafka_dagster.kafka.sources import chunks
 
 
 class Colour(enum.Enum):
@@ -239,6 +241,7 @@ NAN, INF = float("nan"), float("inf")
         ({"a": None, "b": [decimal.Decimal("sNaN")]}, "b.0"),
         (Point(1, decimal.Decimal("-Infinity")), "y"),
         ({"a": NotANumber.NAN}, "a"),
+        ({"a": types.MappingProxyType({"b": [NAN]})}, "a.b.0"),
     ],
 )
 def test_non_finite_floats_are_refused_and_never_become_null(value, field):
@@ -293,7 +296,75 @@ def test_what_a_model_makes_of_its_fields_is_refused_if_it_is_not_finite(value, 
 
 @given(st.lists(st.sampled_from([b'{"a":null}', b'{"a":[1,null,null]}', b'{"a":1}', b'{"null":2}', b"{}"])))
 def test_texts_with_null_are_found_by_position(values):
-    assert list(with_null(values, b"".join(values))) == [i for i, value in enumerate(values) if b"null" in value]
+    found = list(with_null(values, b"".join(values)))
+    nulls = [value.count(b"null") for value in values]
+    exact = [i for i, count in enumerate(nulls) if count]
+    assert found == (exact if 4 * sum(nulls) <= len(values) else list(range(len(values))))
+
+
+class Grade(enum.Enum):
+    GOOD = 1.5
+    UNKNOWN = NAN
+
+
+@dataclasses.dataclass
+class Held:
+    it: typing.Any
+
+
+class Kept(BaseModel):
+    it: typing.Any
+
+
+# Values, and whether there is NaN or infinity in them.
+FINITE = (
+    None,
+    True,
+    1,
+    1.5,
+    "NaN null",
+    dt.date(2024, 1, 1),
+    dt.datetime(2024, 1, 1),
+    decimal.Decimal("1.5"),
+    Grade.GOOD,
+)
+FINITE += (uuid.UUID(int=1), np.float64(1.5), pd.Timestamp(0))
+NOT_FINITE = (NAN, -INF, decimal.Decimal("-Infinity"), Grade.UNKNOWN, np.float64("nan"))
+marked_leaves = st.sampled_from([(value, False) for value in FINITE] + [(value, True) for value in NOT_FINITE])
+
+
+def held(inside):
+    """Marked values inside one of another kind, which is marked if one of them is."""
+
+    def fields(values):
+        return dict(zip("abcd", values, strict=False))
+
+    many = st.lists(inside, max_size=4)
+    makers = (list, tuple, fields, lambda values: OrderedDict(fields(values)))
+    makers += (lambda values: Held(it=values), lambda values: Kept(it=values))
+    return st.builds(
+        lambda make, pairs: (make([value for value, _ in pairs]), any(wrong for _, wrong in pairs)),
+        st.sampled_from(makers),
+        many,
+    )
+
+
+@given(st.lists(st.recursive(marked_leaves, held, max_leaves=6), min_size=1, max_size=8))
+def test_a_row_is_refused_if_and_only_if_nan_or_infinity_is_in_it(marked):
+    rows = [{"none": None, "no time": pd.NaT, "it": value} for value, _ in marked]
+    wrong = [i for i, (_, is_wrong) in enumerate(marked) if is_wrong]
+    if not wrong:
+        assert [len(chunk.values) for chunk in chunks(rows)] == [len(rows)]
+        return
+    with pytest.raises(InvalidRecordError, match="neither NaN nor infinity") as caught:
+        list(chunks(rows))
+    assert caught.value.index == wrong[0]
+    assert caught.value.field.startswith("it")
+
+
+def test_why_a_model_cannot_be_written_is_told():
+    with pytest.raises(InvalidRecordError, match=r"record 3: .*unknown type.*ndarray"):
+        serialize_value(Kept(it=np.array([1.0])), 3)
 
 
 def test_text_null_is_not_a_missing_value():

@@ -14,7 +14,6 @@ from dataforge_kafka_dagster.kafka.serialization import (
     Headers,
     ValueFormat,
     format_of,
-    is_finite,
     json_lines,
     record_name,
     refuse_non_finite,
@@ -192,8 +191,7 @@ class RowEncoder:
             raise
         joined = b"".join(lines)
         for i in with_null(lines, joined):
-            if not is_finite(rows[i], lines[i]):
-                refuse_non_finite(rows[i], start + i)
+            refuse_non_finite(rows[i], start + i)
         return lines, len(joined)
 
     def _check_types(self, rows: Sequence[Any], start: int, types: set[type]) -> None:

@@ -15,9 +15,10 @@ import enum
 import functools
 import itertools
 import math
+import operator
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal, cast
 
 import orjson
@@ -40,10 +41,17 @@ _NUMPY_NUMBERS: Final = frozenset(
     {"float64", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))}
 )
 
+# The types of pandas' NaT and NA.
+_MISSING: Final = frozenset({"NaTType", "NAType"})
+
 # From here on no time zone's offset from UTC has seconds: Liberia's was the last.
 STANDARD_TIME: Final = dt.datetime(1973, 1, 1, tzinfo=dt.timezone.utc)
 
 _NULL: Final = re.compile(b"null")
+
+# Types whose values are neither NaN nor infinity; and all that have nothing inside.
+_FINITE: Final = frozenset({str, int, bool, type(None), dt.datetime, dt.date, dt.time, uuid.UUID})
+_LEAVES: Final = _FINITE | {float, decimal.Decimal}
 
 RowsEncoder = Callable[[Sequence[Any], int], "list[bytes | None]"]
 """Takes values or keys, and the position of the first; returns the bytes of each, or raises `InvalidRecordError`."""
@@ -79,7 +87,7 @@ DEFAULT_ENCODERS: Final = Encoders()
 
 
 class _UnsupportedTypeError(TypeError):
-    """A type that JSON does not know, with what to do; orjson keeps it as the cause of its own error."""
+    """A type that JSON does not know, with what to do."""
 
 
 def format_of(cls: type) -> ValueFormat | None:
@@ -100,28 +108,39 @@ def is_message(value: object) -> bool:
 
 def _jsonable(value: Any) -> Any:
     """What orjson is to write for a type it does not know."""
-    cls = type(value)
+    cls: type = type(value)
+    return _writer_of(cls)(value)
+
+
+@functools.lru_cache(1024)
+def _writer_of(cls: type) -> Callable[[Any], Any]:
     if cls.__module__ == "numpy":
-        return value.item() if cls.__name__ in _NUMPY_NUMBERS else _of_numpy(value)
+        return cls.item if cls.__name__ in _NUMPY_NUMBERS else _of_numpy  # type: ignore[attr-defined]
     if cls is dt.datetime:
-        return orjson.Fragment(orjson.dumps(value if value.year >= STANDARD_TIME.year else _in_whole_minutes(value)))
+        return _datetime_json
     if hasattr(cls, "__dataclass_fields__"):
-        return dumped(value) if pydantic_dataclass(cls) else _fields(value)
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    if isinstance(value, decimal.Decimal):
-        return format(value, "f") if value.is_finite() else None
-    if value is None or is_missing(value):
-        return None
-    if isinstance(value, (dt.datetime, dt.date, dt.time)):
-        return (_in_whole_minutes(value) if isinstance(value, dt.datetime) else value).isoformat()
-    if isinstance(value, tuple):
-        return list(value)
-    if isinstance(value, (bytes, bytearray, memoryview)):
+        return dumped if pydantic_dataclass(cls) else _fields
+    if issubclass(cls, Mapping):
+        return dict
+    if issubclass(cls, BaseModel):
+        return functools.partial(cls.model_dump, mode="json")
+    if issubclass(cls, decimal.Decimal):
+        return lambda number: format(number, "f") if number.is_finite() else None
+    if cls is type(None) or cls.__name__ in _MISSING:
+        return lambda _: None
+    if issubclass(cls, dt.datetime):
+        return lambda moment: _in_whole_minutes(moment).isoformat()
+    if issubclass(cls, (dt.date, dt.time)):
+        return cls.isoformat
+    if issubclass(cls, tuple):
+        return list
+    if issubclass(cls, (bytes, bytearray, memoryview)):
         raise _UnsupportedTypeError("bytes inside a JSON value; decode them, or publish the record as bytes")
-    raise _no_json_form_of(value)
+    raise _no_json_form_of(cls)
+
+
+def _datetime_json(moment: dt.datetime) -> orjson.Fragment:
+    return orjson.Fragment(orjson.dumps(moment if moment.year >= STANDARD_TIME.year else _in_whole_minutes(moment)))
 
 
 def _in_whole_minutes(moment: dt.datetime) -> dt.datetime:
@@ -130,8 +149,8 @@ def _in_whole_minutes(moment: dt.datetime) -> dt.datetime:
     return moment.astimezone(dt.timezone.utc) if offset and offset.total_seconds() % 60 else moment
 
 
-def _no_json_form_of(value: object) -> _UnsupportedTypeError:
-    return _UnsupportedTypeError(f"type {type(value).__qualname__} has no JSON form; convert it first")
+def _no_json_form_of(cls: type) -> _UnsupportedTypeError:
+    return _UnsupportedTypeError(f"type {cls.__qualname__} has no JSON form; convert it first")
 
 
 def _of_numpy(value: Any) -> Any:
@@ -151,7 +170,7 @@ def _of_numpy(value: Any) -> Any:
         # By orjson, for the short form of a float32. It takes arrays in C order, and the machine's order of bytes.
         taken = value.flags.c_contiguous and value.dtype.isnative
         return orjson.Fragment(_numpy_json(value if taken else value.astype(value.dtype.newbyteorder("="), order="C")))
-    raise _no_json_form_of(value)
+    raise _no_json_form_of(type(value))
 
 
 def _numpy_json(value: Any) -> bytes:
@@ -162,7 +181,7 @@ def _from_numpy(value: Any) -> Any:
     """What Python has for an array or a value that orjson does not know."""
     found = value.tolist()
     if type(found) is type(value):
-        raise _no_json_form_of(value)
+        raise _no_json_form_of(type(value))
     return found
 
 
@@ -213,7 +232,7 @@ def _field_names(cls: type) -> tuple[str, ...]:
 
 def is_missing(value: object) -> bool:
     """Whether a value is pandas' NaT or NA."""
-    return type(value).__name__ in {"NaTType", "NAType"}
+    return type(value).__name__ in _MISSING
 
 
 def is_number(value: object) -> bool:
@@ -226,6 +245,14 @@ def is_number(value: object) -> bool:
 def is_nan(value: object) -> bool:
     """Whether a value is a float or decimal that is NaN."""
     return value.is_nan() if isinstance(value, decimal.Decimal) else isinstance(value, float) and math.isnan(value)
+
+
+def _is_not_finite(value: object) -> bool:
+    return not is_number(value)
+
+
+def _is_infinite(value: object) -> bool:
+    return not (is_number(value) or is_nan(value))
 
 
 def to_json(value: Any) -> bytes:
@@ -273,24 +300,22 @@ def json_lines(values: Sequence[Any]) -> list[bytes]:
     return list(map(orjson.dumps, values, itertools.repeat(_jsonable), itertools.repeat(_OPTIONS)))
 
 
-def with_null(values: Sequence[bytes], joined: bytes) -> Iterator[int]:
-    """Positions of the JSON texts with a null in them (perhaps inside a string), which NaN and infinity are written as.
+def with_null(values: Sequence[bytes], joined: bytes) -> Sequence[int]:
+    """Positions of JSON texts, all of them that have a null, which NaN and infinity are written as.
 
     They are looked through as one text, since a search in each costs more than to encode them; by a pattern, which
-    finds it faster than ``find`` does.
+    finds it faster than ``find`` does. Where nulls are many, all positions are given, which costs less than to tell
+    which text each is in.
 
     Args:
         values: The texts.
         joined: All of them, one after the other.
     """
-    found = _NULL.search(joined)
-    if found is None:
-        return
-    ends = list(itertools.accumulate(map(len, values)))
-    while found is not None:
-        index = bisect.bisect_right(ends, found.start())
-        yield index
-        found = _NULL.search(joined, ends[index])
+    starts = [found.start() for found in _NULL.finditer(joined)]
+    if 4 * len(starts) > len(values):
+        return range(len(values))
+    ends = list(itertools.accumulate(map(len, values))) if starts else []
+    return sorted({bisect.bisect_right(ends, start) for start in starts})
 
 
 def text_size(texts: Sequence[bytes | str | None] | None) -> int:
@@ -333,25 +358,16 @@ def serialize_value(value: Any, index: int | None = None) -> bytes | None:
         encoded = value.encode() if form == "string" else to_json(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise no_json_form(value, index, error) from error
-    if form == "json" and not is_finite(value, encoded):
+    if form == "json" and b"null" in encoded:
         refuse_non_finite(value, index)
     return cast("bytes", encoded)
 
 
-def is_finite(value: Any, encoded: bytes) -> bool:
-    """Whether a value surely has no NaN and no infinity, which orjson writes as null: quick, may say no wrongly."""
-    if b"null" not in encoded:
-        return True
-    try:
-        return type(value) is dict and encoded.count(b"null") == list(value.values()).count(None)
-    except ValueError:
-        # An array has no answer to "is it None".
-        return False
-
-
 def refuse_infinite(value: Any, index: int | None) -> None:
     """Refuse infinity in a frame's row, where NaN is a missing value."""
-    field = _find(value, lambda v: not (is_number(v) or is_nan(v)))
+    if not _has_number(value, _is_infinite):
+        return
+    field = _find(value, _is_infinite)
     if field is not None:
         raise InvalidRecordError(
             f"{record_name(index)}, field {field!r}",
@@ -364,7 +380,9 @@ def refuse_infinite(value: Any, index: int | None) -> None:
 
 def refuse_non_finite(value: Any, index: int | None) -> None:
     """Refuse NaN and infinity, for which JSON has no form and which orjson writes as null."""
-    field = _find(value, lambda v: not is_number(v))
+    if not _has_number(value, _is_not_finite):
+        return
+    field = _find(value, _is_not_finite)
     if field is not None:
         raise InvalidRecordError(
             f"{record_name(index)}, field {field!r}",
@@ -375,13 +393,44 @@ def refuse_non_finite(value: Any, index: int | None) -> None:
         )
 
 
+def _has_number(value: Any, wrong: Callable[[Any], bool]) -> bool:
+    """Whether a value that orjson has written holds a number for which ``wrong`` holds, NaN and infinity at most.
+
+    Rows with a null in them come here one by one, so that it is to cost less than to encode them.
+    """
+    cls = type(value)
+    if cls is dict:
+        value = value.values()
+    elif cls is not list and cls is not tuple:
+        return _is_wrong_leaf(value, wrong)
+    for item in value:
+        cls = type(item)
+        if cls is float:
+            if item - item != 0 and wrong(item):
+                return True
+        elif cls not in _FINITE and _has_number(item, wrong):
+            return True
+    return False
+
+
+def _is_wrong_leaf(value: Any, wrong: Callable[[Any], bool]) -> bool:
+    if type(value) in _LEAVES:
+        return wrong(value)
+    plain = _plain(value)
+    if isinstance(plain, Mapping):
+        return _has_number(list(plain.values()), wrong)
+    return _has_number(plain, wrong) if isinstance(plain, (list, tuple)) else wrong(plain)
+
+
 def no_json_form(
     value: Any, index: int | None, error: Exception, write: Callable[[Any], bytes] = to_json
 ) -> InvalidRecordError:
     """The error for a value that could not be written as JSON, with the field at fault."""
     field = _find(value, lambda v: not _has_json_form(v, write)) or None
-    cause = error.__cause__ if isinstance(error.__cause__, _UnsupportedTypeError) else error
-    what, _, fix = str(cause).partition("; ")
+    cause = error.__cause__ or error  # orjson's own error says only that there was one
+    what, fix = str(cause), ""
+    if isinstance(cause, _UnsupportedTypeError):
+        what, _, fix = what.partition("; ")
     place = f", field {field!r}" if field else ""
     return InvalidRecordError(
         f"{record_name(index)}{place}",
@@ -402,14 +451,7 @@ def _has_json_form(leaf: Any, write: Callable[[Any], bytes]) -> bool:
 
 def _find(value: Any, wrong: Any, path: str = "", depth: int = 0) -> str | None:
     """Dotted path of the first leaf for which ``wrong`` holds."""
-    if isinstance(value, BaseModel) or pydantic_dataclass(type(value)):
-        value = _dumped(value)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {name: getattr(value, name, None) for name in _field_names(type(value))}
-    elif isinstance(value, enum.Enum):
-        value = value.value
-    elif type(value).__module__ == "numpy":
-        value = value.tolist()
+    value = _plain(value)
     if depth > 320:  # noqa: PLR2004  (deeper than orjson writes, which is 254 levels and arrays in them)
         return None
     if isinstance(value, Mapping):
@@ -427,6 +469,24 @@ def _find(value: Any, wrong: Any, path: str = "", depth: int = 0) -> str | None:
                 return found
         return None
     return path.rstrip(".") if wrong(value) else None
+
+
+def _plain(value: Any) -> Any:
+    """What of a model, dataclass, enum or NumPy's is written, in Python's own types; anything else as it is."""
+    cls: type = type(value)
+    opened = _opener_of(cls)
+    return opened(value) if opened else value
+
+
+@functools.lru_cache(1024)
+def _opener_of(cls: type) -> Callable[[Any], Any] | None:
+    if issubclass(cls, BaseModel) or pydantic_dataclass(cls):
+        return _dumped
+    if dataclasses.is_dataclass(cls):
+        return lambda value: {name: getattr(value, name, None) for name in _field_names(cls)}
+    if issubclass(cls, enum.Enum):
+        return operator.attrgetter("value")
+    return cls.tolist if cls.__module__ == "numpy" else None  # type: ignore[attr-defined]
 
 
 def _dumped(model: Any) -> Any:
