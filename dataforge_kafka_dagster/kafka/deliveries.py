@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -22,9 +23,10 @@ _PURGED: Final = frozenset({"_PURGE_QUEUE", "_PURGE_INFLIGHT"})
 _OF_RECORDS: Final = frozenset(
     {"INVALID_RECORD", "INVALID_TIMESTAMP", "MSG_SIZE_TOO_LARGE", "RECORD_LIST_TOO_LARGE", "_INVALID_DIFFERENT_RECORD"}
 )
-# Bytes of a batch of one record without the record's value, key and headers, at least and at most; a header adds ten at
-# most. From https://kafka.apache.org/documentation/#messageformat
+# Bytes of a batch of one record without the record's value, key and headers, at least and at most; and of a header, at
+# most, beside its name and value. From https://kafka.apache.org/documentation/#messageformat
 _OVERHEAD: Final = (68, 90)
+_HEADER_OVERHEAD: Final = 10
 # What a record has at most when compressed: for each byte that it has by zlib at level 1 with this strategy, and for
 # each of its own. Snappy and lz4 repeat text as zlib does, but write whole bytes, as a fixed code nearly does.
 _WHOLE_BYTES: Final = (zlib.Z_FIXED, 2.5, 0.05)
@@ -121,8 +123,10 @@ class Track:
                 return True
             if max(partitions) >= self.partitions:
                 return True
-            headers = max(map(_headers_size, filter(None, all_headers)), default=0)
-        if self.max_bytes is None or chunk.size + headers * len(chunk.values) + _OVERHEAD[1] <= self.max_bytes:
+            # Of all records together, which is less work than to find the most that one has.
+            pairs = list(itertools.chain.from_iterable(filter(None, all_headers)))
+            headers = _headers_size(pairs) + _HEADER_OVERHEAD * len(pairs)
+        if self.max_bytes is None or chunk.size + headers + _OVERHEAD[1] <= self.max_bytes:
             return False
         # A character may take four bytes.
         longest = sum(max(map(len, filter(None, texts or ())), default=0) for texts in chunk[:2])
@@ -176,7 +180,7 @@ class Track:
         """The size that a record has as a batch of its own, in words, if that is too large for the topic."""
         headers = extra.headers or ()
         size = text_size([value, key]) + _headers_size(headers)
-        overhead = _OVERHEAD[1] + 10 * len(headers) if self._cautious else _OVERHEAD[0]
+        overhead = _OVERHEAD[1] + _HEADER_OVERHEAD * len(headers) if self._cautious else _OVERHEAD[0]
         if self.max_bytes is None or size + overhead <= self.max_bytes:
             return None
         packed = _PACKED.get(self._codec)
@@ -289,5 +293,5 @@ def as_bytes(key: bytes | str | None) -> bytes | None:
 
 
 def _headers_size(headers: Iterable[tuple[str, bytes | None]]) -> int:
-    """Bytes of a record's headers."""
+    """Bytes of headers."""
     return sum(len(name) + len(text or b"") for name, text in headers)

@@ -237,14 +237,17 @@ class RowEncoder:
     def _keys(self, rows: Sequence[Any], start: int) -> Sequence[bytes | str | None]:
         if self._encoders.key:
             return self._encoders.key([key_of(row, self._fields, i) for i, row in enumerate(rows, start)], start)
-        if len(self._fields) == 1:
-            field = self._fields[0]
-            found = [row.get(field) if type(row) is dict else None for row in rows]
-            # confluent-kafka writes a str as UTF-8 by itself; one that is not text gets its error below.
-            if all(type(key) is str for key in found) and "".join(found).isascii():  # type: ignore[arg-type]
-                return found
         name = ".".join(self._fields)
-        return [serialize_key(key_of(row, self._fields, index), index, name) for index, row in enumerate(rows, start)]
+        if len(self._fields) > 1:
+            return [serialize_key(key_of(row, self._fields, i), i, name) for i, row in enumerate(rows, start)]
+        found = [row.get(name) if type(row) is dict else None for row in rows]
+        # confluent-kafka writes a str as UTF-8 by itself; one that is not text gets its error below.
+        if set(map(type, found)) == {str} and "".join(found).isascii():  # type: ignore[arg-type]
+            return found
+        return [
+            serialize_key(key_of(rows[i], self._fields, start + i) if key is None else key, start + i, name)
+            for i, key in enumerate(found)
+        ]
 
     def _records(self, rows: Sequence[KafkaRecord], start: int) -> Chunk:
         return self._uniform_records(rows, start) or self._mixed_records(rows, start)
@@ -366,27 +369,29 @@ def _extra(record: KafkaRecord, index: int | None) -> Extra:
     partition = record.partition
     if record.headers is None and partition is None and record.timestamp is None:
         return PLAIN
-    name = record_name(index)
     fits = isinstance(partition, int) and not isinstance(partition, bool) and 0 <= partition < 2**31
     if partition is not None and not fits:
         raise InvalidRecordError(
-            name, f"partition={partition!r} is not a Kafka partition", "Give an int from 0, or None", index=index
+            record_name(index),
+            f"partition={partition!r} is not a Kafka partition",
+            "Give an int from 0, or None",
+            index=index,
         )
     return Extra(
         serialize_headers(record.headers, index),
         -1 if partition is None else partition,
-        _timestamp(record.timestamp, name, index),
+        _timestamp(record.timestamp, index),
     )
 
 
-def _timestamp(timestamp: object, name: str, index: int | None) -> int:
+def _timestamp(timestamp: object, index: int | None) -> int:
     if timestamp is None:
         return 0
     if isinstance(timestamp, dt.datetime) and timestamp.tzinfo is not None:
         timestamp = round(timestamp.timestamp() * 1000)
     if isinstance(timestamp, bool) or not isinstance(timestamp, int) or not 0 < timestamp < 2**63:
         raise InvalidRecordError(
-            name,
+            record_name(index),
             f"timestamp={timestamp!r} is not a Kafka timestamp",
             "Give milliseconds since the epoch as an int, or a datetime with a time zone",
             index=index,

@@ -213,14 +213,14 @@ def _adapter(cls: Any) -> TypeAdapter[Any]:
     return TypeAdapter(cls)
 
 
-def _fields(value: object) -> dict[str, Any]:
-    """What a dataclass has in its fields."""
+def _fields(value: object, *missing: Any) -> dict[str, Any]:
+    """What a dataclass has in its fields; ``missing`` stands for one that it lacks, which is an error without it."""
     names = _field_names(type(value))  # type: ignore[arg-type]
     attributes: dict[str, Any] | None = getattr(value, "__dict__", None)
     if attributes is not None and tuple(attributes) == names:
         return attributes
     try:
-        return {name: getattr(value, name) for name in names}
+        return {name: getattr(value, name, *missing) for name in names}
     except AttributeError as error:
         raise _UnsupportedTypeError(f"{error}; give each field a value") from None
 
@@ -402,7 +402,7 @@ def _has_number(value: Any, wrong: Callable[[Any], bool]) -> bool:
     if cls is dict:
         value = value.values()
     elif cls is not list and cls is not tuple:
-        return _is_wrong_leaf(value, wrong)
+        return _is_or_has_number(value, wrong)
     for item in value:
         cls = type(item)
         if cls is float:
@@ -413,13 +413,17 @@ def _has_number(value: Any, wrong: Callable[[Any], bool]) -> bool:
     return False
 
 
-def _is_wrong_leaf(value: Any, wrong: Callable[[Any], bool]) -> bool:
-    if type(value) in _LEAVES:
+def _is_or_has_number(value: Any, wrong: Callable[[Any], bool]) -> bool:
+    """The same for what is no dict, list or tuple of Python's own."""
+    cls = type(value)
+    if cls in _LEAVES:
         return wrong(value)
     plain = _plain(value)
-    if isinstance(plain, Mapping):
-        return _has_number(list(plain.values()), wrong)
-    return _has_number(plain, wrong) if isinstance(plain, (list, tuple)) else wrong(plain)
+    if type(plain) is not cls:
+        return _has_number(plain, wrong)
+    if isinstance(value, Mapping):
+        return _has_number(list(value.values()), wrong)
+    return _has_number(list(value), wrong) if isinstance(value, (list, tuple)) else wrong(value)
 
 
 def no_json_form(
@@ -483,7 +487,7 @@ def _opener_of(cls: type) -> Callable[[Any], Any] | None:
     if issubclass(cls, BaseModel) or pydantic_dataclass(cls):
         return _dumped
     if dataclasses.is_dataclass(cls):
-        return lambda value: {name: getattr(value, name, None) for name in _field_names(cls)}
+        return lambda value: _fields(value, None)
     if issubclass(cls, enum.Enum):
         return operator.attrgetter("value")
     return cls.tolist if cls.__module__ == "numpy" else None  # type: ignore[attr-defined]
@@ -510,20 +514,20 @@ def serialize_key(key: Any, index: int | None = None, field: str | None = None) 
     Raises:
         InvalidRecordError: The key has no such form.
     """
-    if type(key) is int:
-        return b"%d" % key
+    write = _KEY_WRITERS.get(type(key))
+    if write is not None:
+        return write(key)
+    if type(key) is dict:
+        return _json_key(key, index)
     if type(key) is not str:
         key = _plain_key(key)
     if key is None or isinstance(key, bytes):
         return key
-    place = f", field {field!r}" if field else ""
     if isinstance(key, str):
         try:
             return key.encode()
         except UnicodeEncodeError as error:
-            raise InvalidRecordError(
-                f"{record_name(index)}{place}", f"the key is not text: {error}", "Use bytes", index=index, field=field
-            ) from error
+            raise _refused_key(f"the key is not text: {error}", "Use bytes", index, field) from error
     text = _key_text(key)
     if text is not None:
         return text.encode()
@@ -531,20 +535,38 @@ def serialize_key(key: Any, index: int | None = None, field: str | None = None) 
         return bytes(key)
     of_numpy = type(key).__module__ == "numpy"
     if of_numpy or isinstance(key, (Mapping, list, tuple, BaseModel)) or dataclasses.is_dataclass(key):
-        try:
-            encoded = to_json(key)
-        except (TypeError, ValueError) as error:
-            raise no_json_form(key, index, error) from error
-        if b"null" in encoded:
-            refuse_non_finite(key, index)
+        encoded = _json_key(key, index)
         return encoded.strip(b'"') if of_numpy else encoded
-    raise InvalidRecordError(
-        f"{record_name(index)}{place}",
+    raise _refused_key(
         f"a key cannot be {key!r}" if not is_number(key) else f"a key cannot be of type {type(key).__qualname__}",
         "Use a str, bytes, int, date, time, UUID, or a mapping or list of those",
-        index=index,
-        field=field,
+        index,
+        field,
     )
+
+
+# Keys of the types that most are of.
+_KEY_WRITERS: Final[Mapping[type, Callable[[Any], bytes]]] = {
+    bytes: bytes,
+    int: lambda key: b"%d" % key,
+    dt.date: lambda key: key.isoformat().encode(),
+    uuid.UUID: lambda key: str(key).encode(),
+}
+
+
+def _json_key(key: Any, index: int | None) -> bytes:
+    try:
+        encoded = to_json(key)
+    except (TypeError, ValueError) as error:
+        raise no_json_form(key, index, error) from error
+    if b"null" in encoded:
+        refuse_non_finite(key, index)
+    return encoded
+
+
+def _refused_key(cause: str, fix: str, index: int | None, field: str | None) -> InvalidRecordError:
+    place = f", field {field!r}" if field else ""
+    return InvalidRecordError(f"{record_name(index)}{place}", cause, fix, index=index, field=field)
 
 
 def _plain_key(key: Any) -> Any:
@@ -567,14 +589,12 @@ def _plain_key(key: Any) -> Any:
 
 def _key_text(key: Any) -> str | None:
     """The text of a single value, as it stands in the JSON of a record's value; None if it has none."""
-    if type(key) is dt.date or isinstance(key, dt.time):
+    if isinstance(key, dt.time):
         return key.isoformat()
     if isinstance(key, (bool, dt.date)):
         return to_json(key).decode().strip('"')
     if isinstance(key, int):
         return str(int(key))
-    if isinstance(key, uuid.UUID):
-        return str(key)
     if isinstance(key, decimal.Decimal) and key.is_finite():
         return format(key, "f")
     return to_json(float(key)).decode() if isinstance(key, float) and math.isfinite(key) else None
@@ -588,18 +608,17 @@ def serialize_headers(headers: Headers | None, index: int | None = None) -> list
     """
     if headers is None:
         return None
-    pairs = list(headers.items()) if isinstance(headers, Mapping) else headers
+    pairs = headers.items() if isinstance(headers, Mapping) else headers
     encoded: list[tuple[str, bytes | None]] = []
     try:
         for name, value in pairs:
+            if isinstance(value, str):
+                value = value.encode()  # noqa: PLW2901
+            elif value is not None and not isinstance(value, bytes):
+                raise TypeError(f"{name!r} is of type {type(value).__qualname__}")  # noqa: TRY301
             if not isinstance(name, str):
                 raise TypeError(f"the name {name!r} is of type {type(name).__qualname__}")  # noqa: TRY301
-            if not isinstance(value, (str, bytes, type(None))):
-                raise TypeError(f"{name!r} is of type {type(value).__qualname__}")  # noqa: TRY301
-            if "\0" in name:  # librdkafka would write what stands before it
-                raise ValueError(f"the name {name!r} contains a NUL character")  # noqa: TRY301
-            name.encode()
-            encoded.append((name, value.encode() if isinstance(value, str) else value))
+            encoded.append((_header_name(name), value))
     except (TypeError, ValueError) as error:
         raise InvalidRecordError(
             f"{record_name(index)}, headers",
@@ -608,6 +627,15 @@ def serialize_headers(headers: Headers | None, index: int | None = None) -> list
             index=index,
         ) from error
     return encoded
+
+
+@functools.lru_cache(1024)
+def _header_name(name: str) -> str:
+    """The same name, if a header may have it."""
+    if "\0" in name:  # librdkafka would write what stands before it
+        raise ValueError(f"the name {name!r} contains a NUL character")
+    name.encode()
+    return name
 
 
 def deserialize(value: bytes | None, form: ValueFormat) -> Any:
