@@ -2,9 +2,12 @@
 
 import collections
 import concurrent.futures
+import dataclasses
 import datetime as dt
+import decimal
 import functools
 import itertools
+import json
 import multiprocessing
 import os
 import statistics
@@ -14,17 +17,19 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import confluent_kafka
 import dagster as dg
 import narwhals as nw
+import numpy as np
 import orjson
 import pandas as pd
 import polars as pl
 import psutil
 import pyarrow as pa
+import pydantic
 from confluent_kafka.schema_registry import SchemaRegistryClient
 from confluent_kafka.schema_registry.avro import AvroSerializer
 from confluent_kafka.schema_registry.json_schema import JSONSerializer
@@ -32,7 +37,7 @@ from confluent_kafka.serialization import MessageField, SerializationContext
 
 from benchmarks import speed
 from benchmarks.report import progress, table
-from dataforge_kafka_dagster import KafkaSchema
+from dataforge_kafka_dagster import KafkaRecord, KafkaSchema
 from dataforge_kafka_dagster.kafka.config import PublicationConfig, publication_options
 from dataforge_kafka_dagster.kafka.schema_types import avro_of_frame
 from dataforge_kafka_dagster.local import LocalKafka
@@ -340,25 +345,99 @@ def schemas(kafka: LocalKafka, *, quick: bool) -> dict[str, Any]:
 
 
 def _serializer_loop(servers: str, topic: str, rows: list[dict[str, Any]], serialize: Callable[..., Any]) -> float:
+    """Seconds of a loop with a serializer of confluent-kafka's."""
+    context = SerializationContext(topic, MessageField.VALUE)
+    return _documented_loop(servers, rows, lambda row: {"topic": topic, "value": serialize(row, context)})
+
+
+def _documented_loop(servers: str, rows: Sequence[Any], record: Callable[[Any], dict[str, Any]]) -> float:
     """Seconds of the loop in confluent-kafka's documentation: no transaction, for each record a callback and a poll."""
     producer = confluent_kafka.Producer({"bootstrap.servers": servers, "enable.idempotence": True, "log_level": 0})
-    context = SerializationContext(topic, MessageField.VALUE)
     errors: list[Any] = []
 
     def report(error: Any, _message: Any) -> None:
         if error is not None:
             errors.append(error)
 
-    # Connecting and registering the schema are not what is compared.
-    producer.produce(topic, serialize(rows[0], context), on_delivery=report)
+    # Connecting and registering a schema are not what is compared.
+    producer.produce(**record(rows[0]), on_delivery=report)
     producer.flush(speed.WAIT)
     began = time.perf_counter()
     for row in rows[1:]:
-        producer.produce(topic, serialize(row, context), on_delivery=report)
+        producer.produce(**record(row), on_delivery=report)
         producer.poll(0)
     if producer.flush(speed.WAIT) or errors:
         raise RuntimeError(f"not all were delivered: {errors[:1]}")
     return time.perf_counter() - began
+
+
+class _Model(pydantic.BaseModel):
+    id: int
+    user: str
+    amount: float
+    city: str | None
+
+
+@dataclasses.dataclass
+class _Row:
+    id: int
+    user: str
+    amount: float
+    city: str | None
+
+
+def kinds(kafka: LocalKafka, *, quick: bool) -> dict[str, Any]:
+    """What else records are made of, each beside the loop that somebody would write for it."""
+    plain = list(rows(500 if quick else 100_000))
+    parts = [{name: row[name] for name in ("id", "user", "amount")} | {"city": None} for row in plain]
+    frame = pd.DataFrame(plain).assign(tags=[["a", None]] * len(plain))
+    moment = dt.datetime(2026, 1, 2, 3, tzinfo=dt.timezone.utc)
+    headers = {"source": "benchmark", "version": "1"}
+
+    def by_json(row: Any) -> dict[str, Any]:
+        return {"value": json.dumps(row, default=str)}
+
+    made: dict[str, tuple[Any, Callable[[Any], dict[str, Any]]]] = {
+        "dict rows": (plain, by_json),
+        "with nulls, also inside": ([row | {"tags": ["a", None], "place": {"lat": None}} for row in plain], by_json),
+        "with a date and a datetime": ([row | {"day": moment.date(), "when": moment} for row in plain], by_json),
+        "with a Decimal and a UUID": (
+            [row | {"price": decimal.Decimal("1.25"), "uuid": uuid.uuid4()} for row in plain],
+            by_json,
+        ),
+        "with NumPy's numbers": (
+            [row | {"amount": np.float64(row["amount"]), "id": np.int64(row["id"])} for row in plain],
+            lambda row: {"value": json.dumps(row, default=lambda value: value.item())},
+        ),
+        "dataclasses": ([_Row(**row) for row in parts], lambda row: {"value": json.dumps(dataclasses.asdict(row))}),
+        "pydantic models": ([_Model(**row) for row in parts], lambda row: {"value": row.model_dump_json()}),
+        "KafkaRecords with two headers": (
+            [KafkaRecord(row, key=row["user"], headers=headers) for row in plain],
+            lambda row: {"value": json.dumps(row.value), "key": row.key, "headers": row.headers},
+        ),
+        "text": ([json.dumps(row) for row in plain], lambda row: {"value": row}),
+        "pandas frame with a column of lists": (frame, by_json),
+    }
+    lines = []
+    for name, (output, record) in made.items():
+        rates: list[tuple[float, float]] = []
+        for _ in range(1 if quick else 5):
+            topic = speed.new_topic(kafka)
+            some = output[: len(output) // 4]
+            began = time.perf_counter()
+            by_hand = some.to_dict("records") if isinstance(some, pd.DataFrame) else some
+            seconds = time.perf_counter() - began
+            seconds += _documented_loop(
+                kafka.bootstrap_servers, by_hand, lambda row, topic=topic, make=record: {"topic": topic} | make(row)
+            )
+            speed.check_count(kafka.bootstrap_servers, topic, len(some), transactional=False)
+            speed.drop_topic(kafka, topic)
+            rates.append((len(some) / seconds, len(output) / _counted(kafka, 6, lambda it=output: it, len(output))))
+        ratios = sorted(ours / theirs for theirs, ours in rates)
+        medians = [f"{statistics.median(found):,.0f}" for found in zip(*rates, strict=True)]
+        lines.append([name, *medians, f"{statistics.median(ratios):.2f}", f"{ratios[0]:.2f} to {ratios[-1]:.2f}"])
+    columns = ["rows", "hand-written loop, records/s", "this project, records/s", "ratio", "lowest to highest"]
+    return _said("Other rows, 100,000 records", columns, lines)
 
 
 def imports(_kafka: LocalKafka, *, quick: bool) -> dict[str, Any]:
@@ -408,6 +487,7 @@ ALL: dict[str, Callable[..., dict[str, Any]]] = {
     "import": imports,
     "read": read,
     "schemas": schemas,
+    "kinds": kinds,
     "partitions": partitions,
     "growth": growth,
 }
