@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import bisect
+import contextlib
 import dataclasses
 import datetime as dt
 import decimal
@@ -123,7 +124,7 @@ def _writer_of(cls: type) -> Callable[[Any], Any]:
     if issubclass(cls, Mapping):
         return dict
     if issubclass(cls, BaseModel):
-        return functools.partial(cls.model_dump, mode="json")
+        return lambda model: model.model_dump(mode="json")
     if issubclass(cls, decimal.Decimal):
         return lambda number: format(number, "f") if number.is_finite() else None
     if cls is type(None) or cls.__name__ in _MISSING:
@@ -300,20 +301,20 @@ def json_lines(values: Sequence[Any]) -> list[bytes]:
     return list(map(orjson.dumps, values, itertools.repeat(_jsonable), itertools.repeat(_OPTIONS)))
 
 
-def with_null(values: Sequence[bytes], joined: bytes) -> Sequence[int]:
-    """Positions of JSON texts, all of them that have a null, which NaN and infinity are written as.
+def with_null(values: Sequence[bytes], joined: bytes) -> list[int]:
+    """Positions of the JSON texts with a null in them (perhaps inside a string), which NaN and infinity are written as.
 
-    They are looked through as one text, since a search in each costs more than to encode them; by a pattern, which
-    finds it faster than ``find`` does. Where nulls are many, all positions are given, which costs less than to tell
-    which text each is in.
+    They are looked through as one text, since a search in each costs nearly as much as to encode them; by a pattern,
+    which finds it faster than ``find`` does. Where nulls are many, a search in each costs less.
 
     Args:
         values: The texts.
         joined: All of them, one after the other.
     """
-    starts = [found.start() for found in _NULL.finditer(joined)]
-    if 4 * len(starts) > len(values):
-        return range(len(values))
+    few = len(values) // 4
+    starts = [found.start() for found in itertools.islice(_NULL.finditer(joined), few + 1)]
+    if len(starts) > few:
+        return [i for i, value in enumerate(values) if b"null" in value]
     ends = list(itertools.accumulate(map(len, values))) if starts else []
     return sorted({bisect.bisect_right(ends, start) for start in starts})
 
@@ -365,9 +366,7 @@ def serialize_value(value: Any, index: int | None = None) -> bytes | None:
 
 def refuse_infinite(value: Any, index: int | None) -> None:
     """Refuse infinity in a frame's row, where NaN is a missing value."""
-    if not _has_number(value, _is_infinite):
-        return
-    field = _find(value, _is_infinite)
+    field = _place_of(value, _is_infinite)
     if field is not None:
         raise InvalidRecordError(
             f"{record_name(index)}, field {field!r}",
@@ -380,9 +379,7 @@ def refuse_infinite(value: Any, index: int | None) -> None:
 
 def refuse_non_finite(value: Any, index: int | None) -> None:
     """Refuse NaN and infinity, for which JSON has no form and which orjson writes as null."""
-    if not _has_number(value, _is_not_finite):
-        return
-    field = _find(value, _is_not_finite)
+    field = _place_of(value, _is_not_finite)
     if field is not None:
         raise InvalidRecordError(
             f"{record_name(index)}, field {field!r}",
@@ -391,6 +388,15 @@ def refuse_non_finite(value: Any, index: int | None) -> None:
             index=index,
             field=field,
         )
+
+
+def _place_of(value: Any, wrong: Callable[[Any], bool]) -> str | None:
+    """Dotted path of the first number for which ``wrong`` holds; quick where there is none."""
+    # What is nested too deep for the quick look, `_find` stops at.
+    with contextlib.suppress(RecursionError):
+        if not _has_number(value, wrong):
+            return None
+    return _find(value, wrong)
 
 
 def _has_number(value: Any, wrong: Callable[[Any], bool]) -> bool:
@@ -422,7 +428,7 @@ def _is_or_has_number(value: Any, wrong: Callable[[Any], bool]) -> bool:
     if type(plain) is not cls:
         return _has_number(plain, wrong)
     if isinstance(value, Mapping):
-        return _has_number(list(value.values()), wrong)
+        return _has_number(dict(value), wrong)
     return _has_number(list(value), wrong) if isinstance(value, (list, tuple)) else wrong(value)
 
 
@@ -432,7 +438,7 @@ def no_json_form(
     """The error for a value that could not be written as JSON, with the field at fault."""
     field = _find(value, lambda v: not _has_json_form(v, write)) or None
     cause = error.__cause__ or error  # orjson's own error says only that there was one
-    what, fix = str(cause), ""
+    what, fix = str(cause) or type(cause).__name__, ""
     if isinstance(cause, _UnsupportedTypeError):
         what, _, fix = what.partition("; ")
     place = f", field {field!r}" if field else ""
@@ -595,6 +601,8 @@ def _key_text(key: Any) -> str | None:
         return to_json(key).decode().strip('"')
     if isinstance(key, int):
         return str(int(key))
+    if isinstance(key, uuid.UUID):
+        return str(key)
     if isinstance(key, decimal.Decimal) and key.is_finite():
         return format(key, "f")
     return to_json(float(key)).decode() if isinstance(key, float) and math.isfinite(key) else None
@@ -608,17 +616,20 @@ def serialize_headers(headers: Headers | None, index: int | None = None) -> list
     """
     if headers is None:
         return None
-    pairs = headers.items() if isinstance(headers, Mapping) else headers
+    pairs = list(headers.items()) if isinstance(headers, Mapping) else headers
     encoded: list[tuple[str, bytes | None]] = []
     try:
         for name, value in pairs:
+            if not isinstance(name, str):
+                raise TypeError(f"the name {name!r} is of type {type(name).__qualname__}")  # noqa: TRY301
+            if "\0" in name:  # librdkafka would write what stands before it
+                raise ValueError(f"the name {name!r} contains a NUL character")  # noqa: TRY301
+            name.encode()
             if isinstance(value, str):
                 value = value.encode()  # noqa: PLW2901
             elif value is not None and not isinstance(value, bytes):
                 raise TypeError(f"{name!r} is of type {type(value).__qualname__}")  # noqa: TRY301
-            if not isinstance(name, str):
-                raise TypeError(f"the name {name!r} is of type {type(name).__qualname__}")  # noqa: TRY301
-            encoded.append((_header_name(name), value))
+            encoded.append((name, value))
     except (TypeError, ValueError) as error:
         raise InvalidRecordError(
             f"{record_name(index)}, headers",
@@ -627,15 +638,6 @@ def serialize_headers(headers: Headers | None, index: int | None = None) -> list
             index=index,
         ) from error
     return encoded
-
-
-@functools.lru_cache(1024)
-def _header_name(name: str) -> str:
-    """The same name, if a header may have it."""
-    if "\0" in name:  # librdkafka would write what stands before it
-        raise ValueError(f"the name {name!r} contains a NUL character")
-    name.encode()
-    return name
 
 
 def deserialize(value: bytes | None, form: ValueFormat) -> Any:
