@@ -367,12 +367,18 @@ def test_a_generator_is_not_read_ahead_of_its_chunk():
     assert seen == 100_000
 
 
-def test_chunks_are_about_a_megabyte_also_of_large_records():
-    sizes = [chunk.size for chunk in chunks({"x": "y" * 100_000} for _ in range(200))]
-    assert max(sizes[1:]) <= 2_000_000
-    assert sum(sizes) == 200 * len(to_json({"x": "y" * 100_000}))
-    # The first chunk is taken before any size is known.
-    assert sizes[0] <= 64 * 100_100
+@pytest.mark.parametrize("kind", [list, iter])
+def test_chunks_of_rows_stay_small_also_of_large_records(kind):
+    sizes = [chunk.size for chunk in chunks(kind([{"x": "y" * 1_000}] * 1_000 + [{"x": "y" * 100_000}] * 100))]
+    assert max(sizes[:10]) <= 66_000
+    assert sizes[-30:] == [len(to_json({"x": "y" * 100_000}))] * 30
+    # One chunk is taken before it is known how large its records are.
+    assert max(sizes) <= 66 * 100_100
+
+
+def test_chunks_of_a_list_have_more_rows_than_those_of_an_iterator_whose_rows_may_grow():
+    rows = [{"x": i} for i in range(2_000)]
+    assert [max(len(chunk.values) for chunk in chunks(kind(rows))) for kind in (list, iter)] == [512, 128]
 
 
 def test_chunks_get_small_again_when_records_grow():

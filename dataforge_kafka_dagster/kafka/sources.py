@@ -12,9 +12,11 @@ from dataforge_kafka_dagster.kafka.records import Chunk, KafkaRecord, RowEncoder
 from dataforge_kafka_dagster.kafka.serialization import DEFAULT_ENCODERS, Encoders, format_of, is_message
 from dataforge_kafka_dagster.kafka.streams import open_stream
 
-# Rows and bytes that a chunk holds at most. Rows may grow from one to the next by any factor: few at a time bound what
-# their chunk holds, and more are not faster. A slice of a frame has a price of its own.
-_ROWS: Final = (128, 1_000_000)
+# Rows and bytes that a chunk holds at most: as much text as stays in a processor's cache with the rows it comes from.
+# An iterator's rows may grow from one to the next by any factor: few at a time bound what a chunk holds; a list's rows are
+# held anyway. A slice of a frame has a price of its own.
+_ITERATED: Final = (128, 65_536)
+_LISTED: Final = (512, 65_536)
 _FRAME: Final = (20_000, 8_000_000)
 _CHUNK_SECONDS: Final = 0.5
 
@@ -53,9 +55,13 @@ def chunks(
         elif isinstance(output, Sequence) and not isinstance(output, (list, tuple)):
             output = iter(output)
         if isinstance(output, Iterator):
-            return _paced(lambda _, size: _take(output, size), RowEncoder(fields, encoders), start, on_bad)
+            return _paced(lambda _, size: _take(output, size), RowEncoder(fields, encoders), start, on_bad, _ITERATED)
         if isinstance(output, (list, tuple)):
-            return _paced(lambda start, size: output[start : start + size], RowEncoder(fields, encoders), start, on_bad)
+
+            def rows(start: int, size: int) -> Sequence[Any]:
+                return output[start : start + size]
+
+            return _paced(rows, RowEncoder(fields, encoders), start, on_bad, _LISTED)
     # Imported by those who have a frame: narwhals is slow to import.
     from dataforge_kafka_dagster.kafka.frames import FrameEncoder, open_frame  # noqa: PLC0415
 
@@ -108,7 +114,7 @@ def _paced(
     encode: Callable[[Any, int], Chunk],
     first: int,
     on_bad: BadRecordTaker | None,
-    most: tuple[int, int] = _ROWS,
+    most: tuple[int, int],
 ) -> Iterator[Chunk]:
     """Take rows and encode them, as many at a time as make the most bytes, going by those before."""
     start, size = 0, 64
