@@ -383,3 +383,13 @@ def test_an_older_polars_whose_json_loses_values_is_not_asked_for_it(monkeypatch
     expected = ['{"d":"1.10","a":null}', '{"d":null,"a":[null,0.0]}']
     assert [value if isinstance(value, str) else value.decode() for value in usual.values] == expected
     assert slow.values == [text.encode() for text in expected]
+
+
+def test_python_has_the_texts_of_some_hundred_rows_of_a_frame_at_a_time():
+    frame = pl.DataFrame({"id": range(5_000), "k": [f"é{i}" for i in range(5_000)]})
+    found = list(chunks(frame, "k"))
+    assert max(len(chunk.values) for chunk in found) == 1_024
+    assert [key for chunk in found for key in chunk.keys] == frame["k"].to_list()
+    assert [text.encode() for chunk in found for text in chunk.values] == list(map(to_json, frame.to_dicts()))
+    for chunk in found:
+        assert chunk.size == sum(len(text.encode()) for text in (*chunk.values, *chunk.keys))

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import narwhals as nw
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 # Kinds of numpy's data types whose pandas columns polars takes as they are; "O" (object) is looked into.
 _NUMPY_KINDS: Final = "biufM"
 _EXACT_POLARS: Final = (2, 1)
+# Records of which Python has the texts at a time.
+_PIECE: Final = 1_024
 
 
 def open_frame(native: Any, fields: Sequence[str]) -> nw.DataFrame[Any] | None:
@@ -70,6 +72,34 @@ def open_frame(native: Any, fields: Sequence[str]) -> nw.DataFrame[Any] | None:
     return frame
 
 
+class Columns(NamedTuple):
+    """Rows of a frame, encoded by column and not yet in Python.
+
+    Attributes:
+        texts: The JSON of each.
+        keys: As many, or None if no record has a key.
+        size: Bytes of all texts and keys.
+    """
+
+    texts: pl.Series
+    keys: list[Any] | None
+    size: int
+
+
+def in_pieces(found: Chunk | Columns) -> Iterator[Chunk]:
+    """Chunks whose texts are still in the processor's cache when librdkafka copies them."""
+    if isinstance(found, Chunk):
+        yield found
+        return
+    texts, keys, _ = found
+    sizes = texts.str.len_bytes()
+    for i in range(0, len(texts), _PIECE):
+        part = slice(i, i + _PIECE)
+        some_keys = None if keys is None else keys[part]
+        size = int(sizes[part].sum()) + text_size(some_keys)
+        yield Chunk(texts[part].to_list(), some_keys, None, size, "json")
+
+
 class FrameEncoder:
     """Encodes slices of one frame.
 
@@ -82,8 +112,8 @@ class FrameEncoder:
         self._fields = fields
         self._encoders = encoders
 
-    def __call__(self, rows: nw.DataFrame[Any], start: int) -> Chunk:
-        """The rows, encoded.
+    def __call__(self, rows: nw.DataFrame[Any], start: int) -> Chunk | Columns:
+        """The rows, encoded; for `in_pieces`.
 
         Args:
             rows: A slice of the frame.
@@ -93,7 +123,7 @@ class FrameEncoder:
             InvalidRecordError: A value or key cannot be published.
         """
         encoders, fields = self._encoders, self._fields
-        chunk = None
+        chunk: Chunk | Columns | None = None
         if not (encoders.value or encoders.key):
             try:
                 chunk = self._by_polars(rows.to_native(), start)
@@ -105,7 +135,7 @@ class FrameEncoder:
         keys = _rows_of(rows[list(fields)], encoders.key_rows, start) if encoders.key and fields else ()
         return self._by_row(_rows_of(rows, encoders.rows, start), start, keys)
 
-    def _by_polars(self, native: Any, start: int) -> Chunk | None:
+    def _by_polars(self, native: Any, start: int) -> Chunk | Columns | None:
         """The rows, encoded from a frame in polars; None where it could come out otherwise than row by row."""
         frame = _in_polars(native)
         if frame is None:
@@ -116,19 +146,19 @@ class FrameEncoder:
             return self._by_row(_rows_of(frame, DEFAULT_ENCODERS.rows, start), start)
         return self._by_column(plain, start)
 
-    def _by_column(self, frame: pl.DataFrame, start: int) -> Chunk:
+    def _by_column(self, frame: pl.DataFrame, start: int) -> Columns:
         if any(map(_has_infinity, frame)):
             for i, row in enumerate(frame.rows(named=True), start):
                 refuse_infinite(row, i)
         values = _json_of(frame)
         size = int(values.str.len_bytes().sum())
         if not self._fields:
-            return Chunk(values.to_list(), None, None, size, "json")
+            return Columns(values, None, size)
         if len(self._fields) > 1:
             keys = _json_of(frame[list(self._fields)]).to_list()
         else:
             keys = self._keys(frame.get_column(self._fields[0]), start)
-        return Chunk(values.to_list(), keys, None, size + text_size(keys), "json")
+        return Columns(values, keys, size + text_size(keys))
 
     def _keys(self, series: pl.Series, start: int) -> list[Any]:
         import polars as pl  # noqa: PLC0415  (optional, and slow to import)

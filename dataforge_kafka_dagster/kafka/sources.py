@@ -5,20 +5,25 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
 from dataforge_kafka_dagster.kafka.records import Chunk, KafkaRecord, RowEncoder, key_fields, refuse_output
 from dataforge_kafka_dagster.kafka.serialization import DEFAULT_ENCODERS, Encoders, format_of, is_message
 from dataforge_kafka_dagster.kafka.streams import open_stream
 
-# Rows and bytes that a chunk holds at most: as much text as stays in a processor's cache with the rows it comes from.
-# An iterator's rows may grow from one to the next by any factor: few at a time bound what a chunk holds; a list's rows are
+if TYPE_CHECKING:
+    from dataforge_kafka_dagster.kafka.frames import Columns
+
+# Rows and bytes that are encoded at a time at most: as much text as stays in a processor's cache with its rows.
+# An iterator's rows may grow from one to the next by any factor: few at a time bound what is held. Those of a list are
 # held anyway. A slice of a frame has a price of its own.
 _ITERATED: Final = (128, 65_536)
 _LISTED: Final = (512, 65_536)
 _FRAME: Final = (20_000, 8_000_000)
 _CHUNK_SECONDS: Final = 0.5
+
+E = TypeVar("E", bound="Chunk | Columns")
 
 BadRecordTaker = Callable[[Any, int, InvalidRecordError], None]
 """Takes a record that cannot be published, its position in the output, and why."""
@@ -63,7 +68,7 @@ def chunks(
 
             return _paced(rows, RowEncoder(fields, encoders), start, on_bad, _LISTED)
     # Imported by those who have a frame: narwhals is slow to import.
-    from dataforge_kafka_dagster.kafka.frames import FrameEncoder, open_frame  # noqa: PLC0415
+    from dataforge_kafka_dagster.kafka.frames import FrameEncoder, in_pieces, open_frame  # noqa: PLC0415
 
     def opened(native: Any) -> Any:
         frame = open_frame(native, fields)
@@ -73,10 +78,9 @@ def chunks(
         return frame
 
     encode = FrameEncoder(fields, encoders)
-    if stream is not None:
-        # The first part is read now: a query that fails, or a missing column, is refused before anything is connected.
-        return _frame_chunks(_peeked(map(opened, stream.parts)), encode, start, on_bad)
-    return _frame_chunks([opened(output)], encode, start, on_bad)
+    # The first part is read now: a query that fails, or a missing column, is refused before anything is connected.
+    frames = _peeked(map(opened, [output] if stream is None else stream.parts))
+    return itertools.chain.from_iterable(map(in_pieces, _slices(frames, encode, start, on_bad)))
 
 
 def is_repeatable(output: Any) -> bool:
@@ -97,9 +101,10 @@ def _peeked(parts: Iterator[Any]) -> Iterator[Any]:
     return all_of_them()
 
 
-def _frame_chunks(
-    frames: Iterable[Any], encode: Callable[[Any, int], Chunk], start: int, on_bad: BadRecordTaker | None
-) -> Iterator[Chunk]:
+def _slices(
+    frames: Iterable[Any], encode: Callable[[Any, int], E], start: int, on_bad: BadRecordTaker | None
+) -> Iterator[E]:
+    """Slices of frames, encoded."""
     for frame in frames:
 
         def take(start: int, size: int, frame: Any = frame) -> Any:
@@ -111,11 +116,11 @@ def _frame_chunks(
 
 def _paced(
     take: Callable[[int, int], Any],
-    encode: Callable[[Any, int], Chunk],
+    encode: Callable[[Any, int], E],
     first: int,
     on_bad: BadRecordTaker | None,
     most: tuple[int, int],
-) -> Iterator[Chunk]:
+) -> Iterator[E]:
     """Take rows and encode them, as many at a time as make the most bytes, going by those before."""
     start, size = 0, 64
     while count := len(rows := take(start, size)):
@@ -134,7 +139,7 @@ def _paced(
         size = max(1, min(most[0], fitting, size * 8))
 
 
-def _one_by_one(rows: Any, encode: Callable[[Any, int], Chunk], start: int, on_bad: BadRecordTaker) -> Iterator[Chunk]:
+def _one_by_one(rows: Any, encode: Callable[[Any, int], E], start: int, on_bad: BadRecordTaker) -> Iterator[E]:
     for i in range(len(rows)):
         row = rows[i : i + 1]
         try:
