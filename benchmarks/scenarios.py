@@ -347,12 +347,17 @@ def schemas(kafka: LocalKafka, *, quick: bool) -> dict[str, Any]:
 def _serializer_loop(servers: str, topic: str, rows: list[dict[str, Any]], serialize: Callable[..., Any]) -> float:
     """Seconds of a loop with a serializer of confluent-kafka's."""
     context = SerializationContext(topic, MessageField.VALUE)
-    return _documented_loop(servers, rows, lambda row: {"topic": topic, "value": serialize(row, context)})
+    return _documented_loop(_producer(servers), rows, lambda row: {"topic": topic, "value": serialize(row, context)})
 
 
-def _documented_loop(servers: str, rows: Sequence[Any], record: Callable[[Any], dict[str, Any]]) -> float:
+def _producer(servers: str) -> confluent_kafka.Producer:
+    return confluent_kafka.Producer({"bootstrap.servers": servers, "enable.idempotence": True, "log_level": 0})
+
+
+def _documented_loop(
+    producer: confluent_kafka.Producer, rows: Sequence[Any], record: Callable[[Any], dict[str, Any]]
+) -> float:
     """Seconds of the loop in confluent-kafka's documentation: no transaction, for each record a callback and a poll."""
-    producer = confluent_kafka.Producer({"bootstrap.servers": servers, "enable.idempotence": True, "log_level": 0})
     errors: list[Any] = []
 
     def report(error: Any, _message: Any) -> None:
@@ -419,6 +424,7 @@ def kinds(kafka: LocalKafka, *, quick: bool) -> dict[str, Any]:
         "pandas frame with a column of lists": (frame, by_json),
     }
     lines = []
+    producer = _producer(kafka.bootstrap_servers)
     for name, (output, record) in made.items():
         rates: list[tuple[float, float]] = []
         for _ in range(1 if quick else 5):
@@ -428,7 +434,7 @@ def kinds(kafka: LocalKafka, *, quick: bool) -> dict[str, Any]:
             by_hand = some.to_dict("records") if isinstance(some, pd.DataFrame) else some
             seconds = time.perf_counter() - began
             seconds += _documented_loop(
-                kafka.bootstrap_servers, by_hand, lambda row, topic=topic, make=record: {"topic": topic} | make(row)
+                producer, by_hand, lambda row, topic=topic, make=record: {"topic": topic} | make(row)
             )
             speed.check_count(kafka.bootstrap_servers, topic, len(some), transactional=False)
             speed.drop_topic(kafka, topic)

@@ -263,7 +263,12 @@ def test_fixtures_make_topics_and_delete_them(local_kafka, pytester):
 
 @pytest.mark.slow
 def test_fixtures_name_the_variable_of_a_kafka_that_does_not_answer(pytester, closed_port):
-    pytester.makeconftest('pytest_plugins = ["dataforge_kafka_dagster.pytest_plugin"]')
+    pytester.makeconftest("""
+        from dataforge_kafka_dagster import pytest_plugin
+
+        pytest_plugins = [pytest_plugin.__name__]
+        pytest_plugin._CONNECT_WAIT = 1.0
+    """)
     pytester.makepyfile("def test_topics(kafka_topic): pass")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KAFKA_BOOTSTRAP_SERVERS", closed_port)
@@ -277,15 +282,26 @@ def test_fixtures_name_the_variable_of_a_kafka_that_does_not_answer(pytester, cl
 
 
 @pytest.mark.kafka
+def test_three_brokers_have_each_record():
+    with LocalKafka(brokers=3) as kafka:
+        kafka.create_topic("replicated", partitions=3)
+        for node in (1, 2, 3):
+            partitions = kafka._metadata(node).topics["replicated"].partitions.values()
+            assert [sorted(partition.replicas) for partition in partitions] == [[1, 2, 3]] * 3
+        commit(kafka.bootstrap_servers, "replicated", "it")
+        assert len(read(kafka.bootstrap_servers, "replicated", 1)) == 1
+        root, ports = kafka._root, kafka._ports
+    assert not root.exists()
+    assert not any(map(is_listening, ports))
+
+
+@pytest.mark.faults
 def test_three_brokers_survive_the_loss_of_one():
     # Brokers wait half a minute for a frozen controller, if they are left to.
     config = {"broker.session.timeout.ms": "3000", "controller.socket.timeout.ms": "3000"}
     with LocalKafka(brokers=3, config=config) as kafka:
         servers = kafka.bootstrap_servers
         kafka.create_topic("replicated", partitions=3)
-        for node in (1, 2, 3):
-            partitions = kafka._metadata(node).topics["replicated"].partitions.values()
-            assert [sorted(partition.replicas) for partition in partitions] == [[1, 2, 3]] * 3
         commit(servers, "replicated", "before")
         kafka.kill_broker(2)
         assert not is_listening(kafka._ports[1])
@@ -559,15 +575,15 @@ def test_the_command_makes_topics_and_runs_a_schema_registry(tmp_path):
     port, registry_port = itertools.islice(free_ports(), 2)
     command = [sys.executable, "-m", "dataforge_kafka_dagster.local", "--port", str(port), "--data-dir", str(tmp_path)]
     command += ["--topic", "plain", "--topic", "flights:3:cleanup.policy=compact:retention.ms=1000"]
-    for _ in range(2):  # the second time the topics are there
-        more = ["--registry-port", str(registry_port)]
+    for more in (["--registry-port", str(registry_port)], []):  # the second time the topics are there
         with subprocess.Popen([*command, *more], stdout=subprocess.PIPE, text=True) as process:
             try:
-                lines = [process.stdout.readline().strip() for _ in range(3)]
-                url = f"http://127.0.0.1:{registry_port}/apis/ccompat/v7"
-                assert lines[2] == f"export SCHEMA_REGISTRY_URL={url}"
-                direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-                assert direct.open(f"{url}/subjects", timeout=10).read() == b"[]"
+                lines = [process.stdout.readline().strip() for _ in range(3 if more else 2)]
+                if more:
+                    url = f"http://127.0.0.1:{registry_port}/apis/ccompat/v7"
+                    assert lines[2] == f"export SCHEMA_REGISTRY_URL={url}"
+                    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+                    assert direct.open(f"{url}/subjects", timeout=10).read() == b"[]"
                 topics = AdminClient({"bootstrap.servers": f"127.0.0.1:{port}"}).list_topics(timeout=10).topics
                 assert [len(topics[name].partitions) for name in ("plain", "flights")] == [1, 3]
             finally:
