@@ -355,13 +355,27 @@ def serialize_value(value: Any, index: int | None = None) -> bytes | None:
             "Publish a mapping, dataclass, pydantic model, str or bytes",
             index=index,
         )
+    if form == "json":
+        return _checked_json(value, index)
     try:
-        encoded = value.encode() if form == "string" else to_json(value)
+        return cast("bytes", value.encode())
+    except ValueError as error:
+        raise no_json_form(value, index, error) from error
+
+
+def _checked_json(value: Any, index: int | None) -> bytes:
+    """A value or key as JSON.
+
+    Raises:
+        InvalidRecordError: Something in it has no JSON form, or is NaN or infinity.
+    """
+    try:
+        encoded = to_json(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise no_json_form(value, index, error) from error
-    if form == "json" and b"null" in encoded:
+    if b"null" in encoded:
         refuse_non_finite(value, index)
-    return cast("bytes", encoded)
+    return encoded
 
 
 def refuse_infinite(value: Any, index: int | None) -> None:
@@ -524,7 +538,7 @@ def serialize_key(key: Any, index: int | None = None, field: str | None = None) 
     if write is not None:
         return write(key)
     if type(key) is dict:
-        return _json_key(key, index)
+        return _checked_json(key, index)
     if type(key) is not str:
         key = _plain_key(key)
     if key is None or isinstance(key, bytes):
@@ -541,7 +555,7 @@ def serialize_key(key: Any, index: int | None = None, field: str | None = None) 
         return bytes(key)
     of_numpy = type(key).__module__ == "numpy"
     if of_numpy or isinstance(key, (Mapping, list, tuple, BaseModel)) or dataclasses.is_dataclass(key):
-        encoded = _json_key(key, index)
+        encoded = _checked_json(key, index)
         return encoded.strip(b'"') if of_numpy else encoded
     raise _refused_key(
         f"a key cannot be {key!r}" if not is_number(key) else f"a key cannot be of type {type(key).__qualname__}",
@@ -558,16 +572,6 @@ _KEY_WRITERS: Final[Mapping[type, Callable[[Any], bytes]]] = {
     dt.date: lambda key: key.isoformat().encode(),
     uuid.UUID: lambda key: str(key).encode(),
 }
-
-
-def _json_key(key: Any, index: int | None) -> bytes:
-    try:
-        encoded = to_json(key)
-    except (TypeError, ValueError) as error:
-        raise no_json_form(key, index, error) from error
-    if b"null" in encoded:
-        refuse_non_finite(key, index)
-    return encoded
 
 
 def _refused_key(cause: str, fix: str, index: int | None, field: str | None) -> InvalidRecordError:
