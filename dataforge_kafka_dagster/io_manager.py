@@ -279,28 +279,38 @@ class KafkaIOManager(dg.ConfigurableIOManager):
 
         The input's annotation says in what form, with or without ``| None``: ``pl.DataFrame``, ``pd.DataFrame``,
         ``pa.Table``, ``list[KafkaRecord]``, ``dict`` (of the only record; ``dict | None`` is None if there is none),
-        else a list of values as they were published (a dataclass or model comes back as dict). Where an input takes
-        several outputs as a list, as after ``.collect()``, that is the form of its items: ``list[dict]`` is a list of
-        the only record of each output.
+        else a list of values as they were published (a dataclass or model comes back as dict). Of an asset with Dagster
+        partitions, ``dict[str, X]``, X being a list or a frame, is the records of each by its partition key. Where an
+        input takes several outputs as a list, as after ``.collect()``, that is the form of its items: ``list[dict]`` is
+        a list of the only record of each output.
 
         Raises:
             dagster.Failure: There is no publication to read, its records are gone, or Kafka failed for good.
             dagster.RetryRequested: Kafka failed for a cause that may pass.
         """
         with self.kafka.errors_in_dagster(context):
-            publications = list(_publications(context))
+            found = _publications(context) if context.has_asset_key else {None: _publication_of_op(context)}
+            # What several Dagster partitions have together is there once.
+            publications = {one.publication_id: one for one in found.values() if one}
             config = self.kafka.publication_config()
-            refuse_lost_topics(config.producer, publications, self.read_timeout)
-            records = (
-                record
-                for publication in publications
-                for record in _decoded(
-                    config.schema_registry,
-                    publication,
-                    read_publication(config.producer, publication, self.read_timeout),
+            refuse_lost_topics(config.producer, publications.values(), self.read_timeout)
+
+            def read(wanted: Iterable[Publication]) -> Iterator[tuple[ReadRecord, ValueFormat | None]]:
+                for publication in wanted:
+                    records = read_publication(config.producer, publication, self.read_timeout)
+                    yield from _decoded(config.schema_registry, publication, records)
+
+            form = _form_of(context)
+            of_each = _form_of_each(form) if context.has_asset_partitions else None
+            if of_each is None:
+                return _in_form(form, read(publications.values()))
+            if len(publications) < sum(one is not None for one in found.values()):
+                raise KafkaError(
+                    f"input {context.name!r}, of asset {context.asset_key.to_user_string()!r}",
+                    "it is annotated as a mapping by Dagster partition, but several were published as one publication",
+                    "Annotate it as a list or a data frame, or return a mapping from partition key to records upstream",
                 )
-            )
-            return _in_form(_form_of(context), records)
+            return {partition: _in_form(of_each, read([one] if one else ())) for partition, one in found.items()}
 
 
 def _is_again(context: dg.OutputContext, identity: Identity) -> bool:
@@ -561,11 +571,8 @@ def _schema_of(context: dg.OutputContext, name: str, default: str | None) -> Kaf
     return None if given is None else KafkaSchema.parse(given)
 
 
-def _publications(context: dg.InputContext) -> Iterator[Publication]:
-    """The publications that hold an input's records, each once, in the order of its Dagster partitions."""
-    if not context.has_asset_key:
-        yield from _publication_of_op(context)
-        return
+def _publications(context: dg.InputContext) -> dict[str | None, Publication | None]:
+    """The publication that holds each Dagster partition's records, in their order; None where it has none."""
     asset_key = context.asset_key
     asked: list[str | None] = list(context.asset_partition_keys) if context.has_asset_partitions else [None]
     if len(asked) > 1:
@@ -575,7 +582,7 @@ def _publications(context: dg.InputContext) -> Iterator[Publication]:
         asked.sort(key=lambda key: places.get(key or "", 0))
     lenient = bool((context.definition_metadata or {}).get("allow_missing_partitions"))
     last = {partition: last_published(context.instance, asset_key, partition) for partition in asked}
-    seen = set()
+    publications: dict[str | None, Publication | None] = {}
     for partition, found in last.items():
         if found is None:
             if lenient:
@@ -588,7 +595,8 @@ def _publications(context: dg.InputContext) -> Iterator[Publication]:
                 f"it is read as a whole, but was last materialized for its Dagster partition {of_partition!r} only",
                 "Ask for a Dagster partition; of an AssetSpec, give it the partitions_def that the asset has",
             )
-        if publication is None or publication.publication_id in seen:
+        publications[partition] = publication
+        if publication is None:
             continue
         _refuse_others(
             name_of(asset_key, partition),
@@ -604,8 +612,7 @@ def _publications(context: dg.InputContext) -> Iterator[Publication]:
                 " the first are out of date is not known",
                 "Materialize them together again, or return a mapping from partition key to records",
             )
-        seen.add(publication.publication_id)
-        yield publication
+    return publications
 
 
 def _holds(last: Published | None, publication: Publication) -> bool:
@@ -621,8 +628,8 @@ def _refuse_others(name: str, covered: Sequence[str], asked: Sequence[str | None
         raise KafkaError(name, cause, fix)
 
 
-def _publication_of_op(context: dg.InputContext) -> Iterator[Publication]:
-    """What the last attempt has published for the output of an op; nothing if that was None."""
+def _publication_of_op(context: dg.InputContext) -> Publication | None:
+    """What the last attempt has published for the output of an op; None if that was None."""
     upstream = context.upstream_output
     if upstream is None:
         raise KafkaError(f"input {context.name!r}", "it has no upstream output", "Connect it to an output")
@@ -638,9 +645,7 @@ def _publication_of_op(context: dg.InputContext) -> Iterator[Publication]:
             handled = data
     if handled is None:
         raise KafkaError(name, f"run {upstream.run_id} has published nothing for it", "Run it again")
-    publication = published(handled.metadata, name).publication
-    if publication is not None:
-        yield publication
+    return published(handled.metadata, name).publication
 
 
 def _form_of(context: dg.InputContext) -> Any:
@@ -658,20 +663,40 @@ def _form_of(context: dg.InputContext) -> Any:
     return of_input.typing_type
 
 
+def _form_of_each(form: Any) -> Any:
+    """The form of each Dagster partition's records, if an input wants them by partition key; else None."""
+    form, _ = _without_none(form)
+    origin, arguments = typing.get_origin(form), typing.get_args(form)
+    if not (isinstance(origin, type) and issubclass(origin, Mapping) and len(arguments) == 2):  # noqa: PLR2004
+        return None
+    of_each = arguments[1]
+    return of_each if (typing.get_origin(of_each) or of_each) is list or _library(of_each) else None
+
+
+def _without_none(form: Any) -> tuple[Any, bool]:
+    """An annotation without ``| None``, and whether it had that."""
+    arguments = [argument for argument in typing.get_args(form) if argument is not types.NoneType]
+    optional = typing.get_origin(form) in {typing.Union, types.UnionType} and len(arguments) == 1
+    return (arguments[0], True) if optional else (form, False)
+
+
+def _library(form: Any) -> str | None:
+    """The library of the data frame that an annotation names, if it does."""
+    library = getattr(typing.get_origin(form) or form, "__module__", "").partition(".")[0]
+    return library if library in {"polars", "pandas", "pyarrow"} else None
+
+
 def _in_form(form: Any, records: Iterable[tuple[ReadRecord, ValueFormat | None]]) -> Any:
     """Records as what an input's annotation asks for; frames are imported only if it names one.
 
     Each comes with the format of its value; None if that is decoded.
     """
-    arguments = [argument for argument in typing.get_args(form) if argument is not type(None)]
-    optional = typing.get_origin(form) in {typing.Union, types.UnionType} and len(arguments) == 1
-    if optional:
-        (form,) = arguments
+    form, optional = _without_none(form)
     origin = typing.get_origin(form) or form
     if typing.get_args(form) == (KafkaRecord,):
         return [_as_kafka_record(record, value_format) for record, value_format in records]
-    library = getattr(origin, "__module__", "").partition(".")[0]
-    if library in {"polars", "pandas", "pyarrow"}:
+    library = _library(form)
+    if library:
         lines = []
         for record, value_format in records:
             if value_format not in {None, "json"}:
@@ -693,7 +718,7 @@ def _in_form(form: Any, records: Iterable[tuple[ReadRecord, ValueFormat | None]]
         raise KafkaError(
             f"input annotated {origin.__qualname__}",
             f"its upstream output has {len(values)} records",
-            "Annotate it as a list or a data frame",
+            "Annotate it as a list or a data frame; as dict[str, list] for those of each Dagster partition",
         )
     return values[0]
 

@@ -7,8 +7,10 @@ import re
 import subprocess
 import sys
 import uuid
+from collections.abc import Mapping
 
 import dagster as dg
+import polars as pl
 import pytest
 
 from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource
@@ -150,6 +152,63 @@ def test_a_range_of_days_in_one_run_is_one_publication(manager, kafka_topic, rea
         {"day": 10},
         *({"key": f"2013-01-0{day}"} for day in range(5, 10)),
     ]
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("expected", [{1: [1], 2: [], 3: [1, 2, 3]}, {3: [1, 2, 3]}], ids=["three", "one"])
+def test_an_input_annotated_as_a_mapping_has_the_records_of_each_dagster_partition(
+    expected, manager, kafka_topic, instance
+):
+    daily = dg.DailyPartitionsDefinition("2013-01-01", end_date="2013-01-05")
+    options = {"partitions_def": daily, "backfill_policy": dg.BackfillPolicy.single_run()}
+    topic, got = kafka_topic(partitions=3), {}
+
+    def numbers(day):
+        return range(1, int(day[-1]) + 1) if day != "2013-01-02" else ()
+
+    @dg.asset(metadata={"kafka/topic": topic}, **options)
+    def made(context: dg.AssetExecutionContext) -> dict[str, list[dict]]:
+        return {day: [{"n": n} for n in numbers(day)] for day in context.partition_keys}
+
+    @dg.asset(**options)
+    def lists(made: dict[str, list[dict]]) -> None:
+        got["lists"] = {int(day[-1]): sorted(row["n"] for row in rows) for day, rows in made.items()}
+
+    @dg.asset(**options)
+    def frames(made: Mapping[str, pl.DataFrame] | None) -> None:
+        got["frames"] = {int(day[-1]): sorted(frame["n"]) if len(frame) else [] for day, frame in made.items()}
+
+    @dg.asset(**options)
+    def only(made: dict) -> None:
+        got["only"] = made
+
+    days = {"start": f"2013-01-0{min(expected)}", "end": f"2013-01-0{max(expected)}"}
+    tags = {f"dagster/asset_partition_range_{end}": day for end, day in days.items()}
+    run = {"resources": {"io_manager": manager}, "instance": instance, "tags": tags}
+    assert dg.materialize([made, lists, frames], **run).success
+    assert got == {"lists": expected, "frames": expected}
+    failed = dg.materialize([made, only], selection=[only], raise_on_error=False, **run)
+    (event,) = failed.get_step_failure_events()
+    assert "as dict[str, list] for those of each Dagster partition" in event.step_failure_data.error.to_string()
+
+
+@pytest.mark.kafka
+def test_an_input_by_dagster_partition_refuses_what_several_have_together(manager, kafka_topic, instance):
+    daily = dg.DailyPartitionsDefinition("2013-01-01", end_date="2013-01-05")
+    options = {"partitions_def": daily, "backfill_policy": dg.BackfillPolicy.single_run()}
+
+    @dg.asset(metadata={"kafka/topic": kafka_topic()}, **options)
+    def together():
+        return [{"n": 1}]
+
+    @dg.asset(**options)
+    def reader(together: dict[str, list]) -> None: ...
+
+    tags = {"dagster/asset_partition_range_start": "2013-01-01", "dagster/asset_partition_range_end": "2013-01-02"}
+    run = {"resources": {"io_manager": manager}, "instance": instance, "tags": tags, "raise_on_error": False}
+    (event,) = dg.materialize([together, reader], **run).get_step_failure_events()
+    assert event.step_key == "reader"
+    assert "several were published as one publication" in event.step_failure_data.error.to_string()
 
 
 @pytest.mark.kafka
