@@ -350,12 +350,15 @@ def test_keys_of_the_config_may_be_several(kafka_bootstrap_servers, kafka_topic,
 
 
 def test_a_publication_among_other_writers_is_read_back_exactly(
-    kafka_bootstrap_servers, manager, kafka_topic, read, instance
+    kafka_bootstrap_servers, manager, kafka_topic, read, instance, request
 ):
     topic = kafka_topic(partitions=2)
     plain = Producer({"bootstrap.servers": kafka_bootstrap_servers, "linger.ms": 0})
     transactional = Producer({"bootstrap.servers": kafka_bootstrap_servers, "transactional.id": f"other-{topic}"})
     transactional.init_transactions(30)
+    # Dagster keeps the asset, and with it this function, for the life of the process.
+    request.addfinalizer(plain.close)
+    request.addfinalizer(transactional.close)
 
     def among_others():
         for i in range(600):
