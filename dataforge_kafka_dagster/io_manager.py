@@ -1,29 +1,26 @@
 """`KafkaIOManager`: one output, one publication; and a publication back as an input."""
 
 import difflib
-import itertools
-import re
-import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import dagster as dg
-import orjson
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from dataforge_kafka_dagster.history import Published, last_published, name_of, published
 from dataforge_kafka_dagster.identity import Identity, output_identity, step_context_of
+from dataforge_kafka_dagster.inputs import form_of_each, in_form
 from dataforge_kafka_dagster.kafka.cloudevents import CloudEventHeaders
 from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, check_topic
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError
 from dataforge_kafka_dagster.kafka.ledger import Publication
 from dataforge_kafka_dagster.kafka.publication import settle
 from dataforge_kafka_dagster.kafka.reader import ReadRecord, read_publication, refuse_lost_topics
-from dataforge_kafka_dagster.kafka.records import KafkaRecord, key_fields
+from dataforge_kafka_dagster.kafka.records import key_fields
 from dataforge_kafka_dagster.kafka.registry import SchemaRegistry, SchemaRegistryConfig
 from dataforge_kafka_dagster.kafka.schemas import KafkaSchema, SchemaDecoder, SchemaFormat
-from dataforge_kafka_dagster.kafka.serialization import ValueFormat, deserialize
+from dataforge_kafka_dagster.kafka.serialization import ValueFormat
 from dataforge_kafka_dagster.kafka.sources import chunks
 from dataforge_kafka_dagster.kafka.upserts import Upsert
 from dataforge_kafka_dagster.resource import (
@@ -278,11 +275,11 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         """The records of exactly the Dagster partitions (or the run, for an op) that the input asks for.
 
         The input's annotation says in what form, with or without ``| None``: ``pl.DataFrame``, ``pd.DataFrame``,
-        ``pa.Table``, ``list[KafkaRecord]``, ``dict`` (of the only record; ``dict | None`` is None if there is none),
-        else a list of values as they were published (a dataclass or model comes back as dict). Of an asset with Dagster
-        partitions, ``dict[str, X]``, X being a list or a frame, is the records of each by its partition key. Where an
-        input takes several outputs as a list, as after ``.collect()``, that is the form of its items: ``list[dict]`` is
-        a list of the only record of each output.
+        ``pa.Table``, ``list[KafkaRecord]``, ``dict`` (of the only record; ``dict | None`` is None if there is none), a
+        pydantic model or dataclass (of the only record) or a ``list`` of one, else a list of values as JSON has them.
+        Of an asset with Dagster partitions, ``dict[str, X]``, X being a list or a frame, is the records of each by its
+        partition key. Where an input takes several outputs as a list, as after ``.collect()``, that is the form of its
+        items: ``list[dict]`` is a list of the only record of each output.
 
         Raises:
             dagster.Failure: There is no publication to read, its records are gone, or Kafka failed for good.
@@ -301,16 +298,16 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                     yield from _decoded(config.schema_registry, publication, records)
 
             form = _form_of(context)
-            of_each = _form_of_each(form) if context.has_asset_partitions else None
+            of_each = form_of_each(form) if context.has_asset_partitions else None
             if of_each is None:
-                return _in_form(form, read(publications.values()))
+                return in_form(form, read(publications.values()))
             if len(publications) < sum(one is not None for one in found.values()):
                 raise KafkaError(
                     f"input {context.name!r}, of asset {context.asset_key.to_user_string()!r}",
                     "it is annotated as a mapping by Dagster partition, but several were published as one publication",
                     "Annotate it as a list or a data frame, or return a mapping from partition key to records upstream",
                 )
-            return {partition: _in_form(of_each, read([one] if one else ())) for partition, one in found.items()}
+            return {partition: in_form(of_each, read([one] if one else ())) for partition, one in found.items()}
 
 
 def _is_again(context: dg.OutputContext, identity: Identity) -> bool:
@@ -661,175 +658,3 @@ def _form_of(context: dg.InputContext) -> Any:
     if type(source).__name__ == "FromMultipleSources" and of_input.supports_fan_in:
         of_input = of_input.get_inner_type_for_fan_in()
     return of_input.typing_type
-
-
-def _form_of_each(form: Any) -> Any:
-    """The form of each Dagster partition's records, if an input wants them by partition key; else None."""
-    form, _ = _without_none(form)
-    origin, arguments = typing.get_origin(form), typing.get_args(form)
-    if not (isinstance(origin, type) and issubclass(origin, Mapping) and len(arguments) == 2):  # noqa: PLR2004
-        return None
-    of_each = arguments[1]
-    return of_each if (typing.get_origin(of_each) or of_each) is list or _library(of_each) else None
-
-
-def _without_none(form: Any) -> tuple[Any, bool]:
-    """An annotation without ``| None``, and whether it had that."""
-    arguments = [argument for argument in typing.get_args(form) if argument is not types.NoneType]
-    optional = typing.get_origin(form) in {typing.Union, types.UnionType} and len(arguments) == 1
-    return (arguments[0], True) if optional else (form, False)
-
-
-def _library(form: Any) -> str | None:
-    """The library of the data frame that an annotation names, if it does."""
-    library = getattr(typing.get_origin(form) or form, "__module__", "").partition(".")[0]
-    return library if library in {"polars", "pandas", "pyarrow"} else None
-
-
-def _in_form(form: Any, records: Iterable[tuple[ReadRecord, ValueFormat | None]]) -> Any:
-    """Records as what an input's annotation asks for; frames are imported only if it names one.
-
-    Each comes with the format of its value; None if that is decoded.
-    """
-    form, optional = _without_none(form)
-    origin = typing.get_origin(form) or form
-    if typing.get_args(form) == (KafkaRecord,):
-        return [_as_kafka_record(record, value_format) for record, value_format in records]
-    library = _library(form)
-    if library:
-        lines = []
-        for record, value_format in records:
-            if value_format not in {None, "json"}:
-                raise KafkaError(
-                    f"input annotated as a {library} frame",
-                    f"its upstream output was published as {value_format}",
-                    "Annotate it as a list",
-                )
-            if record.value is not None:
-                lines.append(record.value)
-        return _frame(library, lines)
-    values = [_value(record, value_format) for record, value_format in records]
-    single = isinstance(origin, type) and issubclass(origin, (Mapping, str, bytes))
-    if not single:
-        return values
-    if optional and not values:
-        return None
-    if len(values) != 1:
-        raise KafkaError(
-            f"input annotated {origin.__qualname__}",
-            f"its upstream output has {len(values)} records",
-            "Annotate it as a list or a data frame; as dict[str, list] for those of each Dagster partition",
-        )
-    return values[0]
-
-
-def _value(record: ReadRecord, value_format: ValueFormat | None) -> Any:
-    return deserialize(record.value, value_format or "bytes")
-
-
-def _as_kafka_record(record: ReadRecord, value_format: ValueFormat | None) -> KafkaRecord:
-    message = record.message
-    _, timestamp = message.timestamp()
-    value = _value(record, value_format)
-    return KafkaRecord(value, record.key, message.headers(), message.partition(), timestamp)
-
-
-def _frame(library: str, lines: Sequence[Any]) -> Any:
-    """The frame of records: their JSON, or as a schema has decoded them.
-
-    Raises:
-        KafkaError: They do not fit into one of this library.
-    """
-    decoded = bool(lines) and not isinstance(lines[0], bytes)
-    try:
-        if library == "polars":
-            return _polars_frame(lines, decoded=decoded)
-        rows = lines if decoded else [deserialize(line, "json") for line in lines]
-        return _pandas_frame(rows) if library == "pandas" else _arrow_table(rows)
-    except Exception as error:
-        raise KafkaError(
-            f"input annotated as a {library} frame",
-            f"its records do not fit into one: {str(error).partition(chr(10))[0]}",
-            "Annotate it as a list",
-        ) from error
-
-
-def _polars_frame(lines: Sequence[Any], *, decoded: bool) -> Any:
-    import polars as pl  # noqa: PLC0415  (optional, and slow to import)
-
-    if decoded:
-        for name in dict.fromkeys(itertools.chain.from_iterable(lines)) if isinstance(lines[0], dict) else ():
-            _refuse_mixed(name, {type(row.get(name)) for row in lines})
-        return pl.DataFrame(lines, infer_schema_length=None)
-    if not lines:
-        return pl.DataFrame()
-    frame = pl.read_ndjson(b"\n".join(lines), infer_schema_length=None)
-    # polars makes text of all else in a column that has text.
-    for series in frame.select(pl.col(pl.String)):
-        # A column's own name may look like a pattern to polars.
-        if series.alias("it").str.contains(_OF_NO_TEXT).any():
-            no_text = re.compile(re.escape(orjson.dumps(series.name)) + rb':[^"n]')
-            for row in (deserialize(line, "json") for line in lines if no_text.search(line)):
-                _refuse_mixed(series.name, {str, type(row.get(series.name))})
-    return frame
-
-
-# What polars writes for a number, boolean, list or object.
-_OF_NO_TEXT: Final = r"^(?:[\[{]|(?:-?[0-9.]+(?:e-?[0-9]+)?|true|false)$)"
-
-
-def _refuse_mixed(name: str, kinds: set[type]) -> None:
-    """Refuse a column whose values have types that no column has together."""
-    kinds = kinds - {types.NoneType}
-    if len(kinds) > 1 and kinds != {int, float}:
-        raise ValueError(f"column {name!r} has {' and '.join(sorted(kind.__name__ for kind in kinds))}")
-
-
-def _pandas_frame(rows: Sequence[Any]) -> Any:
-    import pandas as pd  # noqa: PLC0415
-
-    frame = pd.DataFrame(rows)
-    if rows and isinstance(rows[0], dict):
-        for name in frame.columns[[dtype.kind == "f" for dtype in frame.dtypes]]:
-            if (exact := _exact_integers(rows, frame[name])) is not None:
-                frame[name] = exact
-    return frame
-
-
-def _arrow_table(rows: Sequence[Any]) -> Any:
-    import pyarrow as pa  # noqa: PLC0415
-
-    # Table.from_pylist takes the columns of the first row only.
-    names = dict.fromkeys(itertools.chain.from_iterable(rows))
-    if not names:
-        return pa.Table.from_struct_array(pa.array(rows, pa.struct([])))
-    columns = {}
-    for name in names:
-        values = [row.get(name) for row in rows]
-        try:
-            column = pa.array(values)
-        except OverflowError:
-            column = pa.array(values, pa.uint64())
-        if pa.types.is_floating(column.type):
-            _refuse_mixed(name, set(map(type, values)))  # a boolean would be a number
-        columns[name] = column
-    return pa.table(columns)
-
-
-def _exact_integers(rows: Sequence[Any], column: Any) -> Any:
-    """An array for a column of integers and gaps that pandas has rounded to floats; None for one of other values."""
-    import numpy as np  # noqa: PLC0415
-    import pandas as pd  # noqa: PLC0415
-
-    name = column.name
-    if type(next((value for row in rows if (value := row.get(name)) is not None), None)) is not int:
-        return None
-    values = [row.get(name) for row in rows]
-    if not set(map(type, values)) <= {int, types.NoneType}:
-        return None
-    filled = [value or 0 for value in values]
-    low, high = min(filled), max(filled)
-    if low < (0 if high >= 2**63 else -(2**63)) or high >= 2**64:
-        return pd.array(values, dtype=object)
-    exact = np.array(filled, dtype="int64" if high < 2**63 else "uint64")
-    return pd.arrays.IntegerArray(exact, column.isna().to_numpy())

@@ -443,6 +443,11 @@ def test_read_as_values(annotation, manager, kafka_topic, instance):
     assert _read_back(annotation, READ, manager, kafka_topic(), instance) == READ
 
 
+@pytest.mark.parametrize("output", [[Point(1), Point(2)], [Place(code="EWR", lat=40.7)]], ids=["dataclass", "model"])
+def test_read_as_what_was_published(output, manager, kafka_topic, instance):
+    assert _read_back(list[type(output[0])], output, manager, kafka_topic(), instance) == output
+
+
 def test_read_as_records(manager, kafka_topic, instance):
     when = dt.datetime.now(dt.timezone.utc).replace(microsecond=0) - dt.timedelta(hours=1)
     sent = [
@@ -462,6 +467,8 @@ def test_read_as_records(manager, kafka_topic, instance):
         (str, "text", "text"),
         (bytes, b"\xff", b"\xff"),
         (dict, Point(1), {"x": 1}),
+        (Point, Point(1), Point(1)),
+        (Place | None, Place(code="EWR", lat=40.7), Place(code="EWR", lat=40.7)),
     ],
 )
 def test_read_the_only_record(annotation, output, value, manager, kafka_topic, instance):

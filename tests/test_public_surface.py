@@ -133,7 +133,7 @@ ORDER = [
     {"kafka.producer", "kafka.publication"},
     {"kafka.reader"},
     {"kafka.verification", "kafka.upserts"},
-    {"identity", "failures"},
+    {"identity", "failures", "inputs"},
     {"resource"},
     {"history"},
     {"io_manager"},

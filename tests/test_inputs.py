@@ -1,11 +1,20 @@
-"""The frames that records are read back as: all columns, exact values."""
+"""What records are read back as: frames with all columns and exact values, models, lists, by annotation."""
+
+import dataclasses
+import datetime as dt
+import decimal
+import types
+import uuid
 
 import orjson
 import pandas as pd
 import polars as pl
+import pydantic
 import pytest
 
-from dataforge_kafka_dagster import KafkaError, io_manager
+from dataforge_kafka_dagster import KafkaError, KafkaRecord, inputs
+from dataforge_kafka_dagster.kafka.reader import ReadRecord
+from dataforge_kafka_dagster.kafka.serialization import serialize_value
 
 BIG = 2**53 + 1  # not a float
 
@@ -13,7 +22,7 @@ BIG = 2**53 + 1  # not a float
 @pytest.fixture(params=["json", "decoded"])
 def frame(request):
     """Makes a frame of rows, from their JSON or as a schema decodes them."""
-    return lambda library, rows: io_manager._frame(
+    return lambda library, rows: inputs.frame_of(
         library, list(map(orjson.dumps, rows)) if request.param == "json" else rows
     )
 
@@ -75,7 +84,7 @@ def test_only_columns_of_integers_and_missing_values_get_another_dtype(values, d
     "values", [[None, 2**63, -1, BIG], [2**64, BIG, None], [None, 2**63, None, 2**64, BIG], [-(2**63) - 1, None, BIG]]
 )
 def test_integers_that_need_more_than_64_bits_stay_pythons_own(values):
-    made = io_manager._frame("pandas", [{"id": value} for value in values])
+    made = inputs.frame_of("pandas", [{"id": value} for value in values])
     assert made["id"].dtype == object
     assert listed(made) == [("id", values)]
 
@@ -124,12 +133,107 @@ def test_a_column_whose_name_is_a_pattern_to_polars_is_only_itself(name, frame):
 
 def test_integers_beyond_those_of_arrow_are_refused():
     with pytest.raises(KafkaError, match="do not fit into one: .*too large"):
-        io_manager._frame("pyarrow", [{"n": 2**64}])
+        inputs.frame_of("pyarrow", [{"n": 2**64}])
     with pytest.raises(KafkaError, match="do not fit into one: .*negative"):
-        io_manager._frame("pyarrow", [{"n": 2**64 - 1}, {"n": -1}])
+        inputs.frame_of("pyarrow", [{"n": 2**64 - 1}, {"n": -1}])
 
 
 @pytest.mark.parametrize("library", ["pandas", "pyarrow"])
 def test_records_without_fields_stay_rows(library, frame):
     made = frame(library, [{}, {}])
     assert made.shape == (2, 0)
+
+
+class Inner(pydantic.BaseModel):
+    ids: list[uuid.UUID] = []
+
+
+class Flight(pydantic.BaseModel):
+    number: int = pydantic.Field(alias="flightNumber")
+    at: dt.datetime
+    price: decimal.Decimal
+    inner: Inner | None = None
+
+
+@dataclasses.dataclass
+class Row:
+    n: int
+    day: dt.date
+
+
+FLIGHTS = [
+    Flight(flightNumber=1, at=dt.datetime(2026, 1, 1, tzinfo=dt.timezone.utc), price="1.20", inner=Inner(ids=[uuid.UUID(int=1)])),
+    Flight(flightNumber=2, at=dt.datetime(2026, 1, 2, tzinfo=dt.timezone.utc), price="0"),
+]  # fmt: skip
+ROWS = [Row(1, dt.date(2026, 1, 1)), Row(2, dt.date(1969, 12, 31))]
+
+
+def _published(values, value_format="json"):
+    """Records as the reader gives them, the first at offset 7."""
+    for i, value in enumerate(values):
+        message = types.SimpleNamespace(
+            offset=lambda i=i: 7 + i, partition=lambda: 3, headers=lambda: None, timestamp=lambda: (1, 5)
+        )
+        yield ReadRecord(serialize_value(value) if value_format else value, b"k", message), value_format
+
+
+@pytest.mark.parametrize("values", [FLIGHTS, ROWS], ids=["models", "dataclasses"])
+def test_models_and_dataclasses_come_back_as_what_they_were(values):
+    cls = type(values[0])
+    assert inputs.in_form(list[cls], _published(values)) == values
+    assert inputs.in_form(list[cls] | None, _published([None, *values])) == values
+    assert inputs.in_form(cls, _published(values[:1])) == values[0]
+    assert inputs.in_form(cls | None, _published([])) is None
+    assert inputs.form_of_each(dict[str, list[cls]]) == list[cls]
+
+
+def test_a_model_is_made_of_what_a_schema_has_decoded():
+    decoded = [
+        {"number": 1, "at": FLIGHTS[0].at, "price": decimal.Decimal("1.20"), "inner": {"ids": [uuid.UUID(int=1)]}}
+    ]
+    assert inputs.in_form(list[Flight], _published(decoded, None)) == FLIGHTS[:1]
+
+
+def test_a_value_that_does_not_fit_its_model_is_named():
+    rows = [{"n": 1, "day": "2026-01-01"}, {"n": 1, "day": "no day"}]
+    with pytest.raises(
+        KafkaError, match=r"Row, record at offset 8 of Kafka partition 3, field 'day': Input should be a"
+    ):
+        inputs.in_form(list[Row], _published(rows))
+    with pytest.raises(KafkaError, match="input annotated Row: its upstream output has 2 records"):
+        inputs.in_form(Row, _published(ROWS))
+
+
+def test_a_class_that_pydantic_does_not_know_is_refused():
+    @dataclasses.dataclass
+    class Odd:
+        frame: pl.DataFrame
+
+    with pytest.raises(KafkaError, match=r"input annotated with .*Odd: pydantic cannot check its fields: Unable"):
+        inputs.in_form(list[Odd], _published([{"frame": 1}]))
+
+
+def test_the_only_record_comes_with_its_key():
+    record = inputs.in_form(KafkaRecord, _published([{"n": 1}]))
+    assert record == KafkaRecord({"n": 1}, b"k", None, 3, 5)
+
+
+def test_a_lazy_frame_is_lazy():
+    made = inputs.in_form(pl.LazyFrame, _published([{"n": 1}, None, {"n": 2}]))
+    assert isinstance(made, pl.LazyFrame)
+    assert made.collect()["n"].to_list() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        (dict[str, list], list),
+        (dict[str, pl.DataFrame] | None, pl.DataFrame),
+        (dict[str, dict], None),
+        (dict, None),
+        (list[dict], None),
+        (pl.DataFrame, None),
+    ],
+)
+def test_a_mapping_to_lists_or_frames_is_by_dagster_partition(form, expected):
+    assert inputs.form_of_each(form) == expected

@@ -1,0 +1,247 @@
+"""Records as what the annotation of an input asks for."""
+
+import dataclasses
+import itertools
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+import orjson
+import pydantic
+
+from dataforge_kafka_dagster.kafka.errors import KafkaError
+from dataforge_kafka_dagster.kafka.reader import ReadRecord
+from dataforge_kafka_dagster.kafka.records import KafkaRecord
+from dataforge_kafka_dagster.kafka.serialization import ValueFormat, deserialize
+
+
+def form_of_each(form: Any) -> Any:
+    """The form of each Dagster partition's records, if an input wants them by partition key; else None."""
+    form, _ = _without_none(form)
+    origin, arguments = typing.get_origin(form), typing.get_args(form)
+    if not (isinstance(origin, type) and issubclass(origin, Mapping) and len(arguments) == 2):  # noqa: PLR2004
+        return None
+    of_each = arguments[1]
+    return of_each if (typing.get_origin(of_each) or of_each) is list or _library(of_each) else None
+
+
+def _without_none(form: Any) -> tuple[Any, bool]:
+    """An annotation without ``| None``, and whether it had that."""
+    arguments = [argument for argument in typing.get_args(form) if argument is not types.NoneType]
+    optional = typing.get_origin(form) in {typing.Union, types.UnionType} and len(arguments) == 1
+    return (arguments[0], True) if optional else (form, False)
+
+
+def _library(form: Any) -> str | None:
+    """The library of the data frame that an annotation names, if it does."""
+    library = getattr(typing.get_origin(form) or form, "__module__", "").partition(".")[0]
+    return library if library in {"polars", "pandas", "pyarrow"} else None
+
+
+def in_form(form: Any, records: Iterable[tuple[ReadRecord, ValueFormat | None]]) -> Any:
+    """Records as what an input's annotation asks for; frames are imported only if it names one.
+
+    Args:
+        form: The annotation, as `KafkaIOManager.load_input` says.
+        records: Each with the format of its value; None if that is decoded.
+
+    Raises:
+        KafkaError: They do not fit it.
+    """
+    form, optional = _without_none(form)
+    origin, arguments = typing.get_origin(form) or form, typing.get_args(form)
+    if _library(form):
+        return _frame(origin, records)
+    single = isinstance(origin, type) and (issubclass(origin, (Mapping, str, bytes)) or _is_model(origin))
+    item: Any = origin if single else arguments[0] if len(arguments) == 1 else None
+    values: list[Any]
+    if item is KafkaRecord:
+        values = [_as_kafka_record(record, value_format) for record, value_format in records]
+    elif _is_model(item):
+        values = _models(item, records)
+    else:
+        values = [_value(record, value_format) for record, value_format in records]
+    if not single:
+        return values
+    if optional and not values:
+        return None
+    if len(values) != 1:
+        raise KafkaError(
+            f"input annotated {origin.__qualname__}",
+            f"its upstream output has {len(values)} records",
+            "Annotate it as a list or a data frame; as dict[str, list] for those of each Dagster partition",
+        )
+    return values[0]
+
+
+def _is_model(form: Any) -> bool:
+    """Whether an annotation is a class that values are checked against: a pydantic model or a dataclass."""
+    return isinstance(form, type) and (issubclass(form, pydantic.BaseModel) or dataclasses.is_dataclass(form))
+
+
+def _models(model: type, records: Iterable[tuple[ReadRecord, ValueFormat | None]]) -> list[Any]:
+    """The values, which are no tombstones, as objects of a pydantic model or dataclass."""
+    try:
+        adapter: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(model)
+    except (pydantic.PydanticUserError, NameError) as error:
+        raise KafkaError(
+            f"input annotated with {model.__qualname__}",
+            f"pydantic cannot check its fields: {str(error).partition(chr(10))[0]}",
+            "Annotate it as a list or dict",
+        ) from error
+    made = []
+    for record, value_format in records:
+        if record.value is None:
+            continue
+        try:
+            if value_format == "json":
+                made.append(adapter.validate_json(record.value, **_BY_NAME))
+            else:
+                made.append(adapter.validate_python(_value(record, value_format), **_BY_NAME))
+        except pydantic.ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(map(str, first["loc"]))
+            raise KafkaError(
+                f"input annotated with {model.__qualname__}, record at offset {record.message.offset()} of Kafka"
+                f" partition {record.message.partition()}" + (f", field {place!r}" if place else ""),
+                first["msg"],
+                "Annotate it with the class that was published, or as a list or dict",
+            ) from error
+    return made
+
+
+# Models are published by their fields' names, whatever their aliases. Before 2.11, pydantic asks the model's config.
+_BY_NAME: Final[dict[str, Any]] = (
+    {"by_alias": True, "by_name": True} if tuple(map(int, pydantic.VERSION.split(".")[:2])) >= (2, 11) else {}
+)
+
+
+def _value(record: ReadRecord, value_format: ValueFormat | None) -> Any:
+    return deserialize(record.value, value_format or "bytes")
+
+
+def _as_kafka_record(record: ReadRecord, value_format: ValueFormat | None) -> KafkaRecord:
+    message = record.message
+    _, timestamp = message.timestamp()
+    value = _value(record, value_format)
+    return KafkaRecord(value, record.key, message.headers(), message.partition(), timestamp)
+
+
+def _frame(cls: type, records: Iterable[tuple[ReadRecord, ValueFormat | None]]) -> Any:
+    """A frame of the values that are no tombstones."""
+    library = cls.__module__.partition(".")[0]
+    lines = []
+    for record, value_format in records:
+        if value_format not in {None, "json"}:
+            raise KafkaError(
+                f"input annotated as a {library} frame",
+                f"its upstream output was published as {value_format}",
+                "Annotate it as a list",
+            )
+        if record.value is not None:
+            lines.append(record.value)
+    frame = frame_of(library, lines)
+    return frame.lazy() if cls.__name__ == "LazyFrame" else frame
+
+
+def frame_of(library: str, lines: Sequence[Any]) -> Any:
+    """The frame of values: of their JSON, or as a schema has decoded them.
+
+    Raises:
+        KafkaError: They do not fit into one of this library.
+    """
+    decoded = bool(lines) and not isinstance(lines[0], bytes)
+    try:
+        if library == "polars":
+            return _polars_frame(lines, decoded=decoded)
+        rows = lines if decoded else [deserialize(line, "json") for line in lines]
+        return _pandas_frame(rows) if library == "pandas" else _arrow_table(rows)
+    except Exception as error:
+        raise KafkaError(
+            f"input annotated as a {library} frame",
+            f"its records do not fit into one: {str(error).partition(chr(10))[0]}",
+            "Annotate it as a list",
+        ) from error
+
+
+def _polars_frame(lines: Sequence[Any], *, decoded: bool) -> Any:
+    import polars as pl  # noqa: PLC0415  (optional, and slow to import)
+
+    if decoded:
+        for name in dict.fromkeys(itertools.chain.from_iterable(lines)) if isinstance(lines[0], dict) else ():
+            _refuse_mixed(name, {type(row.get(name)) for row in lines})
+        return pl.DataFrame(lines, infer_schema_length=None)
+    if not lines:
+        return pl.DataFrame()
+    frame = pl.read_ndjson(b"\n".join(lines), infer_schema_length=None)
+    # polars makes text of all else in a column that has text.
+    for series in frame.select(pl.col(pl.String)):
+        # A column's own name may look like a pattern to polars.
+        if series.alias("it").str.contains(_OF_NO_TEXT).any():
+            no_text = re.compile(re.escape(orjson.dumps(series.name)) + rb':[^"n]')
+            for row in (deserialize(line, "json") for line in lines if no_text.search(line)):
+                _refuse_mixed(series.name, {str, type(row.get(series.name))})
+    return frame
+
+
+# What polars writes for a number, boolean, list or object.
+_OF_NO_TEXT: Final = r"^(?:[\[{]|(?:-?[0-9.]+(?:e-?[0-9]+)?|true|false)$)"
+
+
+def _refuse_mixed(name: str, kinds: set[type]) -> None:
+    """Refuse a column whose values have types that no column has together."""
+    kinds = kinds - {types.NoneType}
+    if len(kinds) > 1 and kinds != {int, float}:
+        raise ValueError(f"column {name!r} has {' and '.join(sorted(kind.__name__ for kind in kinds))}")
+
+
+def _pandas_frame(rows: Sequence[Any]) -> Any:
+    import pandas as pd  # noqa: PLC0415
+
+    frame = pd.DataFrame(rows)
+    if rows and isinstance(rows[0], dict):
+        for name in frame.columns[[dtype.kind == "f" for dtype in frame.dtypes]]:
+            if (exact := _exact_integers(rows, frame[name])) is not None:
+                frame[name] = exact
+    return frame
+
+
+def _arrow_table(rows: Sequence[Any]) -> Any:
+    import pyarrow as pa  # noqa: PLC0415
+
+    # Table.from_pylist takes the columns of the first row only.
+    names = dict.fromkeys(itertools.chain.from_iterable(rows))
+    if not names:
+        return pa.Table.from_struct_array(pa.array(rows, pa.struct([])))
+    columns = {}
+    for name in names:
+        values = [row.get(name) for row in rows]
+        try:
+            column = pa.array(values)
+        except OverflowError:
+            column = pa.array(values, pa.uint64())
+        if pa.types.is_floating(column.type):
+            _refuse_mixed(name, set(map(type, values)))  # a boolean would be a number
+        columns[name] = column
+    return pa.table(columns)
+
+
+def _exact_integers(rows: Sequence[Any], column: Any) -> Any:
+    """An array for a column of integers and gaps that pandas has rounded to floats; None for one of other values."""
+    import numpy as np  # noqa: PLC0415
+    import pandas as pd  # noqa: PLC0415
+
+    name = column.name
+    if type(next((value for row in rows if (value := row.get(name)) is not None), None)) is not int:
+        return None
+    values = [row.get(name) for row in rows]
+    if not set(map(type, values)) <= {int, types.NoneType}:
+        return None
+    filled = [value or 0 for value in values]
+    low, high = min(filled), max(filled)
+    if low < (0 if high >= 2**63 else -(2**63)) or high >= 2**64:
+        return pd.array(values, dtype=object)
+    exact = np.array(filled, dtype="int64" if high < 2**63 else "uint64")
+    return pd.arrays.IntegerArray(exact, column.isna().to_numpy())
