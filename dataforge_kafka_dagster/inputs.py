@@ -14,7 +14,7 @@ import pydantic
 from dataforge_kafka_dagster.kafka.errors import KafkaError
 from dataforge_kafka_dagster.kafka.reader import ReadRecord
 from dataforge_kafka_dagster.kafka.records import KafkaRecord
-from dataforge_kafka_dagster.kafka.serialization import ValueFormat, deserialize
+from dataforge_kafka_dagster.kafka.serialization import ValueFormat, deserialize, to_json
 
 
 def form_of_each(form: Any) -> Any:
@@ -45,7 +45,7 @@ def in_form(form: Any, records: Iterable[tuple[ReadRecord, ValueFormat | None]])
 
     Args:
         form: The annotation, as `KafkaIOManager.load_input` says.
-        records: Each with the format of its value; None if that is decoded.
+        records: Each with the format of its value, which is decoded if a schema does that.
 
     Raises:
         KafkaError: They do not fit it.
@@ -83,43 +83,67 @@ def _is_model(form: Any) -> bool:
 
 def _models(model: type, records: Iterable[tuple[ReadRecord, ValueFormat | None]]) -> list[Any]:
     """The values, which are no tombstones, as objects of a pydantic model or dataclass."""
+    culprit = f"input annotated with {model.__qualname__}"
+    names = _names_of(model, culprit)
     try:
         adapter: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(model)
     except (pydantic.PydanticUserError, NameError) as error:
-        raise KafkaError(
-            f"input annotated with {model.__qualname__}",
-            f"pydantic cannot check its fields: {str(error).partition(chr(10))[0]}",
-            "Annotate it as a list or dict",
-        ) from error
+        cause = f"pydantic cannot check its fields: {str(error).partition(chr(10))[0]}"
+        raise KafkaError(culprit, cause, "Annotate it as a list or dict") from error
     made = []
     for record, value_format in records:
         if record.value is None:
             continue
         try:
             if value_format == "json":
-                made.append(adapter.validate_json(record.value, **_BY_NAME))
+                made.append(adapter.validate_json(record.value, **names))
+            elif value_format == "json_schema":
+                made.append(adapter.validate_json(to_json(record.value), **names))
             else:
-                made.append(adapter.validate_python(_value(record, value_format), **_BY_NAME))
+                made.append(adapter.validate_python(_value(record, value_format), **names))
         except pydantic.ValidationError as error:
             first = error.errors(include_url=False)[0]
             place = ".".join(map(str, first["loc"]))
             raise KafkaError(
-                f"input annotated with {model.__qualname__}, record at offset {record.message.offset()} of Kafka"
-                f" partition {record.message.partition()}" + (f", field {place!r}" if place else ""),
+                f"{culprit}, record at offset {record.message.offset()} of Kafka partition {record.message.partition()}"
+                + (f", field {place!r}" if place else ""),
                 first["msg"],
                 "Annotate it with the class that was published, or as a list or dict",
             ) from error
     return made
 
 
-# Models are published by their fields' names, whatever their aliases. Before 2.11, pydantic asks the model's config.
-_BY_NAME: Final[dict[str, Any]] = (
-    {"by_alias": True, "by_name": True} if tuple(map(int, pydantic.VERSION.split(".")[:2])) >= (2, 11) else {}
-)
+def _names_of(model: type, culprit: str) -> dict[str, Any]:
+    """The options by which pydantic reads a class by the names that it is written with.
+
+    Raises:
+        KafkaError: A field would come back as its default.
+    """
+    fields: dict[str, Any] = getattr(model, "__pydantic_fields__", None) or getattr(model, "model_fields", {})
+    config = getattr(model, "model_config", None) or getattr(model, "__pydantic_config__", {})
+    by_alias = _KNOWS_NAMES and bool(config.get("serialize_by_alias"))
+    lost = {field.name for field in dataclasses.fields(model) if not field.init} if not fields else set()
+    if by_alias:
+        lost |= {name for name, field in fields.items() if field.serialization_alias != field.validation_alias}
+    elif not _KNOWS_NAMES and not config.get("populate_by_name"):
+        lost |= {name for name, field in fields.items() if field.validation_alias}
+    if lost:
+        raise KafkaError(
+            culprit,
+            f"its field {min(lost)!r} is written by a name that it is not read by, or not taken by its constructor",
+            "Annotate it as a list or dict, and make its objects from that",
+        )
+    return {"by_alias": by_alias, "by_name": not by_alias} if _KNOWS_NAMES else {}
+
+
+# Before 2.11, pydantic goes by the model's config alone.
+_KNOWS_NAMES: Final = tuple(map(int, pydantic.VERSION.split(".")[:2])) >= (2, 11)
+# What a schema decodes.
+_DECODED: Final = ("avro", "json_schema", "protobuf")
 
 
 def _value(record: ReadRecord, value_format: ValueFormat | None) -> Any:
-    return deserialize(record.value, value_format or "bytes")
+    return record.value if value_format in _DECODED else deserialize(record.value, value_format or "bytes")
 
 
 def _as_kafka_record(record: ReadRecord, value_format: ValueFormat | None) -> KafkaRecord:
@@ -134,7 +158,7 @@ def _frame(cls: type, records: Iterable[tuple[ReadRecord, ValueFormat | None]]) 
     library = cls.__module__.partition(".")[0]
     lines = []
     for record, value_format in records:
-        if value_format not in {None, "json"}:
+        if value_format not in {None, "json", *_DECODED}:
             raise KafkaError(
                 f"input annotated as a {library} frame",
                 f"its upstream output was published as {value_format}",

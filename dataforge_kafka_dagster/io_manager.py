@@ -209,9 +209,9 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                     untold = writer.predecessor(upsert.replaces)
                     more = [untold] if untold else []
                     moved, stayed = upsert.find(writer.topic_ids, writer.partition_counts, more)
-                    writer.send_tombstones(upsert.delete_all(moved))
+                    writer.send_chunks(upsert.delete_all(moved))
                     writer.send_chunks(upsert.remember(encoded))
-                    writer.send_tombstones(upsert.delete_others(stayed))
+                    writer.send_chunks(upsert.delete_others(stayed))
             return writer.commit()
 
         with self.kafka.errors_in_dagster(context, topic):
@@ -441,7 +441,7 @@ class _Target(typing.NamedTuple):
 def _decoded(
     registry: SchemaRegistryConfig | None, publication: Publication, records: Iterable[ReadRecord]
 ) -> Iterator[tuple[ReadRecord, ValueFormat | None]]:
-    """Records and the format of their values: None if they are decoded, by the registry's schemas."""
+    """Records and the format of their values, decoded by the registry's schemas if they have one."""
     value, key = publication.value_format, publication.key_format
     of_value: SchemaFormat | None = value if value in {"avro", "json_schema", "protobuf"} else None
     if of_value is None and key is None:
@@ -461,7 +461,7 @@ def _decoded(
             read = read._replace(value=decode(record.value, of_value))
         if key is not None:
             read = read._replace(key=decode(record.key, key))
-        yield read, None if of_value else value
+        yield read, value
 
 
 def _cloud_events_of(context: dg.OutputContext, identity: Identity) -> CloudEventHeaders | None:

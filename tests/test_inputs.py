@@ -149,6 +149,7 @@ class Inner(pydantic.BaseModel):
 
 
 class Flight(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(populate_by_name=True)
     number: int = pydantic.Field(alias="flightNumber")
     at: dt.datetime
     price: decimal.Decimal
@@ -174,7 +175,7 @@ def _published(values, value_format="json"):
         message = types.SimpleNamespace(
             offset=lambda i=i: 7 + i, partition=lambda: 3, headers=lambda: None, timestamp=lambda: (1, 5)
         )
-        yield ReadRecord(serialize_value(value) if value_format else value, b"k", message), value_format
+        yield ReadRecord(serialize_value(value) if value_format == "json" else value, b"k", message), value_format
 
 
 @pytest.mark.parametrize("values", [FLIGHTS, ROWS], ids=["models", "dataclasses"])
@@ -188,10 +189,62 @@ def test_models_and_dataclasses_come_back_as_what_they_were(values):
 
 
 def test_a_model_is_made_of_what_a_schema_has_decoded():
-    decoded = [
-        {"number": 1, "at": FLIGHTS[0].at, "price": decimal.Decimal("1.20"), "inner": {"ids": [uuid.UUID(int=1)]}}
-    ]
-    assert inputs.in_form(list[Flight], _published(decoded, None)) == FLIGHTS[:1]
+    decoded = {"number": 1, "at": FLIGHTS[0].at, "price": decimal.Decimal("1.20"), "inner": {"ids": [uuid.UUID(int=1)]}}
+    assert inputs.in_form(list[Flight], _published([decoded], "avro")) == FLIGHTS[:1]
+    assert (
+        inputs.in_form(list[Flight], _published([orjson.loads(serialize_value(FLIGHTS[0]))], "json_schema"))
+        == FLIGHTS[:1]
+    )
+
+
+@dataclasses.dataclass
+class Moment:
+    at: dt.date | dt.datetime
+
+
+class Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True)
+    at: dt.datetime
+
+
+@pytest.mark.parametrize("value", [Moment(dt.datetime(2020, 1, 1)), Strict(at=dt.datetime(2020, 1, 1))])
+def test_what_a_json_schema_has_decoded_is_read_as_json(value):
+    assert inputs.in_form(type(value), _published([{"at": "2020-01-01T00:00:00"}], "json_schema")) == value
+
+
+class Swapped(pydantic.BaseModel):
+    """An alias of one field is the name of the other, which it is written by."""
+
+    created: int = pydantic.Field(alias="updated")
+    updated: int = pydantic.Field(alias="created")
+
+
+class ByAlias(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(serialize_by_alias=True)
+    n: int = pydantic.Field(alias="number")
+
+
+class Renamed(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(serialize_by_alias=True)
+    n: int = pydantic.Field(0, serialization_alias="number")
+
+
+@dataclasses.dataclass
+class Order:
+    net: float
+    total: float = dataclasses.field(init=False, default=0.0)
+
+
+@pytest.mark.skipif(not inputs._KNOWS_NAMES, reason="pydantic before 2.11 goes by the model's config")
+@pytest.mark.parametrize("value", [Swapped(updated=1, created=2), ByAlias(number=5)])
+def test_a_model_is_read_by_the_names_that_it_is_written_by(value):
+    assert inputs.in_form(type(value), _published([value])) == value
+
+
+@pytest.mark.parametrize(("value", "field"), [(Renamed(n=5), "n"), (Order(1.0), "total")])
+def test_a_class_that_would_come_back_as_its_defaults_is_refused(value, field):
+    with pytest.raises(KafkaError, match=rf"input annotated with .*: its field '{field}' is written by a name"):
+        inputs.in_form(type(value), _published([value]))
 
 
 def test_a_value_that_does_not_fit_its_model_is_named():

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, field_serializer
 
 from dataforge_kafka_dagster import KafkaRecord
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
@@ -138,6 +138,58 @@ def test_a_missing_key_field_names_record_field_and_those_there_are():
     assert (caught.value.index, caught.value.field) == (3, "id")
     assert "record 3, field 'id'" in str(caught.value)
     assert "name" in caught.value.fix
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("fields", ["id", ["n", "id"]])
+def test_a_key_field_is_not_made_up(fields, wrapped):
+    """By defaultdict's or Counter's __missing__, which would even keep it."""
+    row = collections.Counter(n=1)
+    with pytest.raises(InvalidRecordError, match="field 'id': the key field is missing"):
+        _records([KafkaRecord(row) if wrapped else row], fields)
+    assert row == {"n": 1}
+
+
+class Person(BaseModel):
+    name: str
+    mail: str = Field(serialization_alias="email")
+    note: str = Field("x", exclude=True)
+
+    @field_serializer("mail")
+    def _mask(self, mail: str) -> str:
+        return mail[0] + "***"
+
+
+@pytest.mark.parametrize("key", ["mail", ["name", "mail"]])
+def test_a_models_key_shows_no_more_than_its_value(key):
+    ((found, _),) = _records([Person(name="a", mail="me@x.org")], key)
+    assert found == (b"m***" if key == "mail" else b'{"name":"a","mail":"m***"}')
+
+
+def test_a_field_that_a_model_does_not_write_may_be_its_key():
+    ((key, value),) = _records([Person(name="a", mail="me@x.org", note="k")], "note")
+    assert (key, "note" in json.loads(value)) == (b"k", False)
+
+
+class Own(KafkaRecord):
+    pass
+
+
+@pytest.mark.parametrize(
+    "rows", [[Own({"a": 1}, "k"), KafkaRecord({"a": 2}, "l")], [Own({"a": 1}, "k"), Own(None, "l")]]
+)
+def test_a_subclass_of_kafka_record_is_one(rows):
+    assert [key for key, _ in _records(rows)] == [b"k", b"l"]
+    with pytest.raises(InvalidRecordError, match="its value is a KafkaRecord itself"):
+        _records([KafkaRecord(rows[0])])
+    with pytest.raises(InvalidRecordError, match="record 1: its type Own is of another kind"):
+        _records([{"a": 1}, rows[0]])
+
+
+def test_tombstones_are_counted():
+    rows = [KafkaRecord(None, "a"), KafkaRecord({"a": 1}, "b"), KafkaRecord(None, "c")]
+    assert [chunk.tombstones for chunk in chunks(rows)] == [2]
+    assert [chunk.tombstones for chunk in chunks([*ROWS, *ROWS])] == [0]
 
 
 @pytest.mark.parametrize("value", [{"name": "x"}, Row(1, "x")])
@@ -320,6 +372,17 @@ def test_decimals_of_frames_keep_their_digits():
 @pytest.mark.parametrize("make", FRAMES.values(), ids=FRAMES)
 def test_empty_frames_have_no_records(make):
     assert _values(make()[:0] if not isinstance(make(), pa.Table) else make().slice(0, 0)) == []
+
+
+@pytest.mark.parametrize("polars", [True, False])
+@pytest.mark.parametrize("key", [None, "id"])
+@pytest.mark.parametrize(
+    "frame", [pa.table({}), pa.Table.from_pylist([]), pa.record_batch({}), pl.DataFrame(), pd.DataFrame()]
+)
+def test_frames_of_no_rows_and_no_columns_have_no_records(frame, key, polars, monkeypatch):
+    if not polars:
+        monkeypatch.setattr("dataforge_kafka_dagster.kafka.frames._has_polars", lambda: False)
+    assert list(itertools.islice(chunks(frame, key), 3)) == []
 
 
 @pytest.mark.parametrize(

@@ -483,6 +483,46 @@ def test_the_latest_version_is_the_registrys(registry, form, text):
         encoder(registry, KafkaSchema(format="json_schema", use_latest_version=True))([{}])
 
 
+def test_a_dataclass_with_slots_makes_its_schema(registry):
+    @dataclasses.dataclass(slots=True)
+    class Slim:
+        n: int
+
+    avro = encoder(registry, "avro")
+    assert SchemaDecoder(registry)(avro([Slim(1)])[0], "avro") == {"n": 1}
+
+
+def test_columns_of_one_name_in_protobufs_json_are_refused(registry):
+    frame = frame_of("polars", {"a_b": [1], "aB": [2]})
+    with pytest.raises(InvalidRecordError, match="Rename one of the fields"):
+        encoder(registry, "protobuf").prepare(frame)
+
+
+@pytest.mark.parametrize("part", ["value", "key"])
+@pytest.mark.parametrize("library", ["polars", "pandas", "pyarrow"])
+def test_beside_a_schema_text_keeps_its_nanoseconds(registry, library, part):
+    """Keys of rows a nanosecond apart stay two keys, and values without a schema are what they are without one."""
+    frame = frame_of(library, {"at": pl.Series([1, 2]).cast(pl.Datetime("ns")), "n": [1, 2]}).to_native()
+    plain = list(chunks(frame, "at"))
+    one = encoder(registry, "avro", library, part)
+    encoders = SchemaEncoders(one, None, "avro") if part == "value" else SchemaEncoders(None, one)
+    with_schema = list(chunks(frame, "at", encoders=encoders))
+    part = "keys" if part == "value" else "values"
+
+    def texts(found):
+        return [text.encode() if isinstance(text, str) else text for chunk in found for text in getattr(chunk, part)]
+
+    assert texts(with_schema) == texts(plain)
+    assert len(set(texts(plain))) == 2
+
+
+@pytest.mark.parametrize("form", ["avro", "json_schema", "protobuf"])
+def test_an_empty_frame_without_columns_has_no_records_and_no_schema(registry, form):
+    encoders = SchemaEncoders(encoder(registry, form), encoder(registry, form, part="key"), form)
+    assert list(itertools.islice(chunks(pa.table({}), "id", encoders=encoders), 3)) == []
+    assert registry.client.get_subjects() == []
+
+
 def test_what_cannot_be_derived_says_what_to_give(registry):
     with pytest.raises(KafkaConfigError, match="dict does not say which types") as caught:
         encoder(registry, "avro")([{"a": 1}])

@@ -12,7 +12,9 @@ from collections import OrderedDict
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
+import pytz
 from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel, computed_field, field_serializer
@@ -121,6 +123,25 @@ def test_a_field_without_a_value_is_refused():
 # As Amsterdam's mean time was; the data bases of time zones do not agree on it.
 EARLY = dt.timezone(dt.timedelta(minutes=19, seconds=32))
 UUID = uuid.UUID("12345678-1234-5678-1234-567812345678")
+NOON = dt.datetime(2020, 1, 1, 12)
+BERLIN = pytz.timezone("Europe/Berlin")
+
+
+class OtherUUID(uuid.UUID):
+    """As asyncpg's is one."""
+
+
+class OtherFloat(float):
+    pass
+
+
+class Text(str):
+    __slots__ = ()
+
+
+class Timed(BaseModel):
+    td: dt.timedelta
+    n: int
 
 
 @pytest.mark.parametrize(
@@ -138,10 +159,18 @@ UUID = uuid.UUID("12345678-1234-5678-1234-567812345678")
         (dt.datetime(1880, 1, 2, tzinfo=EARLY), '"1880-01-01T23:40:28+00:00"'),
         (pd.Timestamp(dt.datetime(1880, 1, 2, tzinfo=EARLY)), '"1880-01-01T23:40:28+00:00"'),
         (dt.datetime(1880, 1, 2, tzinfo=dt.timezone.min), '"1880-01-02T00:00:00-23:59"'),
+        (dt.datetime(2013, 7, 2, 12, tzinfo=zoneinfo.ZoneInfo("Europe/Berlin")), '"2013-07-02T12:00:00+02:00"'),
+        # In summer by a winter's offset, as arithmetic with pytz leaves it, which is 11:00 in UTC all the same.
+        (BERLIN.localize(NOON) + dt.timedelta(182), '"2020-07-01T12:00:00+01:00"'),
+        (NOON.replace(tzinfo=BERLIN), '"2020-01-01T12:00:00+00:53"'),
+        (NOON.replace(tzinfo=dt.timezone(dt.timedelta(hours=2, seconds=30))), '"2020-01-01T09:59:30+00:00"'),
+        (NOON.replace(tzinfo=dt.timezone(dt.timedelta(microseconds=-2))), '"2020-01-01T12:00:00.000002+00:00"'),
         (dt.time(3, 4, 5), '"03:04:05"'),
         (decimal.Decimal("0.10"), '"0.10"'),
         (decimal.Decimal("12345678901234567890.123456789"), '"12345678901234567890.123456789"'),
         (UUID, f'"{UUID}"'),
+        (OtherUUID(int=UUID.int), f'"{UUID}"'),
+        (OtherFloat(0.5), "0.5"),
         (Colour.RED, '"red"'),
         (np.int64(7), "7"),
         (np.int8(-7), "-7"),
@@ -207,9 +236,12 @@ def test_other_values_are_refused(value):
         ({"a": np.timedelta64(1, "s")}, "a", "timedelta64"),
         ({"a": np.array([1], "m8[s]")}, "a.0", "ndarray"),
         ({"a": np.longdouble(1)}, "a", "longdouble"),
+        ({"a": pa.scalar((1, 2, 3), pa.month_day_nano_interval()).as_py()}, "a", "MonthDayNano"),
         ({"a": 2**64}, "a", "64-bit"),
         ({"a": "\ud800"}, "a", "UTF-8"),
         ({"a": {"b": {1: 2}}}, "a.b.1", "key must be str"),
+        ({"ok": 1, Text("bad"): 2}, "'bad'", "key must be str"),
+        ({"a": Timed(td=dt.timedelta(1), n=2**70)}, "a.n", "64-bit"),
         (Point(object(), 1), "x", "object"),
         ({"a": Point(1, {3})}, "a.y", "set"),
     ],

@@ -59,7 +59,7 @@ def open_frame(native: Any, fields: Sequence[str]) -> nw.DataFrame[Any] | None:
             "Give it unique column names that are all str",
         ) from error
     index = "; its index is none of them, reset_index() makes it one" if frame.implementation.is_pandas() else ""
-    for name in (*fields, *columns):
+    for name in (*(fields if columns or len(frame) else ()), *columns):
         if name not in columns or not isinstance(name, str):
             raise InvalidRecordError(
                 f"data frame, column {name!r}",
@@ -132,8 +132,13 @@ class FrameEncoder:
                     raise
         if chunk is not None:
             return chunk
-        keys = _rows_of(rows[list(fields)], encoders.key_rows, start) if encoders.key and fields else ()
-        return self._by_row(_rows_of(rows, encoders.rows, start), start, keys)
+        if not fields:
+            keys: Sequence[dict[str, Any]] = ()
+        elif encoders.key:
+            keys = _rows_of(rows[list(fields)], encoders.key_rows, start)
+        else:
+            keys = _rows_of(rows[list(fields)], _plain_rows, start)
+        return self._by_row(_rows_of(rows, encoders.rows if encoders.value else _plain_rows, start), start, keys)
 
     def _by_polars(self, native: Any, start: int) -> Chunk | Columns | None:
         """The rows, encoded from a frame in polars; None where it could come out otherwise than row by row."""
@@ -179,9 +184,9 @@ class FrameEncoder:
         if fields and encoders.key:
             keys = encoders.key([key_of(row, fields) for row in key_rows], start)
         elif len(fields) == 1:
-            keys = [self._key(row[fields[0]], start + i, fields[0]) for i, row in enumerate(rows)]
+            keys = [self._key(row[fields[0]], start + i, fields[0]) for i, row in enumerate(key_rows or rows)]
         elif fields:
-            keys = [to_json(key_of(row, fields)) for row in rows]
+            keys = [to_json(key_of(row, fields)) for row in key_rows or rows]
         return Chunk(values, keys, None, size + text_size(keys), encoders.form or "json")
 
     @staticmethod
@@ -242,6 +247,12 @@ def _rows_of(frame: Any, read: Callable[[Any], Sequence[dict[str, Any]]], start:
                         field=name,
                     ) from error
         raise
+
+
+def _plain_rows(frame: nw.DataFrame[Any]) -> Sequence[dict[str, Any]]:
+    """A frame's rows as they are without a schema: with the digits of a time that Python's would not have."""
+    native = _in_polars(frame.to_native())
+    return frame.rows(named=True) if native is None else _without_times(native).rows(named=True)
 
 
 def _error_of(read: Callable[[Any], Any], values: Any) -> BaseException | None:

@@ -85,7 +85,7 @@ class Publication:
         offsets: Where they are, by topic and Kafka partition.
         replayed: True if an earlier attempt had published it, so that this one published nothing.
         seconds: Time this attempt took, from connecting to commit.
-        tombstones: How many of the records an upsert added, to delete keys.
+        tombstones: How many of the records have no value.
         statistics: What librdkafka measured, by name: `Statistics.summary`; empty if it took no second.
         topic_ids: Kafka's own id of each topic, which another one of the same name does not have.
         partition_counts: How many Kafka partitions each topic had.

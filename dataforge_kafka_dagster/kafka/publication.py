@@ -330,7 +330,8 @@ class PublicationWriter:
             return
         size = len(value_bytes or b"") + len(key_bytes or b"")
         form = None if record.value is None else encoders.form or format_of(type(record.value))
-        self._write(Chunk([value_bytes], [key_bytes], [extra], size, form), topic or self.topic)
+        chunk = Chunk([value_bytes], [key_bytes], [extra], size, form, int(value_bytes is None))
+        self._write(chunk, topic or self.topic)
 
     def send_all(self, output: Any, key: str | Sequence[str] | None = None, *, topic: str | None = None) -> None:
         """Add an output's records to the publication; generators are streamed.
@@ -361,19 +362,6 @@ class PublicationWriter:
         with self._whole():
             for chunk in encoded:
                 self._write(chunk, topic or self.topic)
-
-    def send_tombstones(self, deleted: Iterable[Chunk]) -> None:
-        """Add tombstones, and count them as such: all have a key and no value.
-
-        Raises:
-            KafkaError: As the class says.
-        """
-        if self.replayed:
-            return
-        with self._whole():
-            for chunk in deleted:
-                self._write(chunk, self.topic)
-                self._tombstones += len(chunk.values)
 
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:
@@ -424,6 +412,7 @@ class PublicationWriter:
         if added:
             self._form = self._form or chunk.form
         self._records += added
+        self._tombstones += chunk.tombstones
         self._bytes += chunk.size
         self._poll(0)
         self._check()
@@ -508,6 +497,7 @@ class PublicationWriter:
             raise error
         self._bury(KafkaRecord(value, key), index, error, topic)
         self._bytes -= text_size([value, key])
+        self._tombstones -= value is None
 
     def _bury_all(self, chunk: Chunk, topic: str) -> None:
         """Treat records of another format than those before as bad."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime as dt
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,9 @@ from dataforge_kafka_dagster.kafka.serialization import (
     Encoders,
     Headers,
     ValueFormat,
+    dumped,
     format_of,
+    is_of_pydantic,
     json_lines,
     record_name,
     refuse_non_finite,
@@ -107,6 +110,7 @@ class Chunk(NamedTuple):
         extras: As many, or None if no record has more than value and key.
         size: Bytes of all values and keys.
         form: Format of the values; None if all are tombstones.
+        tombstones: How many of the values are None.
     """
 
     values: Sequence[bytes | str | None]
@@ -114,6 +118,7 @@ class Chunk(NamedTuple):
     extras: Sequence[Extra] | None
     size: int
     form: ValueFormat | None
+    tombstones: int = 0
 
 
 def key_fields(key: Any) -> tuple[str, ...]:
@@ -165,9 +170,10 @@ class RowEncoder:
         """
         self._first = self._first or type(rows[0])
         types = set(map(type, rows))
-        if self._first is KafkaRecord or KafkaRecord in types:
-            if types != {KafkaRecord} or self._first is not KafkaRecord:
-                raise self._odd_one_out(rows, start, lambda row: type(row) is not KafkaRecord)
+        wrapped = issubclass(self._first, KafkaRecord)
+        if any(issubclass(cls, KafkaRecord) != wrapped for cls in types):
+            raise self._odd_one_out(rows, start, lambda row: isinstance(row, KafkaRecord) != wrapped)
+        if wrapped:
             return self._records(rows, start)
         self._check_types(rows, start, types)
         values, size = self._values(rows, start)
@@ -223,10 +229,7 @@ class RowEncoder:
 
     def _odd_one_out(self, rows: Sequence[Any], start: int, odd: Callable[[Any], bool]) -> InvalidRecordError:
         first = self._first.__qualname__ if self._first else "?"
-        if self._first is not KafkaRecord and any(isinstance(row, KafkaRecord) for row in rows):
-            i = next(i for i, row in enumerate(rows) if isinstance(row, KafkaRecord))
-        else:
-            i = next((i for i, row in enumerate(rows) if odd(row)), 0)
+        i = next(i for i, row in enumerate(rows) if odd(row))
         return InvalidRecordError(
             f"record {start + i}",
             f"its type {type(rows[i]).__qualname__} is of another kind than the first record's, {first}",
@@ -256,7 +259,7 @@ class RowEncoder:
         """Records whose values have one format, and all keys or no key; None if they have not."""
         inner = [row.value for row in rows]
         types = set(map(type, inner))
-        if KafkaRecord in types:
+        if any(issubclass(cls, KafkaRecord) for cls in types):
             return None
         forms = set(map(format_of, types))
         form = forms.pop()
@@ -295,7 +298,8 @@ class RowEncoder:
             keys.append(key)
             extras.append(extra)
         form = self._encoders.form if any(value is not None for value in values) else None
-        return _chunk(values, keys, extras, text_size(values) + text_size(keys), form or self._form)
+        size = text_size(values) + text_size(keys)
+        return _chunk(values, keys, extras, size, form or self._form, values.count(None))
 
 
 def _chunk(
@@ -304,10 +308,11 @@ def _chunk(
     extras: list[Extra],
     size: int,
     form: ValueFormat | None,
+    tombstones: int = 0,
 ) -> Chunk:
     """The encoded parts of some `KafkaRecord`s together; without extras if no record has one."""
     plain = extras.count(PLAIN) == len(extras)
-    return Chunk(values, keys, None if plain else extras, size, form)
+    return Chunk(values, keys, None if plain else extras, size, form, tombstones)
 
 
 def key_of(row: Any, fields: Sequence[str], index: int | None = None) -> Any:
@@ -316,20 +321,31 @@ def key_of(row: Any, fields: Sequence[str], index: int | None = None) -> Any:
     Raises:
         InvalidRecordError: The row lacks one of them.
     """
-    try:
-        if isinstance(row, Mapping):
-            return row[fields[0]] if len(fields) == 1 else {field: row[field] for field in fields}
-        return getattr(row, fields[0]) if len(fields) == 1 else {field: getattr(row, field) for field in fields}
-    except (KeyError, AttributeError):
-        names = list(row) if isinstance(row, Mapping) else list(getattr(row, "__dict__", ()))
-        field = next((field for field in fields if field not in names), fields[0])
-        raise InvalidRecordError(
-            f"{record_name(index)}, field {field!r}",
-            "the key field is missing",
-            f"Name a field that every record has; this one has {', '.join(map(str, names[:20]))}",
-            index=index,
-            field=field,
-        ) from None
+    # Not by __missing__: a defaultdict would make the field up, and keep it.
+    found = {field: row[field] for field in fields if field in row} if isinstance(row, Mapping) else _shown(row, fields)
+    if len(found) == len(fields):
+        return {field: found[field] for field in fields} if len(fields) > 1 else found[fields[0]]
+    names = list(row) if isinstance(row, Mapping) else list(getattr(row, "__dict__", ()))
+    field = next(field for field in fields if field not in found)
+    raise InvalidRecordError(
+        f"{record_name(index)}, field {field!r}",
+        "the key field is missing",
+        f"Name a field that every record has; this one has {', '.join(map(str, names[:20]))}",
+        index=index,
+        field=field,
+    )
+
+
+def _shown(row: Any, fields: Sequence[str]) -> dict[str, Any]:
+    """What an object has in these fields; of a pydantic model what it writes, which may be masked."""
+    found = {field: getattr(row, field) for field in fields if hasattr(row, field)}
+    if is_of_pydantic(type(row)):
+        with contextlib.suppress(Exception):  # of a serializer: told with the value
+            written = dumped(row, include=set(fields))
+            if not found.keys() >= set(fields):
+                written = dumped(row)  # an alias, perhaps
+            found |= {field: written[field] for field in fields if field in written}
+    return found
 
 
 def encode_record(

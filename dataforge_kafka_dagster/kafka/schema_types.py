@@ -448,7 +448,7 @@ def protobuf_of(avro: Mapping[str, Any]) -> Any:
     Instants are ``google.protobuf.Timestamp``; dates, times, local timestamps, decimals and UUIDs are text.
 
     Raises:
-        InvalidRecordError: A field is a map, or a union of several types.
+        InvalidRecordError: A field is a map, or a union of several types; or two have one name in Protobuf's JSON.
     """
     from google.protobuf import descriptor_pb2  # noqa: PLC0415  (optional)
 
@@ -456,7 +456,14 @@ def protobuf_of(avro: Mapping[str, Any]) -> Any:
     file = descriptor_pb2.FileDescriptorProto(name=f"{avro['name']}.proto", package=package, syntax="proto3")
     path = f".{avro['name']}"
     _add_message(file.message_type.add(), name, avro["fields"], path, file, {avro["name"]: path})
-    return message_class(file, [0])
+    try:
+        return message_class(file, [0])
+    except TypeError as error:
+        raise InvalidRecordError(
+            f"Protobuf message of {avro['name']!r}",
+            str(error),
+            "Rename one of the fields: in Protobuf's JSON, a_b and aB are the same",
+        ) from error
 
 
 def _add_message(

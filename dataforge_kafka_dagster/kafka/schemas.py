@@ -44,8 +44,8 @@ from dataforge_kafka_dagster.kafka.serialization import (
     Encoders,
     dumped,
     is_message,
+    is_of_pydantic,
     no_json_form,
-    pydantic_dataclass,
     refuse_non_finite,
     to_json,
     to_protobuf_json,
@@ -390,7 +390,7 @@ class SchemaEncoder:
     def _derived_from(self, like: Any) -> KafkaSchema:
         if is_message(type(like)):
             return self._schema.model_copy(update={"message": _path_of(type(like)), "format": "protobuf"})
-        if isinstance(like, Mapping) or like is None or not hasattr(like, "__dict__"):
+        if isinstance(like, Mapping) or not (hasattr(like, "__dict__") or dataclasses.is_dataclass(like)):
             raise self._not_derived(f"a {type(like).__qualname__} does not say which types its fields have")
         return self._schema.with_class(type(like))
 
@@ -809,7 +809,7 @@ def _plain(value: Any) -> Any:
     """
     if type(value) in {dict, str, int}:
         return value
-    if isinstance(value, BaseModel) or pydantic_dataclass(type(value)):
+    if is_of_pydantic(type(value)):
         return _inside(dumped(value, **_FIELDS_ONLY))
     if dataclasses.is_dataclass(value):
         return {field.name: _inside(getattr(value, field.name)) for field in dataclasses.fields(value)}

@@ -21,6 +21,7 @@ import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal, cast
+from zoneinfo import ZoneInfo
 
 import orjson
 from pydantic import BaseModel, TypeAdapter
@@ -47,6 +48,8 @@ _MISSING: Final = frozenset({"NaTType", "NAType"})
 
 # From here on no time zone's offset from UTC has seconds: Liberia's was the last.
 STANDARD_TIME: Final = dt.datetime(1973, 1, 1, tzinfo=dt.timezone.utc)
+
+_MINUTE: Final = dt.timedelta(minutes=1)
 
 _NULL: Final = re.compile(b"null")
 
@@ -133,7 +136,9 @@ def _writer_of(cls: type) -> Callable[[Any], Any]:
         return lambda moment: _in_whole_minutes(moment).isoformat()
     if issubclass(cls, (dt.date, dt.time)):
         return cls.isoformat
-    if issubclass(cls, tuple):
+    if issubclass(cls, (float, uuid.UUID)):
+        return float if issubclass(cls, float) else str
+    if issubclass(cls, tuple) and cls.__name__ != "MonthDayNano":  # Arrow's interval
         return list
     if issubclass(cls, (bytes, bytearray, memoryview)):
         raise _UnsupportedTypeError("bytes inside a JSON value; decode them, or publish the record as bytes")
@@ -141,13 +146,19 @@ def _writer_of(cls: type) -> Callable[[Any], Any]:
 
 
 def _datetime_json(moment: dt.datetime) -> orjson.Fragment:
-    return orjson.Fragment(orjson.dumps(moment if moment.year >= STANDARD_TIME.year else _in_whole_minutes(moment)))
+    zone = moment.tzinfo
+    if not (zone is None or zone is dt.timezone.utc or (type(zone) is ZoneInfo and moment.year >= STANDARD_TIME.year)):
+        # orjson has rules of its own for what pytz and others tell, and adds them to another time than Python does.
+        moment = _in_whole_minutes(moment)
+        offset = moment.utcoffset()
+        moment = moment.replace(tzinfo=None if offset is None else dt.timezone(offset))
+    return orjson.Fragment(orjson.dumps(moment))
 
 
 def _in_whole_minutes(moment: dt.datetime) -> dt.datetime:
     """A datetime whose offset RFC 3339 has a form for: one with seconds, which orjson would round, becomes UTC."""
     offset = moment.utcoffset()
-    return moment.astimezone(dt.timezone.utc) if offset and offset.total_seconds() % 60 else moment
+    return moment.astimezone(dt.timezone.utc) if offset and offset % _MINUTE else moment
 
 
 def _no_json_form_of(cls: type) -> _UnsupportedTypeError:
@@ -196,6 +207,11 @@ def dumped(value: Any, **options: Any) -> Any:
     if isinstance(value, BaseModel):
         return value.model_dump(**options)
     return _adapter(pydantic_dataclass(type(value))).dump_python(value, **options)
+
+
+def is_of_pydantic(cls: type) -> bool:
+    """Whether pydantic writes a class's objects: its models, and dataclasses of its own."""
+    return issubclass(cls, BaseModel) or pydantic_dataclass(cls) is not None
 
 
 def pydantic_dataclass(cls: type) -> type | None:
@@ -450,7 +466,7 @@ def no_json_form(
     value: Any, index: int | None, error: Exception, write: Callable[[Any], bytes] = to_json
 ) -> InvalidRecordError:
     """The error for a value that could not be written as JSON, with the field at fault."""
-    field = _find(value, lambda v: not _has_json_form(v, write)) or None
+    field = _find(value, lambda v: not _has_json_form(v, write), _written) or None
     cause = error.__cause__ or error  # orjson's own error says only that there was one
     what, fix = str(cause) or type(cause).__name__, ""
     if isinstance(cause, _UnsupportedTypeError):
@@ -473,25 +489,27 @@ def _has_json_form(leaf: Any, write: Callable[[Any], bytes]) -> bool:
     return True
 
 
-def _find(value: Any, wrong: Any, path: str = "", depth: int = 0) -> str | None:
-    """Dotted path of the first leaf for which ``wrong`` holds."""
-    value = _plain(value)
+def _find(value: Any, wrong: Any, opened: Any = None, path: str = "", depth: int = 0) -> str | None:
+    """Dotted path of the first leaf for which ``wrong`` holds; ``opened`` is `_plain` or `_written`."""
+    opened = opened or _plain
+    value = opened(value)
     if depth > 320:  # noqa: PLR2004  (deeper than orjson writes, which is 254 levels and arrays in them)
         return None
     if isinstance(value, Mapping):
         for key, item in value.items():
-            if not isinstance(key, str) and wrong({key: None}):
+            if type(key) is not str and wrong({key: None}):
                 return f"{path}{key!r}"
-            found = _find(item, wrong, f"{path}{key}.", depth + 1)
+            found = _find(item, wrong, opened, f"{path}{key}.", depth + 1)
             if found is not None:
                 return found
         return None
     if isinstance(value, (list, tuple)):
         for i, item in enumerate(value):
-            found = _find(item, wrong, f"{path}{i}.", depth + 1)
+            found = _find(item, wrong, opened, f"{path}{i}.", depth + 1)
             if found is not None:
                 return found
-        return None
+        if type(value) in {list, tuple}:
+            return None
     return path.rstrip(".") if wrong(value) else None
 
 
@@ -504,13 +522,21 @@ def _plain(value: Any) -> Any:
 
 @functools.lru_cache(1024)
 def _opener_of(cls: type) -> Callable[[Any], Any] | None:
-    if issubclass(cls, BaseModel) or pydantic_dataclass(cls):
+    if is_of_pydantic(cls):
         return _dumped
     if dataclasses.is_dataclass(cls):
         return lambda value: _fields(value, None)
     if issubclass(cls, enum.Enum):
         return operator.attrgetter("value")
     return cls.tolist if cls.__module__ == "numpy" else None  # type: ignore[attr-defined]
+
+
+def _written(value: Any) -> Any:
+    """The same, but of a model what its JSON is made of: its dates and bytes are text."""
+    if is_of_pydantic(type(value)):
+        with contextlib.suppress(Exception):
+            return dumped(value, mode="json")
+    return _plain(value)
 
 
 def _dumped(model: Any) -> Any:

@@ -74,7 +74,8 @@ def chunks(
         frame = open_frame(native, fields)
         if frame is None:
             raise refuse_output(native)
-        encoders.prepare(frame, fields)
+        if frame.columns:
+            encoders.prepare(frame, fields)
         return frame
 
     encode = FrameEncoder(fields, encoders)
@@ -105,7 +106,8 @@ def _slices(
     frames: Iterable[Any], encode: Callable[[Any, int], E], start: int, on_bad: BadRecordTaker | None
 ) -> Iterator[E]:
     """Slices of frames, encoded."""
-    for frame in frames:
+    # narwhals slices an Arrow table without columns into as many rows as are asked for.
+    for frame in filter(len, frames):
 
         def take(start: int, size: int, frame: Any = frame) -> Any:
             return frame[start : start + size]

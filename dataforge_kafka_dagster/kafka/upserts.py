@@ -124,7 +124,7 @@ def _in_chunks(deleted: Iterator[tuple[bytes, int]]) -> Iterator[Chunk]:
     while some := list(itertools.islice(deleted, _TOMBSTONES)):
         keys = [key for key, _ in some]
         extras = [Extra(None, partition, 0) for _, partition in some]
-        yield Chunk([None] * len(keys), keys, extras, sum(map(len, keys)), None)
+        yield Chunk([None] * len(keys), keys, extras, sum(map(len, keys)), None, len(keys))
 
 
 def _digest(key: bytes | str) -> bytes:
