@@ -65,7 +65,9 @@ def raise_in_dagster(
         dagster.Failure: Else; with ``allow_retries=False`` if trying again cannot help.
     """
     failure = failure_of(error, topic=topic, brokers=brokers)
-    if error.remedy is Remedy.FAIL or has_retry_policy or max_retries == 0:
+    if error.remedy is Remedy.FAIL or has_retry_policy or attempt >= max_retries:
         raise failure from error
     delay = min(retry_delay * 2 ** min(attempt, 30), _LONGEST_DELAY) * random.uniform(1.0, 1.25)  # noqa: S311  (not a secret)
-    raise dg.RetryRequested(max_retries=max_retries, seconds_to_wait=delay) from failure
+    request = dg.RetryRequested(max_retries=max_retries, seconds_to_wait=delay)
+    request.args = (str(error),)  # for those who log it by itself
+    raise request from failure

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import dagster as dg
 
 from dataforge_kafka_dagster.kafka.errors import KafkaError
 from dataforge_kafka_dagster.kafka.ledger import Publication
-from dataforge_kafka_dagster.resource import PUBLICATION_METADATA
+from dataforge_kafka_dagster.resource import PUBLICATION_METADATA, unpack_partitions
+
+_PAGE: Final = 100
+_EVENTS: Final = 1_000
 
 
 class Published(NamedTuple):
@@ -42,12 +45,18 @@ def last_published(instance: dg.DagsterInstance, asset_key: dg.AssetKey, partiti
     """
     partitions = None if partition is None else [partition]
     filters = dg.AssetRecordsFilter(asset_key=asset_key, asset_partitions=partitions)
-    found = instance.fetch_materializations(filters, limit=1).records
-    if not found:
-        return None
-    materialization = found[0].asset_materialization
-    said = published(materialization.metadata if materialization else {}, name_of(asset_key, partition))
-    return said._replace(partition=materialization.partition if materialization else None)
+    limit, cursor = 1, None
+    while True:
+        page = instance.fetch_materializations(filters, limit=limit, cursor=cursor)
+        # What somebody has reported by hand, in the UI for instance, was published before that.
+        for record in page.records:
+            materialization = record.asset_materialization
+            if materialization is not None and (record.run_id or PUBLICATION_METADATA in materialization.metadata):
+                said = published(materialization.metadata, name_of(asset_key, partition))
+                return said._replace(partition=materialization.partition)
+        if not page.has_more or page.cursor is None:
+            return None
+        limit, cursor = _PAGE, page.cursor
 
 
 def name_of(asset_key: dg.AssetKey, partition: str | None) -> str:
@@ -67,7 +76,7 @@ def published(metadata: Mapping[str, Any], name: str) -> Published:
     """
     said = metadata.get(PUBLICATION_METADATA)
     if said is not None:
-        return Published(Publication.from_dict(said.value), said.value.get("partitions", ()))
+        return Published(Publication.from_dict(said.value), unpack_partitions(said.value["partitions"]))
     count = metadata.get("kafka/records")
     if count is not None and count.value == 0:
         return Published(None, ())
@@ -76,3 +85,29 @@ def published(metadata: Mapping[str, Any], name: str) -> Published:
         f"its last materialization has no {PUBLICATION_METADATA!r}: it was not published by a KafkaIOManager",
         "Materialize it with this IO manager, or give the input the IO manager that stored it",
     )
+
+
+class HandledOutputs:
+    """What runs say of their ops' outputs. Each event is read once: a step may have an input of each of thousands."""
+
+    def __init__(self) -> None:
+        self._cursors: dict[str, str | None] = {}
+        self._found: dict[tuple[str, str, str, str | None], Mapping[str, Any]] = {}
+
+    def find(
+        self, instance: dg.DagsterInstance, run_id: str, step_key: str, name: str, mapping_key: str | None
+    ) -> Mapping[str, Any] | None:
+        """The metadata of an output, as its last attempt has given them; None if there are none."""
+        more = True
+        while more:
+            page = instance.get_records_for_run(
+                run_id, self._cursors.get(run_id), of_type=dg.DagsterEventType.HANDLED_OUTPUT, limit=_EVENTS
+            )
+            for record in page.records:
+                event = record.event_log_entry.dagster_event
+                if event is not None and event.step_key is not None:
+                    data: Any = event.event_specific_data
+                    mapped = data.metadata.get("kafka/mapping_key")
+                    self._found[run_id, event.step_key, data.output_name, mapped and mapped.value] = data.metadata
+            self._cursors[run_id], more = page.cursor, page.has_more
+        return self._found.get((run_id, step_key, name, mapping_key))

@@ -140,6 +140,12 @@ def step_context_of(context: Any) -> Any:
         return None
 
 
+def is_again(context: Any, identity: Identity) -> bool:
+    """Whether a step makes another attempt at the same work."""
+    step = step_context_of(context)
+    return step is not None and (step.previous_attempt_count > 0 or step.run_id != identity.origin)
+
+
 def session_identity(
     context: dg.OpExecutionContext | dg.AssetExecutionContext | dg.AssetCheckExecutionContext, session: str
 ) -> Identity:

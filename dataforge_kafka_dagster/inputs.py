@@ -18,13 +18,22 @@ from dataforge_kafka_dagster.kafka.serialization import ValueFormat, deserialize
 
 
 def form_of_each(form: Any) -> Any:
-    """The form of each Dagster partition's records, if an input wants them by partition key; else None."""
+    """The form of each Dagster partition's records, if an input wants them by partition key; else None.
+
+    That is a mapping to frames or to lists of rows. One to lists of anything else is a record.
+    """
     form, _ = _without_none(form)
-    origin, arguments = typing.get_origin(form), typing.get_args(form)
-    if not (isinstance(origin, type) and issubclass(origin, Mapping) and len(arguments) == 2):  # noqa: PLR2004
+    if not _is_mapping(form) or len(arguments := typing.get_args(form)) != 2:  # noqa: PLR2004
         return None
     of_each = arguments[1]
-    return of_each if (typing.get_origin(of_each) or of_each) is list or _library(of_each) else None
+    items = typing.get_args(of_each) if typing.get_origin(of_each) is list else ()
+    of_rows = any(_is_mapping(item) or _is_model(item) for item in items)
+    return of_each if of_rows or _library(of_each) else None
+
+
+def _is_mapping(form: Any) -> bool:
+    origin = typing.get_origin(form) or form
+    return isinstance(origin, type) and issubclass(origin, Mapping)
 
 
 def _without_none(form: Any) -> tuple[Any, bool]:
@@ -54,7 +63,7 @@ def in_form(form: Any, records: Iterable[tuple[ReadRecord, ValueFormat | None]])
     origin, arguments = typing.get_origin(form) or form, typing.get_args(form)
     if _library(form):
         return _frame(origin, records)
-    single = isinstance(origin, type) and (issubclass(origin, (Mapping, str, bytes)) or _is_model(origin))
+    single = _is_mapping(form) or _is_model(origin) or (isinstance(origin, type) and issubclass(origin, (str, bytes)))
     item: Any = origin if single else arguments[0] if len(arguments) == 1 else None
     values: list[Any]
     if item is KafkaRecord:
@@ -71,7 +80,7 @@ def in_form(form: Any, records: Iterable[tuple[ReadRecord, ValueFormat | None]])
         raise KafkaError(
             f"input annotated {origin.__qualname__}",
             f"its upstream output has {len(values)} records",
-            "Annotate it as a list or a data frame; as dict[str, list] for those of each Dagster partition",
+            "Annotate it as a list or a data frame; as dict[str, list[dict]] for those of each Dagster partition",
         )
     return values[0]
 

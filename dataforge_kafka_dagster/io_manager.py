@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import dagster as dg
-from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 
-from dataforge_kafka_dagster.history import Published, last_published, name_of, published
-from dataforge_kafka_dagster.identity import Identity, output_identity, step_context_of
+from dataforge_kafka_dagster.history import HandledOutputs, Published, last_published, name_of, published
+from dataforge_kafka_dagster.identity import Identity, is_again, output_identity, step_context_of
 from dataforge_kafka_dagster.inputs import form_of_each, in_form
 from dataforge_kafka_dagster.kafka.cloudevents import CloudEventHeaders
 from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, check_topic
@@ -108,6 +108,8 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         default=30.0, gt=0, description="Longest wait for the next records when reading back, seconds."
     )
 
+    _outputs: HandledOutputs = PrivateAttr(default_factory=HandledOutputs)
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         guarantee = getattr(options.get("kafka"), "delivery_guarantee", None)
@@ -151,15 +153,15 @@ class KafkaIOManager(dg.ConfigurableIOManager):
             )
         identity = output_identity(context)
         with self.kafka.errors_in_dagster(context, target.topic):
-            outputs = _by_partition(obj, identity.partition)
+            # An op's output is handed on as it is, also inside the graph of an asset.
+            outputs = _by_partition(obj, identity.partition) if context.has_asset_key else {}
         if len(outputs) > 1:
             done = {}
             try:
                 for partition, output in outputs.items():
                     done[partition] = self._publish(context, output, target, identity.of_partition(partition))
-            except BaseException as error:
-                if not _is_tried_again(context.step_context, error):
-                    _tell_at_once(context, done)
+            except BaseException:
+                _tell_at_once(context, done)
                 raise
             for partition, said in done.items():
                 context.step_context.add_asset_metadata(said, context.asset_key, partition)
@@ -186,7 +188,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                         "an upsert would forget the keys that are there",
                         "Return an empty list to delete them all; or raise, and nothing changes",
                     )
-                done = self.kafka.published(identity, topic) if _is_again(context, identity) else None
+                done = self.kafka.published(identity, topic) if is_again(context, identity) else None
             if done is None:
                 begin = log_prefix(identity.partition)
                 context.log.info(f"{begin}The output is None: nothing was published to {topic!r}")
@@ -277,16 +279,18 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         The input's annotation says in what form, with or without ``| None``: ``pl.DataFrame``, ``pd.DataFrame``,
         ``pa.Table``, ``list[KafkaRecord]``, ``dict`` (of the only record; ``dict | None`` is None if there is none), a
         pydantic model or dataclass (of the only record) or a ``list`` of one, else a list of values as JSON has them.
-        Of an asset with Dagster partitions, ``dict[str, X]``, X being a list or a frame, is the records of each by its
-        partition key. Where an input takes several outputs as a list, as after ``.collect()``, that is the form of its
-        items: ``list[dict]`` is a list of the only record of each output.
+        Of an asset with Dagster partitions, ``dict[str, list[dict]]``, or a mapping to frames or lists of models, is
+        the records of each by its partition key. Where an input takes several outputs as a list, as after
+        ``.collect()``, that is the form of its items: ``list[dict]`` is a list of the only record of each output.
 
         Raises:
             dagster.Failure: There is no publication to read, its records are gone, or Kafka failed for good.
             dagster.RetryRequested: Kafka failed for a cause that may pass.
         """
         with self.kafka.errors_in_dagster(context):
-            found = _publications(context) if context.has_asset_key else {None: _publication_of_op(context)}
+            found = (
+                _publications(context) if context.has_asset_key else {None: _publication_of_op(context, self._outputs)}
+            )
             # What several Dagster partitions have together is there once.
             publications = {one.publication_id: one for one in found.values() if one}
             config = self.kafka.publication_config()
@@ -308,12 +312,6 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                     "Annotate it as a list or a data frame, or return a mapping from partition key to records upstream",
                 )
             return {partition: in_form(of_each, read([one] if one else ())) for partition, one in found.items()}
-
-
-def _is_again(context: dg.OutputContext, identity: Identity) -> bool:
-    """Whether this is another attempt at the same work."""
-    step = step_context_of(context)
-    return step is not None and (step.previous_attempt_count > 0 or step.run_id != identity.origin)
 
 
 def topic_of(path: Sequence[str], given: Any, template: str | None, job: str) -> str:
@@ -387,26 +385,48 @@ def _by_partition(output: Any, partitions: Sequence[str]) -> dict[str, Any]:
         return {}
     given, asked = set(output), set(partitions)
     if given == asked:
+        wrapped = next((key for key, of_key in output.items() if isinstance(of_key, dg.Output)), None)
+        if wrapped is not None:
+            raise InvalidRecordError(
+                f"mapping by Dagster partition, of {wrapped!r}",
+                "its value is a dagster.Output",
+                "Give what is in it, and metadata by context.add_asset_metadata(..., partition_key=...)",
+            )
         return {partition: output[partition] for partition in partitions}
-    if len(asked) > 1 and given & asked:
-        missing = min(asked - given, default=None)  # the first of days, in whatever order Dagster gives them
-        other = next((key for key in output if key not in asked), None)
-        raise InvalidRecordError(
-            f"mapping for {len(partitions)} Dagster partitions",
-            f"{other!r} is not one of them" if missing is None else f"it has no output for {missing!r}",
-            "Return one with exactly context.partition_keys; an empty list publishes nothing",
-        )
-    return {}
+    other = next((key for key in output if key not in asked), None)
+    missing = min(asked - given, default=None)  # the first of days, in whatever order Dagster gives them
+    if asked and not isinstance(other, str | None):
+        cause = f"its key {other!r} is a {type(other).__qualname__}, and Dagster's partition keys are str"
+    elif len(asked) < 2 or not (given & asked or _is_of_outputs(output)):  # noqa: PLR2004
+        return {}
+    else:
+        cause = f"{other!r} is not one of them" if missing is None else f"it has no output for {missing!r}"
+    raise InvalidRecordError(
+        f"mapping for {len(asked)} Dagster partitions",
+        cause,
+        "Return one with exactly context.partition_keys; an empty list publishes nothing. If it is a record, return a"
+        " list of it",
+    )
+
+
+def _is_of_outputs(output: Mapping[str, Any]) -> bool:
+    """Whether all that a mapping holds is rows, frames or generators, or it holds nothing: no record is such."""
+    return all(
+        (hasattr(value, "__iter__") or hasattr(value, "__arrow_c_stream__"))
+        and not isinstance(value, (str, bytes, Mapping))
+        for value in output.values()
+    )
 
 
 def _tell_at_once(context: dg.OutputContext, done: Mapping[str, dict[str, Any]]) -> None:
     """Tell Dagster of the Dagster partitions that a step has published before it failed.
 
-    Dagster tells nothing of a step that fails: a new run of what seems to be missing would publish them again.
+    Dagster tells nothing of a step that fails: a new run of what seems to be missing would publish them again. Also if
+    there is to be another attempt, which may fail before it comes here.
     """
     step, key = context.step_context, context.asset_key
     for partition in context.asset_partition_keys:
-        if str(partition) in done:
+        if str(partition) in done and not _is_told(step.instance, key, str(partition), done[str(partition)]):
             added = _added_metadata(context, [str(partition)])
             metadata = {**added.get(None, {}), **added.get(str(partition), {}), **done[str(partition)]}
             parts = partition.keys_by_dimension if isinstance(partition, dg.MultiPartitionKey) else {}
@@ -415,16 +435,15 @@ def _tell_at_once(context: dg.OutputContext, done: Mapping[str, dict[str, Any]])
             dg.DagsterEvent.asset_materialization(step, event)
 
 
-def _is_tried_again(step: Any, error: BaseException) -> bool:
-    """Whether Dagster makes another attempt at a step that fails so; by its own rules."""
-    policy = step.op_retry_policy
-    if isinstance(error, dg.RetryRequested):
-        most = error.max_retries
-    elif policy is None or (isinstance(error, dg.Failure) and not error.allow_retries):
+def _is_told(instance: dg.DagsterInstance, key: dg.AssetKey, partition: str, said: Mapping[str, Any]) -> bool:
+    """Whether an attempt before this one has told what is to be said of a Dagster partition."""
+    if not said.get("kafka/replayed"):
         return False
-    else:
-        most = policy.max_retries
-    return not step.retry_mode.disabled and step.previous_attempt_count < most
+    try:
+        last, mine = last_published(instance, key, partition), published(said, partition)
+    except KafkaError:  # something else was told last
+        return False
+    return last is not None and mine.publication is not None and _holds(last, mine.publication)
 
 
 class _Target(typing.NamedTuple):
@@ -584,7 +603,11 @@ def _publications(context: dg.InputContext) -> dict[str | None, Publication | No
         if found is None:
             if lenient:
                 continue
-            raise KafkaError(name_of(asset_key, partition), "it was never materialized", "Materialize it first")
+            raise KafkaError(
+                name_of(asset_key, partition),
+                "it was never materialized",
+                "Materialize it first, with this IO manager: it does not read what other programs have written",
+            )
         publication, covered, of_partition = found
         if partition is None and of_partition is not None:
             raise KafkaError(
@@ -625,24 +648,16 @@ def _refuse_others(name: str, covered: Sequence[str], asked: Sequence[str | None
         raise KafkaError(name, cause, fix)
 
 
-def _publication_of_op(context: dg.InputContext) -> Publication | None:
+def _publication_of_op(context: dg.InputContext, outputs: HandledOutputs) -> Publication | None:
     """What the last attempt has published for the output of an op; None if that was None."""
     upstream = context.upstream_output
     if upstream is None:
         raise KafkaError(f"input {context.name!r}", "it has no upstream output", "Connect it to an output")
     name = f"output {upstream.name!r} of step {upstream.step_key!r}"
-    handled: Any = None
-    for entry in context.instance.all_logs(upstream.run_id, of_type=dg.DagsterEventType.HANDLED_OUTPUT):
-        event = entry.dagster_event
-        if event is None or event.step_key != upstream.step_key:
-            continue
-        data: Any = event.event_specific_data
-        mapping_key = data.metadata.get("kafka/mapping_key")
-        if data.output_name == upstream.name and (mapping_key and mapping_key.value) == upstream.mapping_key:
-            handled = data
+    handled = outputs.find(context.instance, upstream.run_id, upstream.step_key, upstream.name, upstream.mapping_key)
     if handled is None:
         raise KafkaError(name, f"run {upstream.run_id} has published nothing for it", "Run it again")
-    return published(handled.metadata, name).publication
+    return published(handled, name).publication
 
 
 def _form_of(context: dg.InputContext) -> Any:

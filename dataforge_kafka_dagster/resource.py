@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import datetime as dt
+import json
 import threading
+import zlib
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Final
@@ -14,7 +17,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, field_validator
 from typing_extensions import Self
 
 from dataforge_kafka_dagster.failures import raise_in_dagster
-from dataforge_kafka_dagster.identity import Identity, op_context_of, session_identity, step_context_of
+from dataforge_kafka_dagster.identity import Identity, is_again, op_context_of, session_identity, step_context_of
 from dataforge_kafka_dagster.kafka.config import (
     KafkaOptions,
     KafkaProducerConfig,
@@ -43,6 +46,8 @@ _PUBLICATION_OPTIONS: Final = (
     "create_topics",
     "on_bad_record",
 )
+# More Dagster partitions of one publication are compressed in its metadata.
+_MOST_PLAIN: Final = 20
 _CLOSE_SECONDS: Final = 10.0
 # For a producer that delivers nothing more to tell it of each record.
 _FAILED_CLOSE_SECONDS: Final = 1.0
@@ -389,6 +394,7 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
             on_bad_record=on_bad_record,
             on_progress=on_progress,
             reports=reports,
+            of_retry=is_again(context, identity),
         )
 
     def published(self, identity: Identity, topic: str) -> Publication | None:
@@ -420,7 +426,8 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
                 error,
                 attempt=step.previous_attempt_count if step else 0,
                 has_retry_policy=step is not None and step.op_retry_policy is not None,
-                max_retries=self.step_retries,
+                # Outside of a step nobody tries again.
+                max_retries=self.step_retries if step else 0,
                 retry_delay=self.step_retry_delay,
                 topic=topic,
                 brokers=self.producer_config().servers,
@@ -522,8 +529,24 @@ def publication_metadata(publication: Publication, partitions: Sequence[str] = (
             for offsets in publication.offsets
         ]
         said["kafka/offsets"] = dg.MetadataValue.table(records, _COLUMNS)
-    said[PUBLICATION_METADATA] = dg.MetadataValue.json(publication.to_dict() | {"partitions": list(partitions)})
+    said[PUBLICATION_METADATA] = dg.MetadataValue.json(publication.to_dict() | {"partitions": _pack(partitions)})
     return said
+
+
+def _pack(partitions: Sequence[str]) -> list[str] | dict[str, Any]:
+    """The Dagster partitions that a publication covers; compressed where they are many, since each of them says so."""
+    if len(partitions) <= _MOST_PLAIN:
+        return list(partitions)
+    packed = zlib.compress(json.dumps(list(partitions)).encode(), 9)
+    return {"count": len(partitions), "zlib": base64.b64encode(packed).decode()}
+
+
+def unpack_partitions(packed: Sequence[str] | Mapping[str, Any]) -> Sequence[str]:
+    """The Dagster partitions that a materialization says its publication covers."""
+    if not isinstance(packed, Mapping):
+        return packed
+    unpacked: list[str] = json.loads(zlib.decompress(base64.b64decode(packed["zlib"])))
+    return unpacked
 
 
 def log_prefix(partitions: Sequence[str]) -> str:

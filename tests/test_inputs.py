@@ -280,7 +280,12 @@ def test_a_lazy_frame_is_lazy():
 @pytest.mark.parametrize(
     ("form", "expected"),
     [
-        (dict[str, list], list),
+        (dict[str, list[dict]], list[dict]),
+        (dict[str, list[dict[str, int]]] | None, list[dict[str, int]]),
+        (dict[str, list[KafkaRecord]], list[KafkaRecord]),
+        (dict[str, list[Flight]], list[Flight]),
+        (dict[str, list], None),
+        (dict[str, list[float]], None),
         (dict[str, pl.DataFrame] | None, pl.DataFrame),
         (dict[str, dict], None),
         (dict, None),

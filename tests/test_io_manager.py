@@ -729,7 +729,14 @@ def test_a_range_with_a_mapping_is_a_publication_each(manager, kafka_topic, read
 
 @pytest.mark.parametrize(
     ("letters", "cause"),
-    [("ac", "it has no output for 'b'"), ("abcd", "'d' is not one of them"), ("dc", "no output for 'a'")],
+    [
+        ("ac", "it has no output for 'b'"),
+        ("abcd", "'d' is not one of them"),
+        ("dc", "no output for 'a'"),
+        ("ABC", "no output for 'a'"),
+        ("", "no output for 'a'"),
+        ([dt.date(2026, 1, 1)], "its key datetime.date(2026, 1, 1) is a date, and Dagster's partition keys are str"),
+    ],
 )
 def test_a_mapping_that_is_not_of_the_runs_dagster_partitions_is_no_record(
     letters, cause, manager, kafka_topic, read, instance
@@ -769,11 +776,11 @@ def test_what_was_published_before_a_range_failed_is_told_so_that_nobody_publish
         ({"step_retries": 1}, None, 2, ["a"]),
         ({"step_retries": 0}, None, 1, ["a"]),
         ({}, dg.RetryPolicy(max_retries=1), 2, ["a"]),
-        ({}, dg.RetryPolicy(max_retries=1), 1, ["a", "b", "c"]),
-        ({"step_retries": 1}, None, 1, ["a", "b", "c"]),
+        ({}, dg.RetryPolicy(max_retries=1), 1, ["a", "a", "b", "c"]),
+        ({"step_retries": 1}, None, 1, ["a", "a", "b", "c"]),
     ],
 )
-def test_a_range_is_told_once_whichever_attempt_is_the_last(
+def test_what_a_failed_attempt_at_a_range_has_published_is_told_once(
     options, policy, fails, told, kafka_bootstrap_servers, kafka_topic, monkeypatch, instance
 ):
     publish, topic = KafkaIOManager._publish, kafka_topic()
@@ -802,10 +809,169 @@ def test_a_range_is_told_once_whichever_attempt_is_the_last(
     result = _materialize(
         made, _manager(kafka_bootstrap_servers, **options), instance, tags=RANGE, raise_on_error=False
     )
-    assert result.success == (len(told) == 3)
+    assert result.success == ("c" in told)
     records = instance.fetch_materializations(dg.AssetKey("made"), limit=10).records
     assert sorted(record.partition_key for record in records) == told
     assert all(record.asset_materialization.metadata["mine"].value == 1 for record in records)
+
+
+def test_what_a_range_has_published_is_told_also_if_its_retry_does_not_come_so_far(
+    manager, kafka_topic, read, instance
+):
+    topic, attempts = kafka_topic(), []
+
+    def rows(letter):
+        yield {"letter": letter}
+        if letter == "c" and len(attempts) == 1:
+            raise ConnectionError("away")
+
+    @dg.asset(
+        partitions_def=LETTERS,
+        metadata={"kafka/topic": topic},
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        retry_policy=dg.RetryPolicy(max_retries=1),
+    )
+    def made(context: dg.AssetExecutionContext):
+        attempts.append(1)
+        if len(attempts) == 2:
+            raise ConnectionError("still away")
+        return {letter: rows(letter) for letter in context.partition_keys}
+
+    assert not _materialize(made, manager, instance, tags=RANGE, raise_on_error=False).success
+    assert instance.get_materialized_partitions(dg.AssetKey("made")) == {"a", "b"}
+    _materialize(made, manager, instance, partition_key="c")
+    assert sorted(json.loads(record.value)["letter"] for record in read(topic)) == ["a", "b", "c"]
+
+
+def test_an_output_in_a_mapping_is_refused(manager, kafka_topic, instance):
+    made = _ranged(kafka_topic(), lambda letters: {letter: dg.Output([]) for letter in letters})
+    result = _materialize(made, manager, instance, tags=RANGE, raise_on_error=False)
+    assert "of 'a': its value is a dagster.Output" in _failure(result).description
+
+
+def test_the_ops_of_a_graph_hand_a_mapping_on_as_it_is(manager, kafka_topic, read, instance):
+    topic = kafka_topic()
+
+    @dg.op
+    def days(context: dg.OpExecutionContext):
+        return {key: [{"letter": key}] for key in context.partition_keys}
+
+    @dg.op(out=dg.Out(metadata={"kafka/topic": topic}))
+    def each(days: dict):
+        return {key: [*rows, {"letter": "also"}] for key, rows in days.items()}
+
+    @dg.graph_asset(partitions_def=LETTERS)
+    def made():
+        return each(days())
+
+    _materialize(made, KafkaIOManager(kafka=manager.kafka, topic=kafka_topic()), instance, partition_key="b")
+    assert sorted(json.loads(record.value)["letter"] for record in read(topic)) == ["also", "b"]
+
+
+def test_a_retry_to_another_topic_tells_what_the_first_attempt_has_published(
+    kafka_bootstrap_servers, kafka_topic, read, instance
+):
+    topics = [kafka_topic(), kafka_topic()]
+    attempts = []
+
+    class Dies(KafkaIOManager):
+        """Fails when the first attempt is committed, and Dagster does not know."""
+
+        def handle_output(self, context, obj):
+            super().handle_output(context, obj)
+            attempts.append(1)
+            if len(attempts) == 1:
+                raise dg.RetryRequested(max_retries=1)
+
+    @dg.asset
+    def made():
+        return dg.Output([{"n": len(attempts)}], metadata={"kafka/topic": topics[min(len(attempts), 1)]})
+
+    manager = Dies(kafka=_manager(kafka_bootstrap_servers).kafka)
+    said = _metadata(_materialize(made, manager, instance))
+    assert (said["kafka/topic"], said["kafka/replayed"]) == (topics[0], True)
+    assert said["kafka/publication"]["topic_ids"].keys() == {topics[0]}
+    assert [record.value for record in read(topics[0])] == [b'{"n":0}']
+    assert read(topics[1]) == []
+    into = []
+    _materialize([made, _reader(list, into)], manager, instance, selection=["reader"])
+    assert into == [[{"n": 0}]]
+    _materialize(made, manager, instance)
+    assert len(read(topics[1])) == 1
+
+
+def test_what_somebody_reports_by_hand_does_not_hide_the_publication(manager, kafka_topic, instance):
+    made, into = _asset(READ, kafka_topic()), []
+    _materialize(made, manager, instance)
+    for _ in range(102):
+        instance.report_runless_asset_event(dg.AssetMaterialization("made"))
+    _materialize([made, _reader(list, into)], manager, instance, selection=["reader"])
+    assert into == [READ]
+
+
+def test_an_asset_that_was_only_reported_was_never_materialized_here(manager, instance):
+    instance.report_runless_asset_event(dg.AssetMaterialization("made"))
+    made = _asset(READ, "no-such-topic")
+    result = _materialize([made, _reader(list, [])], manager, instance, selection=["reader"], raise_on_error=False)
+    assert "it was never materialized" in _failure(result).description
+
+
+def test_many_dagster_partitions_of_one_publication_are_told_shortly(manager, kafka_topic, instance):
+    hours = dg.HourlyPartitionsDefinition("2026-01-01-00:00", end_date="2026-01-05-00:00")
+    keys, into = hours.get_partition_keys(), []
+
+    @dg.asset(
+        partitions_def=hours, metadata={"kafka/topic": kafka_topic()}, backfill_policy=dg.BackfillPolicy.single_run()
+    )
+    def made():
+        return [{"n": 1}]
+
+    tags = {"dagster/asset_partition_range_start": keys[0], "dagster/asset_partition_range_end": keys[-1]}
+    result = _materialize(made, manager, instance, tags=tags)
+    event = result.get_asset_materialization_events()[0]
+    packed = event.materialization.metadata["kafka/publication"].value["partitions"]
+    assert packed["count"] == len(keys) == 96
+    assert len(json.dumps(packed)) < len(json.dumps(keys)) / 4
+    _materialize([made, _reader(list, into)], manager, instance, selection=["reader"])
+    assert into == [[{"n": 1}]]
+    one = _reader(list, into, partitions_def=hours)
+    result = _materialize(
+        [made, one], manager, instance, selection=["reader"], partition_key=keys[3], raise_on_error=False
+    )
+    assert "95 other Dagster partitions" in _failure(result).description
+
+
+def test_the_event_log_is_read_once_for_many_outputs(manager, kafka_topic, instance, monkeypatch):
+    topic, into, read = kafka_topic(), [], []
+    records_of = instance.get_records_for_run
+
+    def counting(*args, **options):
+        page = records_of(*args, **options)
+        read.extend(page.records)
+        return page
+
+    @dg.op(out=dg.DynamicOut())
+    def fan():
+        for i in range(20):
+            yield dg.DynamicOutput({"i": i}, mapping_key=str(i))
+
+    @dg.op(out=dg.Out(metadata={"kafka/topic": topic}))
+    def work(one: dict):
+        return one
+
+    @dg.op(out=dg.Out(io_manager_key="mem"))
+    def join(all_of_them: list[dict]) -> None:
+        into.extend(all_of_them)
+
+    @dg.job(resource_defs={"io_manager": KafkaIOManager(kafka=manager.kafka, topic=topic), "mem": dg.mem_io_manager})
+    def fanned():
+        join(fan().map(work).collect())
+
+    monkeypatch.setattr(instance, "get_records_for_run", counting)
+    assert fanned.execute_in_process(instance=instance).success
+    assert sorted(one["i"] for one in into) == list(range(20))
+    handled = [record for record in read if record.event_log_entry.dagster_event.event_type_value == "HANDLED_OUTPUT"]
+    assert len(handled) <= 2 * 40 + 1
 
 
 def test_a_range_over_several_dimensions_tells_what_it_has_published(manager, kafka_topic, instance):

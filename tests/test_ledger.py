@@ -20,7 +20,7 @@ from dataforge_kafka_dagster.kafka.ledger import (
     Publication,
     decode_ledger,
     encode_ledger,
-    find_header,
+    find_headers,
     ledger_key,
 )
 from dataforge_kafka_dagster.kafka.publication import PublicationWriter, publish
@@ -64,7 +64,7 @@ def test_any_ledger_comes_back(places):
     groups = encode_ledger(publication, [ledger_key(str(number)) for number in range(10)])
     entries = [entry for group in groups for entry in group]
     assert max(len(entry.metadata.encode()) for entry in entries) < LARGEST_METADATA
-    key, header = find_header(groups[0])
+    key, header = next(find_headers(groups[0]))
     assert header["groups"] == len(groups)
     assert decode_ledger(key, header, entries, "id", "run/asset") == publication
     assert key != ledger_key("another run/asset")
@@ -75,7 +75,7 @@ def test_what_an_earlier_writing_of_it_has_left_elsewhere_does_not_count():
     left = encode_ledger(_publication([_offsets("t", 0, [(1, 1)]), _offsets("t", 1, [(1, 1)])]))[0]
     again = _publication([_offsets("t", 0, [(9, 4)])])
     (entries,) = encode_ledger(again)
-    key, header = find_header(entries)
+    key, header = next(find_headers(entries))
     assert decode_ledger(key, header, [*entries, left[-1]], "id", "run/asset").offsets == again.offsets
 
 

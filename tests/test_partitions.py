@@ -189,7 +189,7 @@ def test_an_input_annotated_as_a_mapping_has_the_records_of_each_dagster_partiti
     assert got == {"lists": expected, "frames": expected}
     failed = dg.materialize([made, only], selection=[only], raise_on_error=False, **run)
     (event,) = failed.get_step_failure_events()
-    assert "as dict[str, list] for those of each Dagster partition" in event.step_failure_data.error.to_string()
+    assert "as dict[str, list[dict]] for those of each Dagster partition" in event.step_failure_data.error.to_string()
 
 
 @pytest.mark.kafka
@@ -202,7 +202,7 @@ def test_an_input_by_dagster_partition_refuses_what_several_have_together(manage
         return [{"n": 1}]
 
     @dg.asset(**options)
-    def reader(together: dict[str, list]) -> None: ...
+    def reader(together: dict[str, list[dict]]) -> None: ...
 
     tags = {"dagster/asset_partition_range_start": "2013-01-01", "dagster/asset_partition_range_end": "2013-01-02"}
     run = {"resources": {"io_manager": manager}, "instance": instance, "tags": tags, "raise_on_error": False}

@@ -207,11 +207,11 @@ def test_a_replayed_upsert_says_what_it_had_deleted(publish, kafka_topic, read, 
     first = publish(topic, _rows("c"))
     said = first["kafka/publication"]
     assert said["tombstones"] == first["kafka/tombstones"] == 2
-    from dataforge_kafka_dagster.kafka.ledger import Publication, decode_ledger, encode_ledger, find_header
+    from dataforge_kafka_dagster.kafka.ledger import Publication, decode_ledger, encode_ledger, find_headers
 
     publication = Publication.from_dict(said)
     (entries,) = encode_ledger(publication)
-    key, header = find_header(entries)
+    key, header = next(find_headers(entries))
     decoded = decode_ledger(key, header, entries, publication.transactional_id, publication.publication_id)
     assert decoded.tombstones == 2
 

@@ -252,15 +252,23 @@ def _split(runs: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
     return pieces
 
 
-def find_header(entries: Iterable[TopicPartition]) -> tuple[str, dict[str, Any]] | None:
-    """What stands for the publication in the ledger, and what the ledger says of it as a whole.
+def find_headers(entries: Iterable[TopicPartition]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What stands for each publication in the ledger, and what the ledger says of it as a whole.
 
     The first is its key, a dot, and what tells this time that it was written from others.
     """
     for _, content in _ledger_entries(entries):
         if "p" in content and "h" in content:
-            return content["p"], content["h"]
-    return None
+            yield content["p"], content["h"]
+
+
+def _key_of(written: str) -> str:
+    return written.partition(".")[0]
+
+
+def _is_of(key: str, written: str, header: Mapping[str, Any]) -> bool:
+    """Whether a header is of this publication, or of one that came after it."""
+    return _key_of(written) == key or key in header["earlier"]
 
 
 def _ledger_entries(entries: Iterable[TopicPartition]) -> Iterator[tuple[TopicPartition, dict[str, Any]]]:
@@ -279,8 +287,8 @@ def decode_ledger(
     """The publication that `encode_ledger` wrote.
 
     Args:
-        key: Stands for its id, from `find_header`.
-        header: What is said of it as a whole, from `find_header`.
+        key: Stands for its id, from `find_headers`.
+        header: What is said of it as a whole, from `find_headers`.
         entries: All entries of its groups.
         transactional_id: Its publisher.
         publication_id: Its id.
@@ -334,20 +342,26 @@ class Ledger:
         anchor = [TopicPartition(self._topic, 0)]
         self._connection.aside(lambda: self._group(0).committed(anchor, _WARM_SECONDS))
 
-    def read(self, publication_id: str) -> Publication | None:
+    def read(self, publication_id: str, *, of_retry: bool = False) -> Publication | None:
         """What the last publication was, if it is this one. Only after its attempt is fenced does it stay so.
+
+        Args:
+            publication_id: Its id.
+            of_retry: Whether an attempt before this one may have had another topic: all topics are asked then.
 
         Raises:
             KafkaError: The brokers do not answer, refuse the group, or somebody has changed its offsets; or this one
                 was published, and others since, which took its place in the ledger.
         """
-        self._last = find_header(self._committed(0, {self._topic: 1}))
-        if self._last is None:
-            return None
         key = ledger_key(publication_id)
-        if self._last_key != key:
-            if key not in self._last[1]["earlier"]:
-                return None
+        self._last = next(find_headers(self._committed(0, {self._topic: 1})), None)
+        headers = [self._last] if self._last else []
+        if of_retry and not any(_is_of(key, *header) for header in headers) and (others := self._other_topics()):
+            headers += find_headers(self._committed(0, dict.fromkeys(others, 1)))
+        found = next((header for header in headers if _is_of(key, *header)), None)
+        if found is None:
+            return None
+        if _key_of(found[0]) != key:
             raise KafkaError(
                 f"publication {publication_id!r}",
                 "an earlier attempt had published it, and it has been published anew since, by another run",
@@ -355,15 +369,22 @@ class Ledger:
                 " publish them again, start a new run",
                 remedy=Remedy.FAIL,
             )
-        done = self._decoded(*self._last, publication_id)
-        found = sum(offsets.records for offsets in done.offsets)
-        if found != done.records:
+        done = self._decoded(*found, publication_id)
+        count = sum(offsets.records for offsets in done.offsets)
+        if count != done.records:
             raise KafkaError(
                 f"ledger group {self._transactional_id!r}",
-                f"it names {done.records} records, but the offsets of {found}",
+                f"it names {done.records} records, but the offsets of {count}",
                 "Somebody changed the group's offsets: start a new run, which publishes again",
             )
         return done
+
+    def _other_topics(self) -> list[str]:
+        """The topics that may be seen, but for its own and Kafka's."""
+        list_topics = functools.partial(self._group(0).list_topics, timeout=_REQUEST_SECONDS)
+        name = f"ledger group {self._transactional_id!r}"
+        seen = self._connection.in_thread(list_topics, self._timeout, name).topics
+        return [topic for topic in seen if topic != self._topic and not topic.startswith("__")]
 
     def other_than(self, known: Iterable[str]) -> Publication | None:
         """What `read` has found, if it is none of these publications; its id is not known.
@@ -374,7 +395,7 @@ class Ledger:
         Raises:
             KafkaError: The brokers do not answer.
         """
-        if self._last is None or self._last_key in set(map(ledger_key, known)):
+        if self._last is None or _key_of(self._last[0]) in set(map(ledger_key, known)):
             return None
         return self._decoded(*self._last, "")
 
@@ -389,7 +410,7 @@ class Ledger:
         Raises:
             KafkaError: The brokers do not answer, or refuse the group.
         """
-        before = [] if self._last is None else [self._last_key, *self._last[1]["earlier"]]
+        before = [] if self._last is None else [_key_of(self._last[0]), *self._last[1]["earlier"]]
         for number, entries in enumerate(encode_ledger(publication, before[:_EARLIER])):
             if max(len(str(entry.metadata)) for entry in entries) > _LARGEST:
                 raise KafkaError(
@@ -401,10 +422,6 @@ class Ledger:
             send = functools.partial(producer.send_offsets_to_transaction, entries, metadata, self._timeout)
             # It ignores its time-out while a broker does not answer.
             self._connection.in_thread(send, self._timeout, name)
-
-    @property
-    def _last_key(self) -> str:
-        return self._last[0].partition(".")[0] if self._last else ""
 
     def let_go(self) -> list[confluent_kafka.Consumer]:
         """Its clients, which it does not use any more."""

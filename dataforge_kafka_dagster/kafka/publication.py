@@ -16,7 +16,7 @@ import functools
 import itertools
 import operator
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final
 
@@ -102,6 +102,7 @@ class PublicationWriter:
         reports: Whether Python hears of each record's delivery. If not, which is faster, the offsets are those between
             the ends of the Kafka partitions before and after: exact if nobody else wrote to the topic meanwhile, and
             else `OtherWriterError` ends the publication. Needs exactly_once, one topic and no dead-letter topic.
+        of_retry: Whether an earlier attempt may have published it, perhaps to another topic: all are looked into then.
 
     Raises:
         NoBrokersAvailable: No broker answered within connect_timeout, or none let us in.
@@ -125,6 +126,7 @@ class PublicationWriter:
         on_bad_record: str | None = None,
         on_progress: Callable[[int, int, float], object] | None = None,
         reports: bool = True,
+        of_retry: bool = False,
     ) -> None:
         if str(config.producer.acks) == "0":
             raise KafkaConfigError(
@@ -143,6 +145,7 @@ class PublicationWriter:
         self._config = config
         self._transactional_id = transactional_id
         self._publication_id = publication_id
+        self._of_retry = of_retry
         self._key = key_fields(key)
         self._schemas = (value_schema, key_schema)
         self._encoders: dict[str, SchemaEncoders] = {}
@@ -246,10 +249,9 @@ class PublicationWriter:
                 error.fix,
                 code=error.code,
             ) from None
-        done = self._ledger.read(self._publication_id)
+        done = self._ledger.read(self._publication_id, of_retry=self._of_retry)
         if done is not None:
-            # Brokers forget a group's offsets in a topic that is deleted: the topics are those of the ledger.
-            self.publication = dataclasses.replace(done, topic_ids=self.topic_ids)
+            self.publication = _with_ids(done, connection, config.producer.connect_timeout, self.topic_ids)
             self._end_span(self.publication)
             self._close()
             return
@@ -865,7 +867,7 @@ class PublicationWriter:
 def find_published(
     config: KafkaProducerConfig, transactional_id: str, publication_id: str, topic: str
 ) -> Publication | None:
-    """What was published last by this publisher, if it is this publication and its topics are there.
+    """What this publisher has published last, to whatever topic, if it is this publication.
 
     Args:
         config: The cluster.
@@ -880,23 +882,29 @@ def find_published(
     connection = Connection(config)
     ledger = Ledger(connection, transactional_id, topic, config.delivery_timeout)
 
-    def id_of(name: str) -> str | None:
-        return current_id(connection, name, config.connect_timeout)
-
     try:
-        # Also to see within connect_timeout whether a broker is there.
-        ids = {topic: id_of(topic)}
-        found = ledger.read(publication_id)
-        if found is None:
-            return None
-        ids |= {name: id_of(name) for name in found.topics if name not in ids}
-        return dataclasses.replace(found, topic_ids={name: one for name, one in ids.items() if one is not None})
+        # To see within connect_timeout whether a broker is there.
+        ids = {topic: current_id(connection, topic, config.connect_timeout)}
     except KafkaError as error:
         if error.code != "UNKNOWN_TOPIC_OR_PART":
             raise
-        return None
+        ids = {}
+    try:
+        found = ledger.read(publication_id, of_retry=True)
+        return None if found is None else _with_ids(found, connection, config.connect_timeout, ids)
     finally:
         connection.close(*ledger.let_go())
+
+
+def _with_ids(
+    done: Publication, connection: Connection, timeout: float, known: Mapping[str, str | None]
+) -> Publication:
+    """What an earlier attempt has published, with the ids that Kafka has for its topics.
+
+    They are the present ones: brokers forget a group's offsets in a topic that is deleted.
+    """
+    ids = {topic: known.get(topic) or current_id(connection, topic, timeout) for topic in done.topics}
+    return dataclasses.replace(done, topic_ids={topic: one for topic, one in ids.items() if one is not None})
 
 
 def publish(
