@@ -15,7 +15,7 @@ from dataforge_kafka_dagster.kafka.cloudevents import CloudEventHeaders
 from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, check_topic
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError
 from dataforge_kafka_dagster.kafka.ledger import Publication
-from dataforge_kafka_dagster.kafka.publication import settle
+from dataforge_kafka_dagster.kafka.publication import OtherWriterError, settle
 from dataforge_kafka_dagster.kafka.reader import ReadRecord, read_publication, refuse_lost_topics
 from dataforge_kafka_dagster.kafka.records import key_fields
 from dataforge_kafka_dagster.kafka.registry import SchemaRegistry, SchemaRegistryConfig
@@ -196,8 +196,8 @@ class KafkaIOManager(dg.ConfigurableIOManager):
             context.log.info(describe(done, identity.partition))
             return publication_metadata(done, identity.partition)
 
-        def attempt(reports: bool) -> Publication:
-            writer = self.kafka.writer(context, identity, *target, reports=reports)
+        def attempt(reports: bool, repeats: OtherWriterError | None) -> Publication:
+            writer = self.kafka.writer(context, identity, *target, reports=reports, repeats=repeats)
             # Refuses the output and its schema before anything is connected.
             encoded = chunks(obj, target.key, encoders=writer.encoders(), on_bad=writer.on_bad)
             events = _cloud_events_of(context, identity)

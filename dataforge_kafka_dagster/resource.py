@@ -32,7 +32,7 @@ from dataforge_kafka_dagster.kafka.connection import logger
 from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError, out_of_turn
 from dataforge_kafka_dagster.kafka.ledger import Publication, make_transactional_id
 from dataforge_kafka_dagster.kafka.producer import DataForgeKafkaProducer, DeliveryCallback, RecordMetadata
-from dataforge_kafka_dagster.kafka.publication import PublicationWriter, find_published
+from dataforge_kafka_dagster.kafka.publication import OtherWriterError, PublicationWriter, find_published
 from dataforge_kafka_dagster.kafka.schemas import KafkaSchema
 from dataforge_kafka_dagster.kafka.serialization import Headers
 
@@ -370,6 +370,7 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
         key_schema: KafkaSchema | None = None,
         *,
         reports: bool = True,
+        repeats: OtherWriterError | None = None,
     ) -> PublicationWriter:
         """A writer of the publication with this identity, which logs its progress to the context's log."""
         config = self.publication_config()
@@ -394,6 +395,7 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
             on_bad_record=on_bad_record,
             on_progress=on_progress,
             reports=reports,
+            repeats=repeats,
             of_retry=is_again(context, identity),
         )
 

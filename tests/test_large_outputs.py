@@ -16,7 +16,7 @@ from dataforge_kafka_dagster import KafkaProducerConfig, KafkaRecord
 from dataforge_kafka_dagster.kafka import publication
 from dataforge_kafka_dagster.kafka.config import PublicationConfig
 from dataforge_kafka_dagster.kafka.deliveries import Track
-from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError, Remedy
+from dataforge_kafka_dagster.kafka.errors import FencedError, KafkaConfigError, KafkaError, Remedy
 from dataforge_kafka_dagster.kafka.publication import OtherWriterError, PublicationWriter, publish
 from dataforge_kafka_dagster.kafka.sources import is_repeatable
 
@@ -112,6 +112,43 @@ def test_a_large_output_is_told_exactly_without_reports(attempts, place, read, f
     assert attempts == [False]
     assert_exact(found, read, place["topic"])
     assert all(len(offsets.runs) == 1 for offsets in found.offsets)
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("rival_ends", [True, False])
+@pytest.mark.parametrize("look", [2, 3], ids=["after the first 10,000", "at the end"])
+def test_an_attempt_that_another_has_taken_over_is_not_repeated(look, rival_ends, attempts, place, read, monkeypatch):
+    """As one that was frozen there. What was written meanwhile is the other's end, or the end of its own transaction."""
+    config, ends, looks = place.pop("config"), PublicationWriter._ends, []
+    rival = PublicationWriter(config, **place | {"publication_id": "of another run"})
+
+    def late(self, track):
+        looks.append(1)
+        if len(looks) == look:
+            rival.__enter__()
+            rival.send_all([{"i": "rival"}])
+            if rival_ends:
+                rival.commit()
+        return ends(self, track)
+
+    monkeypatch.setattr(PublicationWriter, "_ends", late)
+    with pytest.raises(FencedError, match="another attempt"):
+        publish(config, [{"i": i} for i in range(ROWS)], **place)
+    assert (len(looks), attempts) == (look, [False])
+    rival.commit()
+    assert [orjson.loads(record.value) for record in read(place["topic"])] == [{"i": "rival"}]
+
+
+@pytest.mark.kafka
+def test_an_attempt_is_not_repeated_after_another_has_been_published(place, read):
+    """As one that was frozen between its two passes."""
+    config = place.pop("config")
+    publish(config, [{"i": 1}], **place)
+    before = OtherWriterError("publication", "more offsets", "Repeat it", ledger="")
+    repeated = PublicationWriter(config, **place | {"publication_id": "began before"}, repeats=before)
+    with pytest.raises(FencedError, match="another run has published it anew"), repeated:
+        repeated.send_all([{"i": 2}])
+    assert [orjson.loads(record.value) for record in read(place["topic"])] == [{"i": 1}]
 
 
 @pytest.mark.kafka

@@ -386,6 +386,11 @@ class Ledger:
         seen = self._connection.in_thread(list_topics, self._timeout, name).topics
         return [topic for topic in seen if topic != self._topic and not topic.startswith("__")]
 
+    @property
+    def last(self) -> str:
+        """What tells the last publication that `read` has found in its topic from others; empty if there is none."""
+        return self._last[0] if self._last else ""
+
     def other_than(self, known: Iterable[str]) -> Publication | None:
         """What `read` has found, if it is none of these publications; its id is not known.
 

@@ -36,6 +36,7 @@ from dataforge_kafka_dagster.kafka.dead_letters import dead_letter
 from dataforge_kafka_dagster.kafka.deliveries import Failure, Span, Track, as_bytes, shown
 from dataforge_kafka_dagster.kafka.errors import (
     FENCED_CODES,
+    FencedError,
     InvalidRecordError,
     KafkaConfigError,
     KafkaError,
@@ -79,7 +80,15 @@ _LOOK_AGAIN_SECONDS: Final = 1.0
 
 
 class OtherWriterError(KafkaError):
-    """Somebody else wrote to the topic during a publication without delivery reports, which `settle` repeats."""
+    """Somebody else wrote to the topic during a publication without delivery reports, which `settle` repeats.
+
+    Attributes:
+        ledger: What the publisher's ledger began with: as long as that is so, no later attempt has published.
+    """
+
+    def __init__(self, culprit: str, cause: str, fix: str, ledger: str) -> None:
+        super().__init__(culprit, cause, fix, remedy=Remedy.RETRY)
+        self.ledger = ledger
 
 
 class PublicationWriter:
@@ -103,6 +112,7 @@ class PublicationWriter:
             the ends of the Kafka partitions before and after: exact if nobody else wrote to the topic meanwhile, and
             else `OtherWriterError` ends the publication. Needs exactly_once, one topic and no dead-letter topic.
         of_retry: Whether an earlier attempt may have published it, perhaps to another topic: all are looked into then.
+        repeats: What ended the same without reports. If another one has been published since, it is not repeated.
 
     Raises:
         NoBrokersAvailable: No broker answered within connect_timeout, or none let us in.
@@ -127,6 +137,7 @@ class PublicationWriter:
         on_progress: Callable[[int, int, float], object] | None = None,
         reports: bool = True,
         of_retry: bool = False,
+        repeats: OtherWriterError | None = None,
     ) -> None:
         if str(config.producer.acks) == "0":
             raise KafkaConfigError(
@@ -146,6 +157,7 @@ class PublicationWriter:
         self._transactional_id = transactional_id
         self._publication_id = publication_id
         self._of_retry = of_retry
+        self._repeats = repeats
         self._key = key_fields(key)
         self._schemas = (value_schema, key_schema)
         self._encoders: dict[str, SchemaEncoders] = {}
@@ -255,6 +267,14 @@ class PublicationWriter:
             self._end_span(self.publication)
             self._close()
             return
+        if self._repeats is not None and self._repeats.ledger != self._ledger.last:
+            raise FencedError(
+                f"publication to {self.topic!r}",
+                "another run has published it anew since this attempt began",
+                "Nothing of this attempt is visible; look at the other run",
+                code="_FENCED",
+                remedy=Remedy.FAIL,
+            )
         producer.begin_transaction()
         self._in_transaction = True
 
@@ -729,11 +749,15 @@ class PublicationWriter:
         before, after = self._ends_before or [], self._ends(track)
         written = sum(after) - sum(before)
         if written > self._records:
+            # If it was an attempt that has taken over, the broker says so now; a new producer would fence that one.
+            abort = self._live_producer().abort_transaction
+            self._connection.resume(abort, _ABORT_SECONDS, f"publication to {self.topic!r}")
+            self._in_transaction = False
             raise OtherWriterError(
                 f"publication to {self.topic!r}",
                 f"{written} offsets were given for its {self._records} records: somebody else writes there too",
                 "Publish it with delivery reports",
-                remedy=Remedy.RETRY,
+                self._ledger.last,
             )
         track.set_ranges(before, after)
 
@@ -949,7 +973,7 @@ def publish(
             publication is visible, unless the error says that its outcome is not known.
     """
 
-    def attempt(reports: bool) -> Publication:
+    def attempt(reports: bool, repeats: OtherWriterError | None) -> Publication:
         with PublicationWriter(
             config,
             transactional_id=transactional_id,
@@ -962,6 +986,7 @@ def publish(
             on_bad_record=on_bad_record,
             on_progress=on_progress,
             reports=reports,
+            repeats=repeats,
         ) as writer:
             writer.send_all(output)
         return writer.commit()
@@ -969,22 +994,24 @@ def publish(
     return settle(output, attempt)
 
 
-def settle(output: Any, attempt: Callable[[bool], Publication]) -> Publication:
+def settle(output: Any, attempt: Callable[[bool, OtherWriterError | None], Publication]) -> Publication:
     """Publish an output without delivery reports if it is large and can be sent again, and else with them.
 
     Args:
         output: What is published.
-        attempt: Publishes it; takes whether deliveries are reported, for `PublicationWriter`.
+        attempt: Publishes it; takes `reports` and `repeats` for `PublicationWriter`.
 
     Returns:
         The publication. If another writer was seen on the topic, nothing of the first attempt became visible.
     """
+    other = None
     if is_repeatable(output) and len(output) >= _MANY:
         try:
-            return attempt(False)  # noqa: FBT003
+            return attempt(False, None)  # noqa: FBT003
         except OtherWriterError as error:
             logger.info("%s; it is published again, with delivery reports", error.cause)
-    return attempt(True)  # noqa: FBT003
+            other = error
+    return attempt(True, other)  # noqa: FBT003
 
 
 def _log_progress(records: int, size: int, seconds: float) -> None:

@@ -18,6 +18,7 @@ _UNKNOWN: Final = "UNKNOWN_TOPIC_OR_PART"
 _NEW_TOPIC_SECONDS: Final = 1.0
 # To learn its settings, once a broker has told the rest.
 _SETTINGS_SECONDS: Final = 1.0
+_LOOK_SECONDS: Final = 3.0
 _DENIED: Final = frozenset({"TOPIC_AUTHORIZATION_FAILED", "CLUSTER_AUTHORIZATION_FAILED"})
 
 
@@ -174,9 +175,25 @@ def end_offsets(connection: Connection, topic: str, partitions: int, timeout: fl
     latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]
     asked = {confluent_kafka.TopicPartition(topic, partition): latest for partition in range(partitions)}
 
+    seconds = min(timeout, _LOOK_SECONDS)
+
     def ask() -> list[int]:
-        found = connection.admin.list_offsets(asked, request_timeout=timeout)
-        return [found[partition].result(timeout).offset for partition in asked]
+        try:
+            found = connection.admin.list_offsets(asked, request_timeout=seconds)
+            offsets = [found[partition].result(2 * seconds).offset for partition in asked]
+        except confluent_kafka.KafkaException as exception:
+            error = exception.args[0]
+        except concurrent.futures.TimeoutError:
+            error = confluent_kafka.KafkaError(confluent_kafka.KafkaError.REQUEST_TIMED_OUT)
+        else:
+            if min(offsets) >= 0:
+                return offsets
+            error = None
+        # The client goes by the leaders that it has seen until it looks again; without any, it does not ask at all.
+        connection.admin.list_topics(topic, timeout=seconds)
+        if error is None or error.name() == "_NOENT":
+            error = confluent_kafka.KafkaError(confluent_kafka.KafkaError.LEADER_NOT_AVAILABLE)
+        raise confluent_kafka.KafkaException(error)
 
     return connection.in_thread(ask, timeout, f"topic {topic!r}, {connection.name}")
 
