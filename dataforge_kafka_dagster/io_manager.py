@@ -204,6 +204,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
             if events is not None:
                 encoded = events.add(encoded)
             upsert = self._upsert(context, target, identity)
+            writer.keeps_places = upsert is not None
             with writer:
                 if upsert is None:
                     writer.send_chunks(encoded)

@@ -102,7 +102,7 @@ REFUSED = {
     "connect_timeout 0": ({"connect_timeout": 0}, ["connect_timeout", "0.001 to"]),
     "connect_timeout long": ({"connect_timeout": 301}, ["connect_timeout", "300"]),
     "delivery_timeout": ({"delivery_timeout": -1}, ["delivery_timeout", "0.001 to"]),
-    "raw not text": ({"librdkafka_config": {"a": 1}}, ["librdkafka_config", "str"]),
+    "raw not text": ({"librdkafka_config": {"a": [1]}}, ["librdkafka_config", "str"]),
     "raw not mapping": ({"librdkafka_config": "a=b"}, ["librdkafka_config", "dict"]),
     "protocol": ({"security_protocol": "TLS"}, ["security_protocol", "TLS", "SASL_SSL", "PLAINTEXT"]),
     "GSSAPI": (
@@ -492,6 +492,11 @@ def test_msk_without_its_package_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "aws_msk_iam_sasl_signer.MSKAuthTokenProvider", None)
     with pytest.raises(KafkaConfigError, match=r"pip install 'dataforge-kafka-dagster\[aws-msk-iam\]'"):
         oauth_callback(KafkaProducerConfig(**MSK))
+
+
+def test_raw_settings_may_be_numbers_and_booleans():
+    config = KafkaProducerConfig(librdkafka_config={"socket.keepalive.enable": True, "statistics.interval.ms": 500})
+    assert config.librdkafka_config == {"socket.keepalive.enable": "true", "statistics.interval.ms": "500"}
 
 
 def test_raw_settings_are_applied_last():

@@ -23,7 +23,7 @@ from dataforge_kafka_dagster.kafka.ledger import (
     find_headers,
     ledger_key,
 )
-from dataforge_kafka_dagster.kafka.publication import PublicationWriter, publish
+from dataforge_kafka_dagster.kafka.publication import PublicationWriter, find_published, publish
 from dataforge_kafka_dagster.kafka.reader import read_publication
 
 LARGEST_METADATA = 4096
@@ -71,6 +71,13 @@ def test_any_ledger_comes_back(places):
     assert decode_ledger(ledger_key("another"), header, entries, "id", "run/asset").offsets == ()
 
 
+def test_a_ledger_of_another_version_is_none():
+    ((entry, *_),) = encode_ledger(_publication([]))
+    assert [header["records"] for _, header in find_headers([entry])] == [0]
+    older = types.SimpleNamespace(metadata=entry.metadata.replace('"v":2', '"v":1'))
+    assert list(find_headers([older])) == []
+
+
 def test_what_an_earlier_writing_of_it_has_left_elsewhere_does_not_count():
     left = encode_ledger(_publication([_offsets("t", 0, [(1, 1)]), _offsets("t", 1, [(1, 1)])]))[0]
     again = _publication([_offsets("t", 0, [(9, 4)])])
@@ -86,6 +93,40 @@ def test_a_publication_to_more_topics_than_the_ledger_can_name_is_refused():
     connection = Connection(KafkaProducerConfig(bootstrap_servers="localhost:1"))
     with pytest.raises(KafkaError, match="no room for the names of 90 topics"):
         Ledger(connection, "id", "t", 1.0).write(None, publication, "commit")
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_ledger_of_a_topic_that_was_made_anew_is_none(
+    elsewhere, kafka_bootstrap_servers, kafka_topic, read, monkeypatch
+):
+    """It is left where the group's coordinator dies while the topic is deleted."""
+    topic, other = kafka_topic(), kafka_topic()
+    config = PublicationConfig(producer=KafkaProducerConfig(bootstrap_servers=kafka_bootstrap_servers))
+    names = {"transactional_id": topic, "publication_id": "work", "topic": topic}
+
+    def attempt():
+        with PublicationWriter(config, **names) as writer:
+            writer.send("x")
+            if elsewhere:
+                writer.send("x", topic=other)
+        return writer.commit()
+
+    made, read_ledger = attempt(), Ledger.read
+    assert made.topic_ids.keys() == ({topic, other} if elsewhere else {topic})
+    again = attempt()
+    assert (again.replayed, again.topic_ids) == (True, made.topic_ids)
+    left = made.topic_ids | {topic: "that-of-the-topic-before"}
+    monkeypatch.setattr(
+        Ledger, "read", lambda *args, **options: dataclasses.replace(read_ledger(*args, **options), topic_ids=left)
+    )
+    if elsewhere:
+        with pytest.raises(KafkaError, match=f"of its topics {topic} was deleted or made anew since"):
+            attempt()
+    else:
+        assert find_published(config.producer, topic, "work", topic) is None
+        assert not attempt().replayed
+    assert len(read(topic)) == (1 if elsewhere else 2)
 
 
 @pytest.mark.kafka

@@ -1,7 +1,9 @@
 """The look at a topic before a publication, and its creation where that is asked for."""
 
+import concurrent.futures
 import json
 import threading
+import types
 import uuid
 
 import confluent_kafka
@@ -26,7 +28,7 @@ from dataforge_kafka_dagster.kafka.config import PublicationConfig
 from dataforge_kafka_dagster.kafka.connection import Connection
 from dataforge_kafka_dagster.kafka.errors import Remedy
 from dataforge_kafka_dagster.kafka.publication import PublicationWriter, publish
-from dataforge_kafka_dagster.kafka.topics import check_topic_exists
+from dataforge_kafka_dagster.kafka.topics import check_topic_exists, end_offsets
 from dataforge_kafka_dagster.local import LocalKafka
 
 
@@ -254,6 +256,38 @@ def test_a_publication_asks_for_metadata_and_settings_once(
     with _writer(kafka_bootstrap_servers, topic, KafkaTopicSpec()) as writer:
         writer.send_all({"i": i} for i in range(1000))
     assert asked == ["describe_configs", "describe_topics"]
+
+
+def test_the_ends_are_asked_for_again_when_the_client_has_looked_who_leads(monkeypatch):
+    """As after a lost connection: the client knows no leader, or an old one, or tells -1001 for an offset."""
+    errors = [confluent_kafka.KafkaError._NOENT, confluent_kafka.KafkaError.FENCED_LEADER_EPOCH]
+    answers = [*(confluent_kafka.KafkaException(confluent_kafka.KafkaError(code)) for code in errors), -1001, 7]
+    looks = []
+
+    class Admin:
+        def list_offsets(self, asked, request_timeout):
+            answer, made = answers.pop(0), {}
+            for partition in asked:
+                made[partition] = future = concurrent.futures.Future()
+                if isinstance(answer, int):
+                    future.set_result(types.SimpleNamespace(offset=answer))
+                else:
+                    future.set_exception(answer)
+            return made
+
+        def list_topics(self, topic, timeout):
+            looks.append(topic)
+
+        def poll(self, timeout): ...
+
+    connection = Connection(KafkaProducerConfig(bootstrap_servers="localhost:1"))
+    connection._admin = Admin()
+    assert end_offsets(connection, "t", 2, 10) == [7, 7]
+    assert looks == ["t"] * 3
+    refused = confluent_kafka.KafkaError(confluent_kafka.KafkaError.TOPIC_AUTHORIZATION_FAILED)
+    answers.append(confluent_kafka.KafkaException(refused))
+    with pytest.raises(KafkaError, match="TOPIC_AUTHORIZATION_FAILED"):
+        end_offsets(connection, "t", 2, 10)
 
 
 @pytest.mark.kafka

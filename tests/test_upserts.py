@@ -1,5 +1,6 @@
 import collections
 import json
+import time
 import uuid
 
 import dagster as dg
@@ -23,7 +24,10 @@ DAYS = dg.StaticPartitionsDefinition(["mon", "tue"])
 def publish(kafka_bootstrap_servers, instance):
     """Publishes rows by an asset in upsert mode, and returns its metadata."""
     kafka = KafkaProducerResource(
-        bootstrap_servers=kafka_bootstrap_servers, transactional_id_prefix=PREFIX, step_retry_delay=0.01
+        bootstrap_servers=kafka_bootstrap_servers,
+        transactional_id_prefix=PREFIX,
+        step_retry_delay=0.01,
+        librdkafka_config={"topic.metadata.refresh.interval.ms": 300},
     )
     manager = KafkaIOManager(kafka=kafka)
 
@@ -42,7 +46,7 @@ def publish(kafka_bootstrap_servers, instance):
             backfill_policy=dg.BackfillPolicy.single_run() if partitions_def else None,
         )
         def places():
-            return dg.Output(output)
+            return dg.Output(output() if callable(output) else output)
 
         result = dg.materialize(
             [places],
@@ -190,6 +194,31 @@ def test_a_topic_made_anew_holds_nothing_to_delete(publish, kafka_bootstrap_serv
         assert _table(read(topic)) == {"x": 9, "y": 9, "c": 1}
     finally:
         admin.delete_topics([topic])[topic].result(30)
+
+
+def test_kafka_partitions_that_are_added_meanwhile_end_it(
+    publish, kafka_bootstrap_servers, kafka_topic, read, eventually
+):
+    topic, attempts = kafka_topic(partitions=2), []
+    keys = [str(i) for i in range(20)]
+    admin = AdminClient({"bootstrap.servers": kafka_bootstrap_servers})
+
+    def grow():
+        attempts.append(1)
+        for i, row in enumerate(_rows(*keys, v=len(attempts) + 1)):
+            if i == 10 and len(attempts) == 1:
+                admin.create_partitions([NewPartitions(topic, 7)])[topic].result(30)
+                eventually(lambda: len(admin.list_topics(topic).topics[topic].partitions) == 7)
+                time.sleep(1)  # for the producer to look again
+            yield row
+
+    publish(topic, _rows(*keys))
+    publish(topic, grow)
+    assert len(attempts) == 2
+    live = {(record.partition, record.key.decode()): record.value for record in read(topic)}
+    assert sorted((key, json.loads(value)["v"]) for (_, key), value in live.items() if value) == sorted(
+        (key, 3) for key in keys
+    )
 
 
 def test_a_failure_changes_nothing(publish, kafka_topic, read):

@@ -191,6 +191,15 @@ class KafkaOptions(BaseModel):
         description="Raw librdkafka settings, applied last: they win over every option above.",
     )
 
+    @field_validator("librdkafka_config", mode="before")
+    @classmethod
+    def _as_texts(cls, value: Any) -> Any:
+        """Numbers and booleans as librdkafka writes them."""
+        if not isinstance(value, Mapping):
+            return value
+        plain = (bool, int, float)
+        return {name: str(one).lower() if isinstance(one, plain) else one for name, one in value.items()}
+
 
 class SchemaRegistryOptions(BaseModel):
     """The options of a Schema Registry whose types Dagster's configuration knows too, without their checks."""

@@ -26,7 +26,7 @@ from dataforge_kafka_dagster.kafka.errors import KafkaError, Remedy
 from dataforge_kafka_dagster.kafka.schemas import RegisteredSchema, SchemaFormat
 from dataforge_kafka_dagster.kafka.serialization import ValueFormat
 
-_LEDGER_VERSION: Final = 1
+_LEDGER_VERSION: Final = 2
 # Brokers refuse more than offset.metadata.max.bytes, 4096 by default.
 _LARGEST: Final = 4096
 _LEDGER_BYTES: Final = 3500
@@ -213,7 +213,11 @@ def encode_ledger(publication: Publication, earlier: Sequence[str] = ()) -> list
         "v": _LEDGER_VERSION,
         "groups": len(groups),
         "topics": {
-            topic: [1 + max((p for t, p in ends if t == topic), default=-1), publication.partition_counts.get(topic)]
+            topic: [
+                1 + max((p for t, p in ends if t == topic), default=-1),
+                publication.partition_counts.get(topic),
+                publication.topic_ids.get(topic),
+            ]
             for topic in dict.fromkeys([*(topic for topic, _ in ends), *publication.partition_counts])
         },
         "topic": publication.topic,
@@ -258,7 +262,7 @@ def find_headers(entries: Iterable[TopicPartition]) -> Iterator[tuple[str, dict[
     The first is its key, a dot, and what tells this time that it was written from others.
     """
     for _, content in _ledger_entries(entries):
-        if "p" in content and "h" in content:
+        if "p" in content and content.get("h", {}).get("v") == _LEDGER_VERSION:
             yield content["p"], content["h"]
 
 
@@ -310,7 +314,8 @@ def decode_ledger(
         dead_letters=header["dead"][0],
         dead_letter_topic=header["dead"][1],
         tombstones=header["tombstones"],
-        partition_counts={topic: count for topic, (_, count) in header["topics"].items() if count is not None},
+        partition_counts={topic: count for topic, (_, count, _) in header["topics"].items() if count is not None},
+        topic_ids={topic: one for topic, (_, _, one) in header["topics"].items() if one is not None},
         schemas=tuple(RegisteredSchema(*schema) for schema in header.get("schemas", ())),
     )
 
@@ -435,7 +440,7 @@ class Ledger:
         return clients
 
     def _decoded(self, key: str, header: Mapping[str, Any], publication_id: str) -> Publication:
-        places = {topic: places for topic, (places, _) in header["topics"].items()}
+        places = {topic: places for topic, (places, _, _) in header["topics"].items()}
         entries = [entry for number in range(header["groups"]) for entry in self._committed(number, places)]
         return decode_ledger(key, header, entries, self._transactional_id, publication_id)
 

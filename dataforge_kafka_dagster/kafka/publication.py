@@ -152,6 +152,8 @@ class PublicationWriter:
         self.topic = check_topic(topic)
         self.on_bad: BadRecordTaker | None = None
         """Takes bad records to the dead-letter topic; None if they end the publication. For `chunks`."""
+        self.keeps_places = False
+        """Whether Kafka partitions that are added meanwhile end the publication: keys would be in others."""
         self.publication: Publication | None = None
         self._config = config
         self._transactional_id = transactional_id
@@ -262,8 +264,8 @@ class PublicationWriter:
                 code=error.code,
             ) from None
         done = self._ledger.read(self._publication_id, of_retry=self._of_retry)
-        if done is not None:
-            self.publication = _with_ids(done, connection, config.producer.connect_timeout, self.topic_ids)
+        if done is not None and _is_there(done, connection, config.producer.connect_timeout, self.topic_ids):
+            self.publication = done
             self._end_span(self.publication)
             self._close()
             return
@@ -773,6 +775,15 @@ class PublicationWriter:
         if self._ends_before is not None:
             self._find_offsets()
         self._check_topics()
+        if self.keeps_places and any(
+            offsets.partition >= track.partitions for track in self._all_tracks for offsets in track.offsets
+        ):
+            raise KafkaError(
+                f"publication to {', '.join(self._tracks)!r}",
+                "Kafka partitions were added to the topic meanwhile, so that keys went to others than before",
+                "Try again",
+                remedy=Remedy.RETRY,
+            )
         delivered = sum(offsets.records for track in self._all_tracks for offsets in track.offsets)
         if delivered != self._position:
             unseen = "" if self._ends_before is None else ": Kafka partitions may have been added meanwhile"
@@ -884,8 +895,7 @@ class PublicationWriter:
         Raises:
             KafkaError: The broker does not answer.
         """
-        found = self._ledger.other_than((self._publication_id, *known))
-        return None if found is None else dataclasses.replace(found, topic_ids=self.topic_ids)
+        return self._ledger.other_than((self._publication_id, *known))
 
 
 def find_published(
@@ -915,20 +925,44 @@ def find_published(
         ids = {}
     try:
         found = ledger.read(publication_id, of_retry=True)
-        return None if found is None else _with_ids(found, connection, config.connect_timeout, ids)
+        return found if found and _is_there(found, connection, config.connect_timeout, ids) else None
     finally:
         connection.close(*ledger.let_go())
 
 
-def _with_ids(
-    done: Publication, connection: Connection, timeout: float, known: Mapping[str, str | None]
-) -> Publication:
-    """What an earlier attempt has published, with the ids that Kafka has for its topics.
+def _is_there(done: Publication, connection: Connection, timeout: float, known: Mapping[str, str | None]) -> bool:
+    """Whether the topics of what an earlier attempt has published are still the same.
 
-    They are the present ones: brokers forget a group's offsets in a topic that is deleted.
+    Brokers forget a group's offsets in a topic that is deleted, unless the group's coordinator dies at that moment.
+
+    Args:
+        done: What the ledger says.
+        connection: The cluster.
+        timeout: Longest wait for each topic's answer, seconds.
+        known: The present ids of some topics.
+
+    Raises:
+        KafkaError: Some are the same, and some are not; or the brokers do not answer.
     """
-    ids = {topic: known.get(topic) or current_id(connection, topic, timeout) for topic in done.topics}
-    return dataclasses.replace(done, topic_ids={topic: one for topic, one in ids.items() if one is not None})
+    holding = {offsets.topic for offsets in done.offsets} or {done.topic}
+    ids = {topic: one for topic, one in done.topic_ids.items() if topic in holding}
+    gone = []
+    for topic, one in ids.items():
+        try:
+            if one != (known.get(topic) or current_id(connection, topic, timeout)):
+                gone.append(topic)
+        except KafkaError as error:
+            if error.code != "UNKNOWN_TOPIC_OR_PART":
+                raise
+            gone.append(topic)
+    if gone and len(gone) < len(ids):
+        raise KafkaError(
+            f"publication {done.publication_id!r}",
+            f"an earlier attempt had published it, and of its topics {', '.join(gone)} was deleted or made anew since",
+            "Start a new run, which publishes again to all of them",
+            remedy=Remedy.FAIL,
+        )
+    return not gone
 
 
 def publish(
