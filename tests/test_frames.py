@@ -388,8 +388,13 @@ def test_an_older_polars_whose_json_loses_values_is_not_asked_for_it(monkeypatch
 def test_python_has_the_texts_of_some_hundred_rows_of_a_frame_at_a_time():
     frame = pl.DataFrame({"id": range(5_000), "k": [f"é{i}" for i in range(5_000)]})
     found = list(chunks(frame, "k"))
-    assert max(len(chunk.values) for chunk in found) == 1_024
-    assert [key for chunk in found for key in chunk.keys] == frame["k"].to_list()
-    assert [text.encode() for chunk in found for text in chunk.values] == list(map(to_json, frame.to_dicts()))
+    if frames._json_is_exact():  # else by rows
+        assert max(len(chunk.values) for chunk in found) == 1_024
+
+    def encoded(texts):
+        return [text.encode() if isinstance(text, str) else text for text in texts]
+
+    assert [key for chunk in found for key in encoded(chunk.keys)] == encoded(frame["k"])
+    assert [text for chunk in found for text in encoded(chunk.values)] == list(map(to_json, frame.to_dicts()))
     for chunk in found:
-        assert chunk.size == sum(len(text.encode()) for text in (*chunk.values, *chunk.keys))
+        assert chunk.size == sum(map(len, encoded((*chunk.values, *chunk.keys))))

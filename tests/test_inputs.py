@@ -241,7 +241,9 @@ def test_a_model_is_read_by_the_names_that_it_is_written_by(value):
     assert inputs.in_form(type(value), _published([value])) == value
 
 
-@pytest.mark.parametrize(("value", "field"), [(Renamed(n=5), "n"), (Order(1.0), "total")])
+@pytest.mark.parametrize(
+    ("value", "field"), [*([(Renamed(n=5), "n")] if inputs._KNOWS_NAMES else []), (Order(1.0), "total")]
+)
 def test_a_class_that_would_come_back_as_its_defaults_is_refused(value, field):
     with pytest.raises(KafkaError, match=rf"input annotated with .*: its field '{field}' is written by a name"):
         inputs.in_form(type(value), _published([value]))

@@ -4,6 +4,7 @@ import decimal
 import enum
 import functools
 import json
+import re
 import types
 import typing
 import uuid
@@ -237,11 +238,11 @@ def test_other_values_are_refused(value):
         ({"a": np.array([1], "m8[s]")}, "a.0", "ndarray"),
         ({"a": np.longdouble(1)}, "a", "longdouble"),
         ({"a": pa.scalar((1, 2, 3), pa.month_day_nano_interval()).as_py()}, "a", "MonthDayNano"),
-        ({"a": 2**64}, "a", "64-bit"),
-        ({"a": "\ud800"}, "a", "UTF-8"),
+        ({"a": 2**64}, "a", "64-bit|too big"),
+        ({"a": "\ud800"}, "a", "UTF-8|utf-8"),
         ({"a": {"b": {1: 2}}}, "a.b.1", "key must be str"),
         ({"ok": 1, Text("bad"): 2}, "'bad'", "key must be str"),
-        ({"a": Timed(td=dt.timedelta(1), n=2**70)}, "a.n", "64-bit"),
+        ({"a": Timed(td=dt.timedelta(1), n=2**70)}, "a.n", "64-bit|too big"),
         (Point(object(), 1), "x", "object"),
         ({"a": Point(1, {3})}, "a.y", "set"),
     ],
@@ -251,7 +252,7 @@ def test_what_has_no_json_form_is_named_by_its_field(value, field, said):
         serialize_value(value, 0)
     assert caught.value.field == field
     assert repr(field) in caught.value.culprit
-    assert said in caught.value.cause
+    assert re.search(said, caught.value.cause)  # by orjson, whose words change
     assert caught.value.fix
 
 
