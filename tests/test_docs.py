@@ -2,8 +2,10 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
+import sys
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +15,15 @@ import yaml
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient, NewTopic
 
-from dataforge_kafka_dagster import KafkaProducerConfig, local
+from dataforge_kafka_dagster import (
+    KafkaProducerConfig,
+    KafkaProducerResource,
+    KafkaSchema,
+    KafkaTopicComponent,
+    local,
+)
 from dataforge_kafka_dagster.io_manager import _NAMES
+from dataforge_kafka_dagster.kafka.registry import SchemaRegistryConfig
 from dataforge_kafka_dagster.kafka.statistics import Statistics
 
 try:
@@ -146,6 +155,43 @@ def test_the_table_of_options_has_the_defaults_of_the_config():
         ), name
 
 
+OPTIONS = {
+    "KafkaIOManager": {"topic", "key", "write_mode", "value_schema", "key_schema", "read_timeout"},
+    "KafkaProducerResource": set(KafkaProducerResource.model_fields),
+    "KafkaResourceComponent": {"resource_key", "io_manager_key", "io_manager"},
+    "KafkaTopicComponent": set(KafkaTopicComponent.model().model_fields),
+    "KafkaTopicSpec": {"partitions", "replication_factor", "configs"},
+    "KafkaProducerConfig": set(KafkaProducerConfig.model_fields),
+    "KafkaSchema": set(KafkaSchema.model_fields),
+    "SchemaRegistryConfig": set(SchemaRegistryConfig.model_fields),
+}
+
+
+def _options_in(page):
+    """The rows of each table of options in a built page: what stands beside an option, by class and option."""
+    found = {}
+    for name, rows in re.findall(r'id="options-(\w+)".*?<tbody>(.*?)</tbody>', page, re.DOTALL):
+        cells = [re.findall(r"<td>(.*?)</td>", row, re.DOTALL) for row in rows.split("</tr>") if "<td>" in row]
+        found[name] = {re.sub("<.*?>", "", option): rest for option, *rest in cells}
+    return found
+
+
+@pytest.mark.slow
+def test_the_built_reference_has_each_option_with_type_default_and_meaning(tmp_path):
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
+    subprocess.run(command, cwd=ROOT, env=env, check=True, timeout=120)
+    found = _options_in((tmp_path / "reference" / "index.html").read_text(encoding="utf-8"))
+    assert {name: set(options) for name, options in found.items()} == {k.lower(): v for k, v in OPTIONS.items()}
+    empty = [(name, option) for name, its in found.items() for option, cells in its.items() if not all(cells)]
+    assert empty == []
+    assert found["kafkaproducerconfig"]["acks"][:2] == ["<code>str | int</code>", "<code>'all'</code>"]
+    assert "librdkafka settings, applied last" in found["kafkaproducerresource"]["librdkafka_config"][2]
+    assert found["schemaregistryconfig"]["url"][1] == "required"
+    assert found["kafkaproducerresource"]["create_topics"][0] == "<code>KafkaTopicSpec | None</code>"
+
+
 def _metadata_in_tables(text):
     """The metadata in the first columns of its tables."""
     return set(re.findall(r"kafka/\w+", " ".join(re.findall(r"^\| (.*?) \|", text, re.MULTILINE))))
@@ -168,7 +214,7 @@ def topics(request, kafka_bootstrap_servers):
     """The topics that the page names, which are gone after it; one that is there already is left alone."""
     page = request.getfixturevalue("page")
     new = list(_topics(page))
-    admin = AdminClient({"bootstrap.servers": kafka_bootstrap_servers})
+    admin = AdminClient({"bootstrap.servers": kafka_bootstrap_servers, "log_level": 0})
     created = " ".join(_MADE.findall(page.read_text(encoding="utf-8"))).split()
     for name, future in (admin.create_topics(new, operation_timeout=30) if new else {}).items():
         try:

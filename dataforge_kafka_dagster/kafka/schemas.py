@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import orjson
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dataforge_kafka_dagster.kafka.avro_check import avro_check
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError
@@ -73,20 +73,6 @@ class KafkaSchema(BaseModel):
     The schema is given as ``text`` or ``file``, as a Protobuf ``message``, by `of` from a class, or not at all: then it
     is derived from a frame's columns, or from the dataclass or pydantic model of the first record.
 
-    Args:
-        format: "avro", "json_schema" or "protobuf"; what the file's ending says (.avsc, .json, .proto), else "avro".
-        text: The schema as text: Avro's or JSON Schema's JSON, or a .proto file's.
-        file: A file that holds it, read when the first publication needs it.
-        message: A message class that protoc made, as 'package.module_pb2:Message'; of a .proto text with several
-            messages, the name of one.
-        name: Name of a derived record, dots part its namespace; the topic's if None.
-        auto_register: Whether a schema that the subject does not have yet is registered. The registry refuses it if it
-            is not compatible with the subject's versions, by the rule that is set there. False: it must be there.
-        use_latest_version: Take the subject's latest version from the registry instead of giving a schema. The subject
-            strategies by record need the record's ``name`` then.
-        subject_strategy: "topic" (subject ``<topic>-value`` or ``<topic>-key``), "record" (the record's full name) or
-            "topic_record" (``<topic>-<record's full name>``).
-
     Raises:
         pydantic.ValidationError: Options do not fit together.
 
@@ -96,14 +82,49 @@ class KafkaSchema(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: SchemaFormat = "avro"
-    text: str | None = None
-    file: str | None = None
-    message: str | None = None
-    name: str | None = None
-    auto_register: bool = True
-    use_latest_version: bool = False
-    subject_strategy: SubjectStrategy = "topic"
+    format: SchemaFormat = Field(
+        default="avro",
+        description=(
+            "'avro', 'json_schema' or 'protobuf'; what the file's ending says (.avsc, .json, .proto), else 'avro'."
+        ),
+    )
+    text: str | None = Field(
+        default=None, description="The schema as text: Avro's or JSON Schema's JSON, or a .proto file's."
+    )
+    file: str | None = Field(
+        default=None, description="A file that holds it, read when the first publication needs it."
+    )
+    message: str | None = Field(
+        default=None,
+        description=(
+            "A message class that protoc made, as 'package.module_pb2:Message'; of a .proto text with several messages,"
+            " the name of one."
+        ),
+    )
+    name: str | None = Field(
+        default=None, description="Name of a derived record, dots part its namespace; the topic's if None."
+    )
+    auto_register: bool = Field(
+        default=True,
+        description=(
+            "Whether a schema that the subject does not have yet is registered. The registry refuses it if it is not"
+            " compatible with the subject's versions, by the rule that is set there. False: it must be there."
+        ),
+    )
+    use_latest_version: bool = Field(
+        default=False,
+        description=(
+            "Take the subject's latest version from the registry instead of giving a schema. The subject strategies by"
+            " record need the record's name then."
+        ),
+    )
+    subject_strategy: SubjectStrategy = Field(
+        default="topic",
+        description=(
+            "'topic' (subject <topic>-value or <topic>-key), 'record' (the record's full name) or 'topic_record'"
+            " (<topic>-<record's full name>)."
+        ),
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -271,7 +292,7 @@ class Compatibility:
         compatible: Whether the registry would take it.
         subject: The subject that was asked.
         version: Its latest version, from 1; None if it has none yet, which every schema is compatible with.
-        reason: The registry's words if it refuses.
+        reason: Why it would not; empty if it would.
     """
 
     compatible: bool
