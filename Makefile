@@ -11,6 +11,14 @@ STAMP = $(VENV)/.installed
 PACKAGES = -e '.[local,schema-registry]' --group dev $(REST)
 REST = --group docs -e ./example_project
 TESTS = tests example_project/tests
+# The environment keeps the Python that it was made with.
+ifeq ($(origin PYTHON),command line)
+$(shell \
+  has=$$(sed -n 's/^version[_info]* *= *\([0-9]*\.[0-9]*\).*/\1/p' $(VENV)/pyvenv.cfg 2>/dev/null); \
+  asked=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || :); \
+  [ -z "$$has" ] || [ "$$has" = "$$asked" ] || \
+    echo "$(VENV) has Python $$has, which goes on being used: for $(PYTHON), make it anew with rm -rf $(VENV)" >&2)
+endif
 QUIET = PYTHONWARNINGS='ignore:pkg_resources:UserWarning,ignore:Asset job publish_day:UserWarning'
 
 .PHONY: help install demo ui test test-only test-faults test-browser bench lint matrix build docs screenshots clean

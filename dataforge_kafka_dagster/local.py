@@ -641,6 +641,7 @@ def _main() -> int:
         if options.registry_port is not None:
             folder = options.data_dir and Path(options.data_dir) / "schemas"
             registry = LocalSchemaRegistry(port=options.registry_port, data_dir=folder)
+            registry.check_installed()
         with kafka, registry or contextlib.nullcontext():
             there = kafka._metadata(1).topics  # noqa: SLF001
             for name, partitions, config in options.topic:

@@ -235,7 +235,10 @@ def fetch_jars(
                         _download(Path(folder), name, coordinates, progress, megabytes)
                         (Path(folder) / "jars").rename(final)
         except OSError as error:
-            raise LocalKafkaError(f"Could not store {name} in {cache_dir}: {error}. Set cache_dir.") from error
+            raise LocalKafkaError(
+                f"Could not store {name} in {cache_dir}: {error}. Name another folder: by the environment variable "
+                "DATAFORGE_KAFKA_CACHE, or in Python by cache_dir."
+            ) from error
     return os.pathsep.join(str(jar) for jar in sorted(final.glob("*.jar")))
 
 

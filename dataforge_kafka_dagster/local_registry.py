@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from dataforge_kafka_dagster.kafka.errors import KafkaError
+from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError
 from dataforge_kafka_dagster.kafka.registry import SchemaRegistry, SchemaRegistryConfig
 from dataforge_kafka_dagster.local_java import (
     JVM_OPTIONS,
@@ -118,6 +118,18 @@ class LocalSchemaRegistry:
             raise LocalKafkaError("This LocalSchemaRegistry has no address before start().")
         return f"http://127.0.0.1:{self._port}/apis/ccompat/v7"
 
+    def check_installed(self) -> None:
+        """Check that the extras are there, before anything is fetched or started.
+
+        Raises:
+            LocalKafkaError: One is missing.
+        """
+        java_program()
+        try:
+            SchemaRegistry(SchemaRegistryConfig(url="mock://"))
+        except KafkaConfigError as error:
+            raise LocalKafkaError(str(error)) from error
+
     def start(self) -> None:
         """Start it and return when clients can use it; nothing is left behind if it fails.
 
@@ -127,6 +139,7 @@ class LocalSchemaRegistry:
         """
         if self._supervisor is not None:
             raise LocalKafkaError("This LocalSchemaRegistry is already started.")
+        self.check_installed()
         java = java_program()
         classpath = fetch_jars(self._cache_dir, *_JARS, self._progress, _MEGABYTES)
         if self._fixed_port is not None and not is_free(self._fixed_port):

@@ -93,7 +93,8 @@ def local_schema_registry() -> Iterator[LocalSchemaRegistry]:
 @pytest.fixture
 def kafka_topic(kafka_bootstrap_servers: str) -> Iterator[TopicFactory]:
     """Factory of topics with unique names, which are deleted after the test."""
-    admin = AdminClient({"bootstrap.servers": kafka_bootstrap_servers})
+    # Its log would stand below pytest's summary: the Kafka ends before it.
+    admin = AdminClient({"bootstrap.servers": kafka_bootstrap_servers, "log_level": 0})
     created: list[str] = []
 
     def create(partitions: int = 1, name: str | None = None, config: Mapping[str, str] | None = None) -> str:

@@ -7,6 +7,7 @@ that open cluster and that registry instead.
 
 import argparse
 import contextlib
+import fcntl
 import os
 import re
 import signal
@@ -167,12 +168,27 @@ def tool(kafka: LocalKafka, name: str, *arguments: str) -> str:
     return done.stdout
 
 
+def is_used(folder: Path) -> bool:
+    """Whether a LocalKafka holds the lock of this folder."""
+    try:
+        with (folder / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def ui(port: int, home: Path, servers: str, registry_url: str) -> int:
     """Run `dg dev` until Ctrl-C, on a Kafka whose data stays in the home folder with Dagster's.
 
     Returns:
         The exit code of `dg dev` if it ends by itself, else 0.
     """
+    if is_used(home / "kafka"):
+        print(f"'make ui' runs already on {home}: go on there, or end it with Ctrl-C first", file=sys.stderr)
+        return 1
     home.mkdir(parents=True, exist_ok=True)
     settings = home / "dagster.yaml"
     if not settings.exists():

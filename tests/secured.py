@@ -269,7 +269,7 @@ def secured_kafka(folder):
     ]
     protocols = {"SASL": "SASL_PLAINTEXT", "SASL_TLS": "SASL_SSL", "TLS": "SSL", "MUTUAL_TLS": "SSL"}
     with LocalKafka(listeners=protocols, config=config, format_args=scram, heap="256m") as kafka:
-        admin = AdminClient({"bootstrap.servers": kafka.bootstrap_servers})
+        admin = AdminClient({"bootstrap.servers": kafka.bootstrap_servers, "log_level": 0})
         bindings = [_binding(user, *grant) for user, grants in USERS.items() for grant in grants]
         for future in admin.create_acls(bindings).values():
             future.result(30)

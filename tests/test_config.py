@@ -89,6 +89,11 @@ REFUSED = {
     "servers empty list": ({"bootstrap_servers": []}, ["bootstrap_servers", "[]", "localhost:9092"]),
     "servers empty text": ({"bootstrap_servers": ""}, ["bootstrap_servers", "''", "localhost:9092"]),
     "servers commas": ({"bootstrap_servers": " , "}, ["bootstrap_servers", "localhost:9092"]),
+    "servers of a variable that is not set": ({"bootstrap_servers": None}, ["bootstrap_servers=None", "variable set"]),
+    "server of a variable that is not set": (
+        {"bootstrap_servers": [None]},
+        ["bootstrap_servers=[None]", "variable set"],
+    ),
     "servers number": ({"bootstrap_servers": 9092}, ["bootstrap_servers", "str"]),
     "servers list of numbers": ({"bootstrap_servers": ["a:1", 2]}, ["bootstrap_servers", "str"]),
     "server with port 0": ({"bootstrap_servers": "a:0"}, ["bootstrap_servers", "a:0", "1 to 65535"]),

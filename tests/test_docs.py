@@ -138,6 +138,27 @@ def test_workflows_call_make_targets_that_there_are(path):
     assert _make_targets(commands) <= TARGETS
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["PYTHON=python3.99"], ".venv has Python 3.9, which goes on being used: for python3.99, "),
+        ([f"PYTHON={sys.executable}"], f".venv has Python 3.9, which goes on being used: for {sys.executable}, "),
+        ([f"PYTHON={sys.executable}", "VENV=new"], ""),
+        ([f"PYTHON={sys.executable}", "VENV=same"], ""),
+        ([], ""),
+    ],
+)
+def test_make_says_that_an_environment_keeps_its_python(arguments, said, tmp_path):
+    for folder, version in {".venv": "3.9.2", "same": sys.version.split()[0]}.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "pyvenv.cfg").write_text(f"home = /usr/bin\nversion = {version}\n")
+    command = ["make", "-C", str(tmp_path), "-f", str(ROOT / "Makefile"), "--dry-run", "help", *arguments]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "MFLAGS"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    assert done.stderr.startswith(said) if said else done.stderr == ""
+
+
 @pytest.mark.parametrize("page", PAGES, ids=_named)
 def test_links_to_files_of_the_repository_work(page):
     for link in _LINK.findall(page.read_text(encoding="utf-8")):

@@ -5,6 +5,7 @@ import http.server
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -166,6 +167,25 @@ def test_a_missing_extra_is_named(monkeypatch, tmp_path):
         _ = LocalKafka(cache_dir=tmp_path).classpath
 
 
+def test_without_the_registrys_extra_the_command_starts_and_fetches_nothing(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "confluent_kafka.schema_registry", None)
+    monkeypatch.setattr(sys, "argv", ["local", "--registry-port", "8081"])
+    monkeypatch.setattr(LocalKafka, "start", lambda _: pytest.fail("started"))
+    monkeypatch.setattr(local_registry, "fetch_jars", lambda *_: pytest.fail("fetched"))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert local._main() == 1
+    installed = r"pip install 'dataforge-kafka-dagster\[schema-registry\]'"
+    assert re.search(installed, capsys.readouterr().err)
+    with pytest.raises(LocalKafkaError, match=installed):
+        LocalSchemaRegistry(cache_dir=tmp_path).start()
+
+
+def test_a_cache_folder_that_cannot_be_written_to_is_named_with_what_chooses_another(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(LocalKafkaError, match=r"Could not store .*DATAFORGE_KAFKA_CACHE.*cache_dir"):
+        _ = LocalKafka(cache_dir=tmp_path / "file" / "folder").classpath
+
+
 @pytest.mark.slow
 def test_a_failed_download_leaves_nothing_and_says_why(monkeypatch, tmp_path):
     said = []
@@ -259,6 +279,25 @@ def test_fixtures_make_topics_and_delete_them(local_kafka, pytester):
         patch.setenv("PYTHONPATH", str(Path(local.__file__).parents[1]))
         pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=2, skipped=1)
     assert eventually(lambda: not [t for t in local_kafka._metadata(1).topics if t.startswith("fixture-")])
+
+
+@pytest.mark.slow
+def test_fixtures_say_nothing_of_a_kafka_that_is_gone(pytester, closed_port):
+    pytester.makeconftest(f"""
+        import pytest
+
+        pytest_plugins = ["dataforge_kafka_dagster.pytest_plugin"]
+
+        @pytest.fixture(scope="session")
+        def kafka_bootstrap_servers():
+            return {closed_port!r}
+    """)
+    pytester.makepyfile("import time; test_topics = lambda kafka_topic: time.sleep(1)")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(local.__file__).parents[1]))
+        result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-s")
+    result.assert_outcomes(passed=1)
+    assert "rdkafka" not in result.stderr.str()
 
 
 @pytest.mark.slow

@@ -125,6 +125,15 @@ def test_keys_by_field(output, key, keys):
     assert [found for found, _ in _records(output, key)] == keys
 
 
+@pytest.mark.parametrize("frame", [pl.DataFrame({"a": [1]}), pd.DataFrame({"a": [1]}), pa.table({"a": [1]})])
+@pytest.mark.parametrize("wrap", [list, iter])
+def test_frames_in_a_list_are_refused_with_what_to_do(frame, wrap):
+    with pytest.raises(InvalidRecordError, match="record 1: its value is of type .*Concatenate the frames.*LazyFrame"):
+        _records(wrap([{"a": 0}, frame]))
+    with pytest.raises(InvalidRecordError, match="record 0: its value is of type .*Concatenate the frames.*LazyFrame"):
+        _records(wrap([frame, frame]))
+
+
 def test_records_without_key_field_have_none():
     (chunk,) = chunks(ROWS)
     assert chunk.keys is None

@@ -24,6 +24,7 @@ from dataforge_kafka_dagster import (
 from dataforge_kafka_dagster.kafka import publication as publication_module
 from dataforge_kafka_dagster.kafka.errors import Remedy
 from dataforge_kafka_dagster.kafka.publication import PublicationWriter
+from dataforge_kafka_dagster.kafka.registry import SchemaRegistryConfig
 from dataforge_kafka_dagster.resource import PublishingSession, describe
 
 CANARY = "canary-91ce"
@@ -243,6 +244,25 @@ def test_a_file_for_the_registry_may_be_an_env_var_beside_one_that_is_known(know
     with resource.process_config_and_initialize_cm() as kafka:
         registry = kafka.publication_config().schema_registry
     assert getattr(registry, f"ssl_{later}_location") == str(tmp_path / "later.pem")
+
+
+@pytest.mark.parametrize("url", ["https://registry", ""])
+@pytest.mark.parametrize(
+    "empty",
+    [
+        ["token", "ssl_ca_location", "ssl_certificate_location", "ssl_key_location"],
+        ["username", "password"],
+    ],
+    ids="-".join,
+)
+def test_an_option_of_the_registry_whose_variable_is_empty_counts_as_none(url, empty, monkeypatch):
+    monkeypatch.setenv("URL_OF_TEST", url)
+    monkeypatch.setenv("EMPTY_OF_TEST", "")
+    options = {f"schema_registry_{name}": dg.EnvVar("EMPTY_OF_TEST") for name in empty}
+    resource = KafkaProducerResource(schema_registry_url=dg.EnvVar("URL_OF_TEST"), **options)
+    with resource.process_config_and_initialize_cm() as kafka:
+        registry = kafka.publication_config().schema_registry
+    assert registry == (SchemaRegistryConfig(url=url) if url else None)
 
 
 @pytest.mark.parametrize(

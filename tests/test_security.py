@@ -185,7 +185,12 @@ WAYS_OUT = {
     "SASL where there is none": (
         lambda s: s.sasl() | {"bootstrap_servers": s.kafka.bootstrap_servers},
         "_AUTHENTICATION",
-        "sasl_mechanism",
+        "The listener has no SASL: set security_protocol='PLAINTEXT'",
+    ),
+    "SASL where there is only TLS": (
+        lambda s: s.sasl(listener="SASL_TLS") | {"bootstrap_servers": s.kafka.servers_of("TLS")},
+        "_AUTHENTICATION",
+        "The listener has no SASL: set security_protocol='SSL'",
     ),
     "wrong CA": (
         lambda s: _at("TLS")(s) | {"ssl_ca_location": str(s.certificates.other_ca)},

@@ -232,7 +232,7 @@ class SchemaRegistryOptions(BaseModel):
 
 
 def registry_config(options: Mapping[str, Any]) -> SchemaRegistryConfig | None:
-    """The checked options of a Schema Registry from those of `SchemaRegistryOptions`; None if no url is among them.
+    """The checked options of a Schema Registry from those of `SchemaRegistryOptions`; None if none is given.
 
     Raises:
         pydantic.ValidationError: One is not allowed.
@@ -243,6 +243,7 @@ def registry_config(options: Mapping[str, Any]) -> SchemaRegistryConfig | None:
         name.removeprefix(prefix): value
         for name, value in options.items()
         if name in SchemaRegistryOptions.model_fields
+        and value != ""  # how the environment says that there is none
         and value != SchemaRegistryOptions.model_fields[name].get_default(call_default_factory=True)
     }
     if given and "url" not in given:
@@ -305,6 +306,13 @@ class KafkaProducerConfig(KafkaOptions):
         low, high = BOUNDS[name]
         if not low <= number <= high:
             raise _not(name, value, f"allowed are {low} to {high}")
+        return value
+
+    @field_validator("bootstrap_servers", mode="before")
+    @classmethod
+    def _no_none(cls, value: Any) -> Any:
+        if value is None or (isinstance(value, list) and None in value):
+            raise _not("bootstrap_servers", value, "is the environment variable set that it comes from?")
         return value
 
     @field_validator("bootstrap_servers")

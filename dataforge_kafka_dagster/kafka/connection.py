@@ -55,6 +55,8 @@ _LOG_SHARE: Final = 0.25
 _LOG_SECONDS: Final = 2.0
 # How librdkafka begins what it tells of a token server (OpenID Connect); its code is that of a wrong password.
 _NO_TOKEN: Final = "Failed to acquire SASL OAUTHBEARER token: "  # noqa: S105
+# In what it tells of a listener that has no SASL; its code is that of a wrong password, too.
+_NO_SASL: Final = "not valid in current SASL state"
 
 # What a token function returns: token, expiry, and if there are any, principal and extensions.
 _TOKEN: Final = (str, SupportsFloat, str, dict)
@@ -313,7 +315,11 @@ class Connection:
         if self._lacks_token:
             return self._no_token(self._latched.str().removeprefix(_NO_TOKEN), code)
         cause = f"{self.config.redact(self._latched.str())} [{code}]"
-        return NoBrokersAvailable(self.name, cause, fix_for(code), code=code)
+        fix = fix_for(code)
+        if _NO_SASL in cause:
+            plain = "SSL" if self.config.security_protocol == "SASL_SSL" else "PLAINTEXT"
+            fix = f"The listener has no SASL: set security_protocol={plain!r}, or the port of a listener that has SASL"
+        return NoBrokersAvailable(self.name, cause, fix, code=code)
 
     @property
     def _holds_for_all(self) -> bool:

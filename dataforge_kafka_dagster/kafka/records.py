@@ -8,6 +8,8 @@ import datetime as dt
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
+import narwhals as nw
+
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError
 from dataforge_kafka_dagster.kafka.serialization import (
     DEFAULT_ENCODERS,
@@ -208,11 +210,11 @@ class RowEncoder:
             form = format_of(cls)
             if form is None:
                 i = next(i for i, row in enumerate(rows) if type(row) is cls)
-                fix = (
-                    "Use KafkaRecord(value=None, key=...) for a tombstone"
-                    if rows[i] is None
-                    else f"Publish {ACCEPTED.partition(';')[0]}"
-                )
+                fix = f"Publish {ACCEPTED.partition(';')[0]}"
+                if rows[i] is None:
+                    fix = "Use KafkaRecord(value=None, key=...) for a tombstone"
+                elif nw.dependencies.is_into_dataframe(rows[i]):
+                    fix = "Concatenate the frames to one; or, to hold one at a time, return a LazyFrame or Arrow stream"
                 raise InvalidRecordError(
                     f"record {start + i}", f"its value is of type {cls.__qualname__}", fix, index=start + i
                 )

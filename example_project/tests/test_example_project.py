@@ -2,8 +2,10 @@
 
 import contextlib
 import datetime as dt
+import fcntl
 import importlib.util
 import os
+import socket
 import sys
 import types
 from pathlib import Path
@@ -21,11 +23,31 @@ from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
 from dataforge_kafka_dagster.kafka.serialization import serialize_value
 
 
-@pytest.mark.parametrize("given", [("", ""), ("a:1", "http://a:2")])
-def test_the_demo_goes_to_its_own_cluster_or_to_that_of_the_environment(given, monkeypatch):
+def _demo():
     path = Path(__file__).parents[1] / "demo.py"
     demo = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("demo", path))
     spec.loader.exec_module(demo)
+    return demo
+
+
+def test_a_second_ui_of_a_clone_is_told_of_the_first(monkeypatch, tmp_path, capsys):
+    demo = _demo()
+    monkeypatch.setattr(demo, "cluster", lambda *_: pytest.fail("started"))
+    (tmp_path / "kafka").mkdir()
+    # The port of the first one is in use, too.
+    with (tmp_path / "kafka" / "lock").open("w") as lock, socket.create_server(("127.0.0.1", 0)) as first:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert demo.ui(first.getsockname()[1], tmp_path, "", "") == 1
+    said = capsys.readouterr().err
+    assert f"'make ui' runs already on {tmp_path}" in said
+    assert "PORT" not in said
+    assert not demo.is_used(tmp_path / "kafka")
+    assert not demo.is_used(tmp_path / "none")
+
+
+@pytest.mark.parametrize("given", [("", ""), ("a:1", "http://a:2")])
+def test_the_demo_goes_to_its_own_cluster_or_to_that_of_the_environment(given, monkeypatch):
+    demo = _demo()
     local = types.SimpleNamespace(bootstrap_servers="127.0.0.1:1", url="http://127.0.0.1:2")
     topics_made_at = []
     monkeypatch.setattr(demo, "LocalKafka", lambda **_: contextlib.nullcontext(local))
