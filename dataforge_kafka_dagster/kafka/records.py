@@ -8,8 +8,6 @@ import datetime as dt
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-import narwhals as nw
-
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError
 from dataforge_kafka_dagster.kafka.serialization import (
     DEFAULT_ENCODERS,
@@ -213,7 +211,7 @@ class RowEncoder:
                 fix = f"Publish {ACCEPTED.partition(';')[0]}"
                 if rows[i] is None:
                     fix = "Use KafkaRecord(value=None, key=...) for a tombstone"
-                elif nw.dependencies.is_into_dataframe(rows[i]):
+                elif _is_frame(rows[i]):
                     fix = "Concatenate the frames to one; or, to hold one at a time, return a LazyFrame or Arrow stream"
                 raise InvalidRecordError(
                     f"record {start + i}", f"its value is of type {cls.__qualname__}", fix, index=start + i
@@ -302,6 +300,12 @@ class RowEncoder:
         form = self._encoders.form if any(value is not None for value in values) else None
         size = text_size(values) + text_size(keys)
         return _chunk(values, keys, extras, size, form or self._form, values.count(None))
+
+
+def _is_frame(value: object) -> bool:
+    import narwhals as nw  # noqa: PLC0415  (slow to import)
+
+    return bool(nw.dependencies.is_into_dataframe(value))
 
 
 def _chunk(
