@@ -161,6 +161,7 @@ def test_every_module_has_its_place():
 @pytest.mark.slow
 def test_the_import_is_light(python):
     heavy = [
+        "narwhals",
         "cloudevents",
         "duckdb",
         "opentelemetry",
