@@ -320,6 +320,8 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
         It is committed at the end of the with block. A retry whose first attempt had committed publishes nothing and
         reports what that one did. Outside of a run, in an asset or op that a test calls, each session publishes.
 
+        Several threads may send to it, if they are done when the with block ends: it waits for none of them.
+
         Args:
             context: The step's context.
             topic: Where records go that name no other.
@@ -437,7 +439,10 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
 
 
 class PublishingSession:
-    """What `KafkaProducerResource.publishing` gives: add records, and afterwards ask where they are."""
+    """What `KafkaProducerResource.publishing` gives: add records, and afterwards ask where they are.
+
+    Several threads may add records, if they are done when the with block ends.
+    """
 
     def __init__(self, writer: PublicationWriter, partitions: Sequence[str] = ()) -> None:
         self._writer = writer

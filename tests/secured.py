@@ -231,6 +231,13 @@ class SecuredKafka:
             **how,
         }
 
+    def grant(self, user, topic, operation):
+        """Let a user do something with one topic."""
+        kind, pattern = AclPermissionType.ALLOW, ResourcePatternType.LITERAL
+        binding = AclBinding(_TOPIC, topic, pattern, f"User:{user}", "*", operation, kind)
+        admin = AdminClient({"bootstrap.servers": self.kafka.bootstrap_servers})
+        admin.create_acls([binding])[binding].result(30)
+
     def mutual_tls(self, **how):
         """Options of one who has a certificate."""
         return {"bootstrap_servers": self.kafka.servers_of("MUTUAL_TLS"), **self.tls, **how}

@@ -106,6 +106,10 @@ def test_where_no_broker_answers_the_first_to_check_is_that_it_runs(code):
     assert fix_for(code).startswith("Check that the brokers in bootstrap_servers run")
 
 
+def test_the_setting_that_is_too_small_for_the_ledger_is_named():
+    assert "offset.metadata.max.bytes of the brokers to its default of 4096" in fix_for("OFFSET_METADATA_TOO_LARGE")
+
+
 def test_unknown_codes_point_to_kafkas_list():
     assert "A_CODE_OF_NEXT_YEAR" in fix_for("A_CODE_OF_NEXT_YEAR")
 

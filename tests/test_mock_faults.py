@@ -1,6 +1,7 @@
 """Errors that a real broker cannot be made to give, from the mock cluster inside librdkafka."""
 
 import time
+from unittest import mock
 
 import pytest
 from confluent_kafka import KafkaError as Code
@@ -18,6 +19,7 @@ from dataforge_kafka_dagster.failures import failure_of
 from dataforge_kafka_dagster.kafka import publication
 from dataforge_kafka_dagster.kafka.config import PublicationConfig
 from dataforge_kafka_dagster.kafka.connection import Connection
+from dataforge_kafka_dagster.kafka.deliveries import Span
 from dataforge_kafka_dagster.kafka.errors import FencedError, Remedy
 from dataforge_kafka_dagster.kafka.publication import PublicationWriter
 from dataforge_kafka_dagster.kafka.topics import Topic
@@ -30,19 +32,23 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def cluster(monkeypatch):
     # It does not know the request that the look at a topic makes.
-    monkeypatch.setattr(publication, "check_topic_exists", lambda *_: Topic(2, None))
+    monkeypatch.setattr(publication, "check_topic_exists", lambda *_, **__: Topic(2, None))
     monkeypatch.setattr(publication, "current_id", lambda *_: None)
     with MockCluster() as cluster:
         cluster.create_topic("t", partitions=2)
         yield cluster
 
 
-def _writer(cluster, **options):
+def _writer(cluster, on_bad_record=None, **options):
     producer = KafkaProducerConfig(
         bootstrap_servers=cluster.bootstrap_servers, connect_timeout=10, **{"delivery_timeout": 15, **options}
     )
     return PublicationWriter(
-        PublicationConfig(producer=producer), transactional_id="mock", publication_id="p", topic="t"
+        PublicationConfig(producer=producer),
+        transactional_id="mock",
+        publication_id="p",
+        topic="t",
+        on_bad_record=on_bad_record,
     )
 
 
@@ -128,7 +134,7 @@ def refusing(cluster, monkeypatch):
     """Publishes to a topic whose leaders take so many batches of 50 records, and then no more; gives the error."""
 
     def refusing(taken, partitions, reports):
-        monkeypatch.setattr(publication, "check_topic_exists", lambda *_: Topic(partitions, None))
+        monkeypatch.setattr(publication, "check_topic_exists", lambda *_, **__: Topic(partitions, None))
         cluster.create_topic("few", partitions)
         codes = [0] * taken + [Code.NOT_ENOUGH_REPLICAS] * 10_000
         # The time-out of records only: on a busy machine, connecting takes longer.
@@ -167,6 +173,17 @@ def test_of_several_kafka_partitions_that_took_some_records_it_is_told_between_w
     assert int(error.key[1:]) <= last < 128
     assert error.culprit.startswith(f"one of records 0 to {last} (key {error.key!r}), topic 'few': ")
     assert failure_of(error).metadata["kafka/record_among"].value == f"0 to {last}"
+
+
+def test_the_topic_whose_records_failed_is_named_not_one_whose_were_taken_back_for_that(cluster):
+    cluster.create_topic("dead")
+    with pytest.raises(KafkaError) as caught, _writer(cluster, on_bad_record="dead") as writer:
+        # Whether both come in one poll, as here, hangs on librdkafka's clock.
+        for track, code, place in ((writer._tracks["t"], "_PURGE_QUEUE", 0), (writer._dead_track, "_MSG_TIMED_OUT", 7)):
+            track.reporter(Span(place, place + 1, b"k"))(Code(getattr(Code, code)), mock.Mock())
+        writer.send({"i": 8})
+    assert caught.value.counts == {"_MSG_TIMED_OUT": 1}
+    assert caught.value.culprit.startswith("record 7 (key b'k'), topic 'dead': 1 records not delivered")
 
 
 def test_a_resource_whose_producer_has_ended_sends_by_a_new_one(cluster, monkeypatch):

@@ -1,4 +1,5 @@
 import base64
+import concurrent.futures
 import dataclasses
 import datetime as dt
 import decimal
@@ -9,6 +10,7 @@ import json
 import pickle
 import sys
 import threading
+import time
 import types
 import typing
 import uuid
@@ -116,6 +118,26 @@ def encoder(registry, schema, topic="flights", part="value"):
 def frame_of(library, columns):
     frame = pl.DataFrame(columns)
     return nw.from_native({"polars": frame, "pandas": frame.to_pandas(), "pyarrow": frame.to_arrow()}[library])
+
+
+def test_threads_that_come_first_together_settle_the_schema_once(registry, monkeypatch):
+    settled = []
+
+    def settle(self, like, key):
+        settled.append(like)
+        time.sleep(0.1)
+        return KafkaSchema.of(type(like))
+
+    monkeypatch.setattr(SchemaEncoder, "_settled", settle)
+    encode = encoder(registry, "avro")
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(encode.prepare, [_Fare(1)] * 4))
+    assert settled == [_Fare(1)]
+
+
+@dataclasses.dataclass
+class _Fare:
+    cents: int
 
 
 # What a schema may be given as.

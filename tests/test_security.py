@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import dagster as dg
 import pytest
+from confluent_kafka.admin import AclOperation
 from secured import KEY_PASSWORD, PREFIX, USERS
 
 from dataforge_kafka_dagster import (
@@ -16,7 +17,9 @@ from dataforge_kafka_dagster import (
     KafkaProducerResource,
     NoBrokersAvailable,
 )
+from dataforge_kafka_dagster.kafka.config import PublicationConfig
 from dataforge_kafka_dagster.kafka.errors import Remedy
+from dataforge_kafka_dagster.kafka.publication import PublicationWriter
 
 pytestmark = pytest.mark.kafka
 
@@ -147,6 +150,45 @@ def test_a_missing_acl_fails_the_step_and_is_named(user, secured, topic, instanc
     assert failure["kafka/error_code"] == code
     assert [part for part in said if part not in failure["kafka/what_to_do"]] == []
     assert got == []
+
+
+def _writer(options, topic, config=None, **more):
+    name = f"{PREFIX}.{uuid.uuid4().hex}"
+    config = PublicationConfig(producer=KafkaProducerConfig(**options), **(config or {}))
+    return PublicationWriter(config, transactional_id=name, publication_id=name, topic=topic, **more)
+
+
+@pytest.fixture(scope="module")
+def readable(secured):
+    """A topic that who may read no other one may read."""
+    secured.kafka.create_topic("readable")
+    secured.grant("without-topic-read", "readable", AclOperation.READ)
+    return "readable"
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_missing_read_for_the_ledger_is_told_before_a_row_is_taken(later, secured, topic, readable):
+    rows = iter([{"a": 1}])
+    with pytest.raises(KafkaError) as caught:  # noqa: SIM117
+        with _writer(secured.sasl("without-topic-read"), readable if later else topic) as writer:
+            writer.send_all(rows, topic=topic)
+    assert caught.value.code == "TOPIC_AUTHORIZATION_FAILED"
+    assert f"topic {topic!r}" in caught.value.culprit
+    assert "may not read it, as the ledger needs" in caught.value.cause
+    assert "ACLs on the topic: WRITE to publish, READ" in caught.value.fix
+    assert list(rows) == [{"a": 1}]
+
+
+def test_a_topic_that_no_ledger_names_needs_no_read(secured, topic, readable):
+    options = secured.sasl("without-topic-read")
+    with _writer(options, readable, on_bad_record=topic) as writer:
+        writer.send_all([{"a": 1}, {"a": object()}])
+    assert (writer.publication.records, writer.publication.dead_letters) == (1, 1)
+    with _writer(options, topic, {"delivery_guarantee": "at_least_once"}) as writer:
+        writer.send({"a": 1})
+    assert writer.publication.records == 1
+    with DataForgeKafkaProducer(KafkaProducerConfig(**options)) as producer:
+        assert producer.send_sync(topic, {"a": 1}).offset >= 0
 
 
 def test_every_user_with_a_missing_acl_is_tested():

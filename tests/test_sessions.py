@@ -1,7 +1,10 @@
 """Which publication a `publishing` session is: in graphs, multi-assets and their retries, checks, ranges and tests."""
 
+import concurrent.futures
 import contextlib
 import inspect
+import json
+import threading
 import time
 import uuid
 
@@ -437,3 +440,59 @@ def test_to_ask_for_a_result_inside_the_block_is_not_tried_again(kafka, kafka_to
 def test_a_sensor_has_no_step_to_publish_in(kafka):
     with pytest.raises(KafkaError, match="send_sync"), kafka.publishing(dg.build_sensor_context(), topic="t"):
         pytest.fail("it opened")
+
+
+def test_a_pool_of_threads_sends_to_one_session(kafka, kafka_topic, read):
+    topic, dead = kafka_topic(partitions=3), kafka_topic()
+
+    def part(publication, start):
+        if start % 2000:
+            publication.send_all({"i": i if i % 100 else {i}} for i in range(start, start + 1000))
+        else:
+            for i in range(start, start + 1000):
+                publication.send({"i": i if i % 100 else {i}}, key=str(i))
+
+    @dg.asset
+    def pooled(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        pool = concurrent.futures.ThreadPoolExecutor(8)
+        with kafka.publishing(context, topic=topic, on_bad_record=dead) as publication, pool:
+            list(pool.map(lambda start: part(publication, start), range(0, 20_000, 1000)))
+        return publication.result
+
+    done = pooled(dg.build_asset_context(), kafka=kafka)
+    found = read(topic)
+    assert sorted(json.loads(record.value)["i"] for record in found) == [i for i in range(20_000) if i % 100]
+    told = [
+        (place.partition, i) for place in done.offsets for first, last in place.runs for i in range(first, last + 1)
+    ]
+    assert told == [(record.partition, record.offset) for record in found]
+    assert (done.records, done.dead_letters, len(read(dead))) == (19_800, 200, 200)
+    assert done.bytes == sum(len(record.value) + len(record.key or b"") for record in found)
+
+
+def test_a_session_does_not_end_well_before_its_threads(kafka, kafka_topic, read):
+    topic, sending, go_on = kafka_topic(), threading.Event(), threading.Event()
+
+    def rows():
+        yield from ["sent"] * 1000
+        sending.set()
+        assert go_on.wait(30)
+        yield "late"
+
+    @dg.asset
+    def early(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=topic) as publication:
+            late.append(pool.submit(publication.send_all, rows()))
+            assert sending.wait(30)
+
+    late = []
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        try:
+            with pytest.raises(dg.Failure, match="another thread is still sending to it") as caught:
+                early(dg.build_asset_context(), kafka=kafka)
+        finally:
+            go_on.set()
+        assert not caught.value.allow_retries
+        with pytest.raises(KafkaError, match="it has ended"):
+            late[0].result(30)
+    assert read(topic) == []

@@ -18,7 +18,8 @@ from dataforge_kafka_dagster.kafka.records import Chunk, Extra
 from dataforge_kafka_dagster.kafka.serialization import text_size
 from dataforge_kafka_dagster.kafka.topics import Topic
 
-_PURGED: Final = frozenset({"_PURGE_QUEUE", "_PURGE_INFLIGHT"})
+PURGED: Final = frozenset({"_PURGE_QUEUE", "_PURGE_INFLIGHT"})
+"""Codes of records that were taken back, for the fault of others or by the publication itself."""
 # Said of a record, or of the batch that it is in; all other codes could have met any record.
 _OF_RECORDS: Final = frozenset(
     {"INVALID_RECORD", "INVALID_TIMESTAMP", "MSG_SIZE_TOO_LARGE", "RECORD_LIST_TOO_LARGE", "_INVALID_DIFFERENT_RECORD"}
@@ -229,7 +230,7 @@ class Track:
             if self._first_lost is None or span.first < self._first_lost.first:
                 self._first_lost = span
         span.lost += 1
-        if self.given_up and code in _PURGED:
+        if self.given_up and code in PURGED:
             return
         self.failures[code] += 1
         # Said of the records beside the one at fault.

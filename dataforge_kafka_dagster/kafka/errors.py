@@ -201,6 +201,10 @@ _FIXES: Final[dict[str, str]] = {
     "INVALID_TIMESTAMP": "Use a timestamp that the topic's message.timestamp.*.max.ms settings allow",
     "POLICY_VIOLATION": "Ask the cluster's owner which policy refused the request",
     "UNSUPPORTED_VERSION": "Use a broker of Kafka 2.5 or later",
+    "OFFSET_METADATA_TOO_LARGE": (
+        "Raise offset.metadata.max.bytes of the brokers to its default of 4096, for the ledger,"
+        " or set delivery_guarantee='at_least_once'"
+    ),
     "_INVALID_ARG": "Correct the option that the message names",
     "_QUEUE_FULL": "Raise buffer_memory, or send more slowly",
     "_STATE": "Make a new producer: this one was closed or has failed",

@@ -15,6 +15,7 @@ import datetime as dt
 import functools
 import itertools
 import operator
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -33,7 +34,7 @@ from dataforge_kafka_dagster.kafka.config import (
 )
 from dataforge_kafka_dagster.kafka.connection import SLICE, Connection, call_client, logger, timed_out
 from dataforge_kafka_dagster.kafka.dead_letters import dead_letter
-from dataforge_kafka_dagster.kafka.deliveries import Failure, Span, Track, as_bytes, shown
+from dataforge_kafka_dagster.kafka.deliveries import PURGED, Failure, Span, Track, as_bytes, shown
 from dataforge_kafka_dagster.kafka.errors import (
     FENCED_CODES,
     FencedError,
@@ -94,8 +95,11 @@ class OtherWriterError(KafkaError):
 class PublicationWriter:
     """Publishes one publication: a context manager that commits at its end, and aborts on an exception.
 
-    Used by one thread. If an earlier attempt has published the same publication id, `replayed` is true from the start,
-    what is sent is ignored, and `publication` says where the records are.
+    If an earlier attempt has published the same publication id, `replayed` is true from the start, what is sent is
+    ignored, and `publication` says where the records are.
+
+    Several threads may send, if they are done when the with block ends. Their records mix, and a position that an error
+    names counts from where its `send_all` began.
 
     Args:
         config: Cluster, guarantee and deadlines.
@@ -190,6 +194,10 @@ class PublicationWriter:
         self._committing = False
         self._in_order = self._exactly_once or config.producer.idempotent
         self._broken: KafkaError | None = None
+        # For all that sends or polls: delivery reports come in order to one thread at a time only.
+        self._lock = threading.RLock()
+        # Each `send_all` that has not returned yet.
+        self._under_way: set[object] = set()
 
     def _dead_topic_of(self, on_bad_record: str) -> str | None:
         if on_bad_record == "fail":
@@ -305,18 +313,19 @@ class PublicationWriter:
         if not any(self._schemas):
             return DEFAULT_ENCODERS
         topic = topic or self.topic
-        if topic not in self._encoders:
-            self._encoders[topic] = schema_encoders(self._config.schema_registry, topic, *self._schemas)
-        return self._encoders[topic]
+        with self._lock:
+            if topic not in self._encoders:
+                self._encoders[topic] = schema_encoders(self._config.schema_registry, topic, *self._schemas)
+            return self._encoders[topic]
 
     def _add_topic(self, topic: str, timeout: float) -> Track:
         track = self._tracks.get(topic)
         if track is None:
-            track = self._tracks[topic] = self._track(topic, timeout)
+            track = self._tracks[topic] = self._track(topic, timeout, ledger=self._exactly_once)
         return track
 
-    def _track(self, topic: str, timeout: float) -> Track:
-        found = check_topic_exists(self._connection, topic, self._create_topic, timeout)
+    def _track(self, topic: str, timeout: float, *, ledger: bool = False) -> Track:
+        found = check_topic_exists(self._connection, topic, self._create_topic, timeout, ledger=ledger)
         return Track(topic, found, self._codec, cautious=self._dead_topic is not None)
 
     def send(
@@ -345,17 +354,18 @@ class PublicationWriter:
         """
         if self.replayed:
             return
-        record = as_record(value, key, headers, partition, timestamp, self._position)
-        encoders = self.encoders(topic)
-        try:
-            value_bytes, key_bytes, extra = encode_record(record, self._position, self._key, encoders)
-        except InvalidRecordError as error:
-            self._bury(record, self._position, error, topic)
-            return
-        size = len(value_bytes or b"") + len(key_bytes or b"")
-        form = None if record.value is None else encoders.form or format_of(type(record.value))
-        chunk = Chunk([value_bytes], [key_bytes], [extra], size, form, int(value_bytes is None))
-        self._write(chunk, topic or self.topic)
+        with self._lock:
+            record = as_record(value, key, headers, partition, timestamp, self._position)
+            encoders = self.encoders(topic)
+            try:
+                value_bytes, key_bytes, extra = encode_record(record, self._position, self._key, encoders)
+            except InvalidRecordError as error:
+                self._bury(record, self._position, error, topic)
+                return
+            size = len(value_bytes or b"") + len(key_bytes or b"")
+            form = None if record.value is None else encoders.form or format_of(type(record.value))
+            chunk = Chunk([value_bytes], [key_bytes], [extra], size, form, int(value_bytes is None))
+            self._write(chunk, topic or self.topic)
 
     def send_all(self, output: Any, key: str | Sequence[str] | None = None, *, topic: str | None = None) -> None:
         """Add an output's records to the publication; generators are streamed.
@@ -383,9 +393,14 @@ class PublicationWriter:
         """
         if self.replayed:
             return
+        if topic:  # before a record of it is made
+            with self._lock:
+                self._live_producer()
+                self._add_topic(check_topic(topic), self._config.producer.connect_timeout)
         with self._whole():
             for chunk in encoded:
-                self._write(chunk, topic or self.topic)
+                with self._lock:
+                    self._write(chunk, topic or self.topic)
 
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:
@@ -393,7 +408,8 @@ class PublicationWriter:
 
         Who catches it does not know which records were sent.
         """
-        before = self._position
+        before, call = self._position, object()
+        self._under_way.add(call)
         try:
             yield
         except Exception as error:
@@ -408,6 +424,8 @@ class PublicationWriter:
                     )
                 )
             raise
+        finally:
+            self._under_way.discard(call)
 
     def _write(self, chunk: Chunk, topic: str) -> None:
         self._live_producer()
@@ -506,12 +524,13 @@ class PublicationWriter:
         if self._dead_track is None:
             raise error
         error.index = index
-        self._first_sent = self._first_sent or time.monotonic()
-        record = dead_letter(bad, error, topic or self.topic, self._longest_dead_letter)
         track = self._dead_track
-        report = track.reporter(Span(index, index + 1, record["key"]))
-        self._produce_with_room(track.topic, index, on_delivery=report, **record)
-        self._dead_letters += 1
+        with self._lock:
+            self._first_sent = self._first_sent or time.monotonic()
+            record = dead_letter(bad, error, topic or self.topic, self._longest_dead_letter)
+            report = track.reporter(Span(index, index + 1, record["key"]))
+            self._produce_with_room(track.topic, index, on_delivery=report, **record)
+            self._dead_letters += 1
 
     def _bury_sent(
         self, value: bytes | str | None, key: bytes | str | None, index: int, topic: str, error: KafkaError
@@ -609,9 +628,11 @@ class PublicationWriter:
         """Why this publication cannot succeed any more, if so."""
         if self._connection.fatal is not None:
             return self._explain(self._connection.fatal, f"publication to {', '.join(self._tracks)!r}")
-        for track in self._all_tracks:
-            if self._broken is None and track.first_failure is not None:
-                self._broken = self._delivery_failure(track, track.first_failure)
+        failed = [(track, track.first_failure) for track in self._all_tracks if track.first_failure is not None]
+        if failed and self._broken is None:
+            # One topic's failure purges what is on its way to the others.
+            at_fault = (one for one in failed if one[1].error.name() not in PURGED)
+            self._broken = self._delivery_failure(*next(at_fault, failed[0]))
         return self._broken
 
     def _delivery_failure(self, track: Track, first: Failure) -> KafkaError:
@@ -695,9 +716,19 @@ class PublicationWriter:
             KafkaError: As the class says. After a time-out of the commit itself the outcome is unknown: the next
                 attempt reads it from the ledger.
         """
+        with self._lock:
+            return self._commit()
+
+    def _commit(self) -> Publication:
         if self.publication is not None:
             return self.publication
         producer = self._live_producer()
+        if self._under_way:
+            raise out_of_turn(
+                f"publication {self._publication_id!r}",
+                "another thread is still sending to it",
+                "Wait for its threads inside the with block",
+            )
         self._flush(producer)
         offsets = tuple(itertools.chain.from_iterable(track.offsets for track in self._tracks.values()))
         publication = Publication(

@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
@@ -338,6 +339,7 @@ class SchemaEncoder:
         self._serialize: Callable[[Any], bytes] | None = None
         self._context: Any = None
         self._avro: Any = None
+        self._preparing = threading.Lock()
 
     @property
     def form(self) -> SchemaFormat:
@@ -358,14 +360,17 @@ class SchemaEncoder:
         """
         if self._serialize is not None:
             return
-        self._schema = self._settled(like, key)
-        build = {
-            "avro": self._avro_serializer,
-            "json_schema": self._json_serializer,
-            "protobuf": self._protobuf_serializer,
-        }
-        with _installed(self.form):
-            self._serialize = build[self.form]()
+        with self._preparing:
+            if self._serialize is not None:  # by another thread
+                return
+            self._schema = self._settled(like, key)
+            build = {
+                "avro": self._avro_serializer,
+                "json_schema": self._json_serializer,
+                "protobuf": self._protobuf_serializer,
+            }
+            with _installed(self.form):
+                self._serialize = build[self.form]()
 
     def compatibility(self, like: Any = None, key: Sequence[str] = ()) -> Compatibility:
         """Whether the registry would take the schema; nothing is registered. Takes and raises what `prepare` does."""

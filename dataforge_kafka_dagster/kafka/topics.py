@@ -33,6 +33,7 @@ class Topic(NamedTuple):
         timestamps: How much older and how much newer than the broker's clock a record's timestamp may be, milliseconds;
             None if it may be anything, or that is not known.
         writable: Whether this user may write to it; true if the brokers do not tell.
+        readable: Whether this user may read it, the same way.
     """
 
     partitions: int
@@ -41,9 +42,12 @@ class Topic(NamedTuple):
     compacted: bool = False
     timestamps: tuple[int, int] | None = None
     writable: bool = True
+    readable: bool = True
 
 
-def check_topic_exists(connection: Connection, topic: str, spec: KafkaTopicSpec | None, timeout: float) -> Topic:
+def check_topic_exists(
+    connection: Connection, topic: str, spec: KafkaTopicSpec | None, timeout: float, *, ledger: bool = False
+) -> Topic:
     """Check that a topic can be written to, by a request for it and one for its settings if it is as it should be.
 
     Args:
@@ -52,6 +56,7 @@ def check_topic_exists(connection: Connection, topic: str, spec: KafkaTopicSpec 
         spec: How to create it if it is missing, and the least Kafka partitions it must have; None creates nothing and
             takes any number.
         timeout: Longest wait, seconds.
+        ledger: Whether a ledger will name its offsets, for which brokers want READ on it.
 
     Returns:
         The topic as it is.
@@ -59,7 +64,7 @@ def check_topic_exists(connection: Connection, topic: str, spec: KafkaTopicSpec 
     Raises:
         NoBrokersAvailable: No broker answered in time, or none let us in.
         KafkaError: It does not exist and is not to be created, could not be created, has too few Kafka partitions, or
-            this user may not write to it.
+            this user may not write to it, or has no READ for the ledger.
     """
     deadline = time.monotonic() + timeout
     try:
@@ -72,9 +77,11 @@ def check_topic_exists(connection: Connection, topic: str, spec: KafkaTopicSpec 
             raise KafkaError(error.culprit, error.cause, _how_to_create(connection, topic), code=_UNKNOWN) from None
         _create(connection, topic, spec, deadline)
         found = _look_for(connection, topic, deadline, timeout)
-    if not found.writable:
+    unreadable = ledger and not found.readable
+    if unreadable or not found.writable:
         culprit, code = f"topic {topic!r}, {connection.name}", "TOPIC_AUTHORIZATION_FAILED"
-        raise KafkaError(culprit, f"this user may not write to it [{code}]", fix_for(code), code=code)
+        what = "write to it" if not found.writable else "read it, as the ledger needs"
+        raise KafkaError(culprit, f"this user may not {what} [{code}]", fix_for(code), code=code)
     if spec is not None and found.partitions < spec.partitions:
         raise KafkaError(
             f"topic {topic!r}, {connection.name}",
@@ -127,6 +134,7 @@ def look_at_topic(connection: Connection, topic: str, timeout: float, *, setting
         "compact" in known.get("cleanup.policy", ""),
         _timestamps(known),
         not allowed or "WRITE" in allowed,
+        not allowed or "READ" in allowed,
     )
 
 
