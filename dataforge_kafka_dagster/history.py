@@ -83,7 +83,8 @@ def published(metadata: Mapping[str, Any], name: str) -> Published:
     raise KafkaError(
         name,
         f"its last materialization has no {PUBLICATION_METADATA!r}: it was not published by a KafkaIOManager",
-        "Materialize it with this IO manager, or give the input the IO manager that stored it",
+        "Materialize it with this IO manager, give the input the IO manager that stored it, or return"
+        " publication.materialize_result() from its body",
     )
 
 

@@ -191,6 +191,12 @@ def _number(step_context: Any, session: str) -> int:
         return names[session]
 
 
+def has_sessions(context: dg.OutputContext) -> bool:
+    """Whether the body of an output's step had sessions in this attempt."""
+    with _numbers_lock:
+        return step_context_of(context) in _numbers
+
+
 def _identity(name: Sequence[str], partition: tuple[str, ...], origin: str) -> Identity:
     # Dagster gives the partitions of a range in no order, and in another one in each process.
     partition = tuple(sorted(partition))

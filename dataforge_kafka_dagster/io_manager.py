@@ -9,12 +9,13 @@ import dagster as dg
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 
 from dataforge_kafka_dagster.history import HandledOutputs, Published, last_published, name_of, published
-from dataforge_kafka_dagster.identity import Identity, is_again, output_identity, step_context_of
+from dataforge_kafka_dagster.identity import Identity, has_sessions, is_again, output_identity, step_context_of
 from dataforge_kafka_dagster.inputs import form_of_each, in_form
 from dataforge_kafka_dagster.kafka.cloudevents import CloudEventHeaders
 from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, check_topic
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError
 from dataforge_kafka_dagster.kafka.ledger import Publication
+from dataforge_kafka_dagster.kafka.producer import RecordMetadata
 from dataforge_kafka_dagster.kafka.publication import OtherWriterError, settle
 from dataforge_kafka_dagster.kafka.reader import ReadRecord, read_publication, refuse_lost_topics
 from dataforge_kafka_dagster.kafka.records import key_fields
@@ -24,7 +25,9 @@ from dataforge_kafka_dagster.kafka.serialization import ValueFormat
 from dataforge_kafka_dagster.kafka.sources import chunks
 from dataforge_kafka_dagster.kafka.upserts import Upsert
 from dataforge_kafka_dagster.resource import (
+    PUBLICATION_METADATA,
     KafkaProducerResource,
+    PublishingSession,
     describe,
     is_env_var,
     log_prefix,
@@ -45,6 +48,15 @@ _NAMES: Final = (
     "kafka/write_mode",
     "kafka/cloudevents",
 )
+# What a materialization says, and the entry that is meant by who writes it into a definition.
+_SAID: Final[dict[str, str | None]] = {
+    **dict.fromkeys(("records", "bytes", "seconds", "records_per_second", "replayed", "offsets", "publication")),
+    **dict.fromkeys(("latency_p50_ms", "latency_p99_ms", "request_retries", "most_queued_records", "throttled_ms")),
+    **dict.fromkeys(("tombstones", "mapping_key")),
+    **dict.fromkeys(("dead_letter_topic", "dead_letter_records"), "on_bad_record"),
+    **dict.fromkeys(("value_format", "value_subject", "value_schema_id", "value_schema_version"), "value_schema"),
+    **dict.fromkeys(("key_format", "key_subject", "key_schema_id", "key_schema_version"), "key_schema"),
+}
 
 
 class KafkaIOManager(dg.ConfigurableIOManager):
@@ -67,7 +79,8 @@ class KafkaIOManager(dg.ConfigurableIOManager):
     Raises:
         pydantic.ValidationError: At definition, an option is unknown or not allowed. What environment variables hold is
             checked when the run starts.
-        KafkaConfigError: At definition, ``write_mode`` does not go with the cluster's ``delivery_guarantee``.
+        KafkaConfigError: At definition, ``kafka`` is missing or something else, or ``write_mode`` does not go with its
+            ``delivery_guarantee``.
 
     Example:
         >>> defs = dg.Definitions(assets=[flights], resources={"io_manager": KafkaIOManager(kafka=kafka)})
@@ -112,6 +125,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        _refuse_other_cluster(self.kafka)
         guarantee = getattr(options.get("kafka"), "delivery_guarantee", None)
         if self.write_mode == "upsert" and guarantee is not None and not is_env_var(guarantee):
             _refuse_upsert(guarantee)
@@ -143,6 +157,8 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         """
         with self.kafka.errors_in_dagster(context):
             _check_names(context)
+            if obj is None and _metadata(context, PUBLICATION_METADATA) is not None:
+                return  # the body has published by itself, and hands on what it says
             target = _Target(
                 self._topic_of(context),
                 self._key_of(context),
@@ -180,15 +196,25 @@ class KafkaIOManager(dg.ConfigurableIOManager):
     def _publish(self, context: dg.OutputContext, obj: Any, target: "_Target", identity: Identity) -> dict[str, Any]:
         """Publish one output and return what its materialization says."""
         topic = target.topic
+        with self.kafka.errors_in_dagster(context, topic):
+            _refuse_own(obj)
         if obj is None:
+            in_body = context.has_asset_key and has_sessions(context)
             with self.kafka.errors_in_dagster(context, topic):
-                if self._write_mode_of(context) == "upsert":
+                if self._write_mode_of(context) == "upsert" and not in_body:
                     raise InvalidRecordError(
                         "output None",
                         "an upsert would forget the keys that are there",
                         "Return an empty list to delete them all; or raise, and nothing changes",
                     )
                 done = self.kafka.published(identity, topic) if is_again(context, identity) else None
+            if done is None and in_body:
+                context.log.warning(
+                    "The output is None, and the body had sessions of kafka.publishing(): this materialization says"
+                    " nothing of what they published, and it cannot be read back. Return"
+                    " publication.materialize_result()"
+                )
+                return {}
             if done is None:
                 begin = log_prefix(identity.partition)
                 context.log.info(f"{begin}The output is None: nothing was published to {topic!r}")
@@ -366,6 +392,19 @@ def check_write_mode(mode: Any) -> str:
     return str(mode)
 
 
+def _refuse_other_cluster(kafka: Any) -> None:
+    """Refuse what neither is a `KafkaProducerResource` nor may give one when the run starts."""
+    # A partial and a resource that makes another one have this method too, the class of a resource has not.
+    if isinstance(kafka, dg.ResourceDefinition) or hasattr(type(kafka), "get_resource_definition"):
+        return
+    what = f"the class {kafka.__qualname__} itself" if isinstance(kafka, type) else f"a {type(kafka).__qualname__}"
+    raise KafkaConfigError(
+        "kafka of the KafkaIOManager",
+        "it is missing" if kafka is None else f"it is {what}",
+        "Give kafka=KafkaProducerResource(bootstrap_servers=...)",
+    )
+
+
 def _refuse_upsert(guarantee: str) -> None:
     """Refuse to replace a publication where that cannot be done at once."""
     if guarantee != "exactly_once":
@@ -408,6 +447,20 @@ def _by_partition(output: Any, partitions: Sequence[str]) -> dict[str, Any]:
         "Return one with exactly context.partition_keys; an empty list publishes nothing. If it is a record, return a"
         " list of it",
     )
+
+
+def _refuse_own(output: Any) -> None:
+    """Refuse what this package says of a publication or a record: it is none."""
+    first = next(iter(output[:1]), None) if isinstance(output, (list, tuple)) else None
+    for name, one in {"output": output, "row 0": first}.items():
+        if isinstance(one, (Publication, PublishingSession, RecordMetadata)):
+            raise InvalidRecordError(
+                f"{name} of type {type(one).__qualname__}",
+                "it says what was published already, and is no record itself",
+                "Return None after send_sync"
+                if isinstance(one, RecordMetadata)
+                else "Return publication.materialize_result()",
+            )
 
 
 def _is_of_outputs(output: Mapping[str, Any]) -> bool:
@@ -499,21 +552,15 @@ def _check_names(context: dg.OutputContext) -> None:
     """Refuse metadata that is meant for this IO manager, and that would do nothing.
 
     Raises:
-        KafkaConfigError: A name is one of its own but for a slip, or was added for one Dagster partition of several.
+        KafkaConfigError: A name is none of its own, or is of what a materialization says, or was added for one Dagster
+            partition of several.
     """
     partitions = _partitions_of(context)
     added = _added_metadata(context, partitions)
-    short = {name.removeprefix(_PREFIX) for name in _NAMES}
-    for metadata in (context.output_metadata, *added.values(), context.definition_metadata):
-        for name in metadata or ():
-            given = name.removeprefix(_PREFIX).replace("-", "_")
-            # What this package writes begins with one, as kafka/value_schema_id does.
-            if name.startswith(_PREFIX) and not any(name == _PREFIX + s or given.startswith(s + "_") for s in short):
-                close = difflib.get_close_matches(given, short, 1, 0.8)
-                if close:
-                    raise KafkaConfigError(
-                        f"metadata {name}", "there is no such entry", f"Did you mean {_PREFIX}{close[0]}?"
-                    )
+    for metadata in (context.output_metadata, *added.values()):
+        # A body that has published by itself may hand on what a materialization says.
+        _refuse_names(name for name in metadata or () if name.removeprefix(_PREFIX) not in _SAID)
+    _refuse_names(context.definition_metadata or ())
     if len(partitions) > 1:
         for partition, metadata in added.items():
             mine = next((one for one in _NAMES if one in metadata), None)
@@ -523,6 +570,21 @@ def _check_names(context: dg.OutputContext) -> None:
                     f"this run publishes {len(partitions)} of them, all with the same",
                     "Add it without a partition_key, or publish each from the asset's body",
                 )
+
+
+def _refuse_names(names: Iterable[str]) -> None:
+    short = [name.removeprefix(_PREFIX) for name in _NAMES]
+    for name in names:
+        given = name.removeprefix(_PREFIX)
+        if not name.startswith(_PREFIX) or given in short:
+            continue
+        close = difflib.get_close_matches(given.replace("-", "_"), short, 1, 0.8)
+        meant = _SAID[given] if given in _SAID else next(iter(close), None)
+        raise KafkaConfigError(
+            f"metadata {name}",
+            "this is what a materialization says" if given in _SAID else "there is no such entry",
+            f"Did you mean {_PREFIX}{meant}?" if meant else f"Leave it out, or use one of {', '.join(_NAMES)}",
+        )
 
 
 def _metadata(context: dg.OutputContext, name: str) -> Any:

@@ -25,6 +25,8 @@ from dataforge_kafka_dagster import (
     KafkaProducerResource,
     KafkaRecord,
     KafkaResourceComponent,
+    Publication,
+    RecordMetadata,
     build_publication_checks,
     create_kafka_producer,
 )
@@ -32,6 +34,7 @@ from dataforge_kafka_dagster.kafka.config import PublicationConfig
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError
 from dataforge_kafka_dagster.kafka.publication import PublicationWriter, publish
 from dataforge_kafka_dagster.kafka.sources import chunks
+from dataforge_kafka_dagster.resource import PublishingSession
 
 NAN, INF = float("nan"), float("inf")
 CANARY = "canary-3f77"
@@ -193,6 +196,48 @@ def test_an_upsert_without_transactions_is_refused_at_definition():
         KafkaIOManager(kafka=KafkaProducerResource(**options), write_mode="upsert")
     with pytest.raises(ValidationError, match="write_mode='upsert': delivery_guarantee='at_least_once'"):
         KafkaResourceComponent.from_attributes_dict(attributes=options | {"io_manager": {"write_mode": "upsert"}})
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "it is missing"),
+        ({"kafka": None}, "it is missing"),
+        ({"kafka": "localhost:9092"}, "it is a str"),
+        ({"kafka": KafkaProducerConfig()}, "it is a KafkaProducerConfig"),
+        ({"kafka": KafkaProducerResource}, "it is the class KafkaProducerResource itself"),
+    ],
+    ids=repr,
+)
+def test_an_io_manager_without_a_cluster_is_refused_at_definition(options, said):
+    with pytest.raises(KafkaConfigError, match=said) as caught:
+        KafkaIOManager(**options)
+    assert caught.value.fix == "Give kafka=KafkaProducerResource(bootstrap_servers=...)"
+
+
+def test_the_cluster_of_an_io_manager_may_come_when_the_run_starts(instance):
+    """None needs a broker: an output None is published without one."""
+
+    class Ours(dg.ConfigurableResource):
+        def create_resource(self, context):
+            return KafkaProducerResource()
+
+    @dg.resource
+    def function(context):
+        return KafkaProducerResource()
+
+    @dg.asset
+    def made():
+        return None
+
+    late = KafkaProducerResource.configure_at_launch()
+    config = {"resources": {"kafka": {"config": {"bootstrap_servers": "localhost:9092"}}}}
+    for kafka, run_config in ((late, config), (function, {}), (Ours(), {}), (KafkaProducerResource(), {})):
+        managers = [KafkaIOManager(kafka=kafka), KafkaIOManager.configure_at_launch(kafka=kafka)]
+        for manager in managers:
+            resources = {"kafka": kafka, "io_manager": manager}
+            result = dg.materialize([made], resources=resources, instance=instance, run_config=run_config)
+            assert result.success
 
 
 def test_what_variables_hold_for_the_io_manager_is_checked_when_the_run_starts(monkeypatch):
@@ -686,6 +731,16 @@ METADATA: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a field twice as key": ({"kafka/key": ["a", "a"]}, ["key=['a', 'a']", "more than once"]),
     "list of ints as key": ({"kafka/key": ["a", 1]}, ["key=", "field name"]),
     "mapping as key": ({"kafka/key": {"a": 1}}, ["key=", "field name"]),
+    "a slip": ({"kafka/tpoic": "t"}, ["metadata kafka/tpoic: there is no such entry", "Did you mean kafka/topic?"]),
+    "what a materialization says": (
+        {"kafka/value_format": "avro"},
+        ["metadata kafka/value_format: this is what a materialization says", "Did you mean kafka/value_schema?"],
+    ),
+    "its dead-letter topic": ({"kafka/dead_letter_topic": "t.dead"}, ["Did you mean kafka/on_bad_record?"]),
+    "its records": ({"kafka/records": 5}, ["this is what a materialization says. Leave it out, or use one of"]),
+} | {
+    f"no {name}": ({f"kafka/{name}": "a"}, [f"metadata kafka/{name}: there is no such entry", "kafka/write_mode"])
+    for name in ("schema", "mode", "upsert", "record_key", "message_key", "headers", "partitions", "brokers")
 }
 
 
@@ -711,6 +766,25 @@ def test_wrong_metadata_is_refused_before_anything_is_connected(metadata, said, 
 
 def test_a_topic_template_that_this_asset_cannot_fill_in_is_refused_before_anything_is_connected(closed_port):
     assert "topic" in _refused(closed_port, [{"a": 1}], topic="{name[9]}").description
+
+
+PUBLICATION = Publication("id", "publisher", "orders", 1, 2, "json", (), replayed=False, seconds=0.1)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize(
+    ("output", "fix"),
+    [
+        (PUBLICATION, "Return publication.materialize_result()"),
+        (PublishingSession(None), "Return publication.materialize_result()"),
+        (RecordMetadata("t", 0, 0, None), "Return None after send_sync"),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_what_was_published_already_is_no_output(output, fix, rows, closed_port):
+    failure = _refused(closed_port, [output] if rows else output, {})
+    assert f"{'row 0' if rows else 'output'} of type {type(output).__name__}" in failure.description
+    assert failure.metadata["kafka/what_to_do"].value == fix
 
 
 @pytest.mark.parametrize("output", [5, {1, 2}, object, np.array([1])], ids=type)

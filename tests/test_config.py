@@ -8,10 +8,11 @@ import urllib.parse
 
 import botocore.exceptions as aws
 import confluent_kafka
+import dagster as dg
 import pytest
 from pydantic import ValidationError
 
-from dataforge_kafka_dagster import KafkaProducerConfig
+from dataforge_kafka_dagster import KafkaProducerConfig, create_kafka_producer
 from dataforge_kafka_dagster.kafka.config import (
     COMPRESSION_TYPES,
     SECRET_OPTIONS,
@@ -24,6 +25,7 @@ from dataforge_kafka_dagster.kafka.config import (
 )
 from dataforge_kafka_dagster.kafka.connection import Connection
 from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError, Remedy
+from dataforge_kafka_dagster.kafka.registry import SchemaRegistryConfig
 
 CANARY = "canary-8d1f"
 PEM = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
@@ -251,6 +253,30 @@ def test_wrong_options_are_refused_with_option_value_and_what_is_allowed(options
     message = str(caught.value)
     assert [part for part in said if part not in message] == []
     assert CANARY not in message
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (KafkaProducerConfig, {"bootstrap_servers": dg.EnvVar("NAME_OF_VARIABLE")}),
+        (KafkaProducerConfig, {"bootstrap_servers": ["a:1", dg.EnvVar("NAME_OF_VARIABLE")]}),
+        (KafkaProducerConfig, {"security_protocol": "SASL_SSL", "sasl_password": dg.EnvVar("NAME_OF_VARIABLE")}),
+        (KafkaProducerConfig, {"acks": dg.EnvVar("NAME_OF_VARIABLE")}),
+        (KafkaProducerConfig, {"retries": dg.EnvVar.int("NAME_OF_VARIABLE")}),
+        (KafkaProducerConfig, {"librdkafka_config": {"client.rack": dg.EnvVar("NAME_OF_VARIABLE")}}),
+        (lambda **options: create_kafka_producer(options), {"client_id": dg.EnvVar("NAME_OF_VARIABLE")}),
+        (SchemaRegistryConfig, {"url": dg.EnvVar("NAME_OF_VARIABLE")}),
+        (SchemaRegistryConfig, {"url": "http://r:1", "token": dg.EnvVar("NAME_OF_VARIABLE")}),
+        (SchemaRegistryConfig, {"url": "http://r:1", "client_config": {"x": dg.EnvVar("NAME_OF_VARIABLE")}}),
+    ],
+)
+def test_an_env_var_is_refused_where_nothing_looks_it_up(make, options):
+    option = list(options)[-1]
+    with pytest.raises(
+        ValidationError, match=rf"{option}.*=EnvVar\('NAME_OF_VARIABLE'\) is not.*os\.environ"
+    ) as caught:
+        make(**options)
+    assert len(caught.value.errors()) == 1
 
 
 @pytest.mark.parametrize("option", ["connect_timeout", "delivery_timeout"])

@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import inspect
 import json
+import logging
 import threading
 import time
 import uuid
@@ -13,7 +14,13 @@ import pytest
 from dagster._core.definitions.job_base import InMemoryJob
 from dagster._core.execution.api import execute_run
 
-from dataforge_kafka_dagster import KafkaError, KafkaIOManager, KafkaProducerResource, KafkaRecord
+from dataforge_kafka_dagster import (
+    KafkaError,
+    KafkaIOManager,
+    KafkaProducerResource,
+    KafkaRecord,
+    build_publication_checks,
+)
 
 pytestmark = pytest.mark.kafka
 
@@ -496,3 +503,61 @@ def test_a_session_does_not_end_well_before_its_threads(kafka, kafka_topic, read
         with pytest.raises(KafkaError, match="it has ended"):
             late[0].result(30)
     assert read(topic) == []
+
+
+# An asset that publishes from its body, and has a KafkaIOManager
+
+
+@pytest.mark.parametrize("write_mode", ["append", "upsert"])
+def test_an_output_none_denies_nothing_that_the_body_has_published(write_mode, kafka, kafka_topic, read, instance):
+    topic = kafka_topic()
+
+    @dg.asset
+    def forgets(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=topic) as publication:
+            publication.send("a", key="k")
+
+    @dg.asset
+    def reads(forgets):
+        pass
+
+    resources = {"kafka": kafka, "io_manager": KafkaIOManager(kafka=kafka, write_mode=write_mode)}
+    assets = [forgets, reads, *build_publication_checks([forgets])]
+    result = dg.materialize(assets, resources=resources, instance=instance, raise_on_error=False)
+    (told,) = result.asset_materializations_for_node("forgets")
+    assert not [name for name in told.metadata if name.startswith(("kafka/", "dagster/"))]
+    assert _values(read(topic)) == ["a"]
+    warnings = [entry for entry in instance.all_logs(result.run_id) if entry.level == logging.WARNING]
+    assert [entry.step_key for entry in warnings] == ["forgets"]
+    assert "Return publication.materialize_result()" in warnings[0].user_message
+    assert "return publication.materialize_result()" in _failure(result, "reads")
+    assert "return publication.materialize_result()" in _failure(result, "forgets_publication_is_in_kafka")
+
+
+def test_what_the_body_hands_on_is_what_the_materialization_says(kafka, kafka_topic, instance):
+    topic, other = kafka_topic(), kafka_topic()
+
+    @dg.asset
+    def returns(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=topic) as publication:
+            publication.send("a")
+        return publication.materialize_result()
+
+    @dg.asset
+    def adds(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=topic) as publication:
+            publication.send("b")
+            publication.send("c", topic=other)
+        context.add_output_metadata(publication.materialize_result().metadata)
+
+    @dg.asset
+    def reads(returns, adds):
+        assert (returns, sorted(adds)) == (["a"], ["b", "c"])
+
+    resources = {"kafka": kafka, "io_manager": KafkaIOManager(kafka=kafka)}
+    result = dg.materialize([returns, adds, reads], resources=resources, instance=instance)
+    for name, topics in (("returns", [topic]), ("adds", [topic, other])):
+        (told,) = result.asset_materializations_for_node(name)
+        assert told.metadata["kafka/records"].value == len(topics)
+        assert set(told.metadata["kafka/topic"].value.split(", ")) == set(topics)
+    assert not [entry for entry in instance.all_logs(result.run_id) if entry.level == logging.WARNING]

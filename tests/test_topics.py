@@ -79,7 +79,7 @@ def test_env_vars_are_resolved_from_a_mapping_and_refused_in_a_spec(monkeypatch)
     for name, said in (
         ("partitions", r"partitions=EnvVar\('COUNT_OF_TEST'\)"),
         ("replication_factor", r"replication_factor=EnvVar\('COUNT_OF_TEST'\)"),
-        ("configs", r"configs=\{'retention.ms': EnvVar\('RETENTION_OF_TEST'\)\}"),
+        ("configs", r"configs\['retention.ms'\]=EnvVar\('RETENTION_OF_TEST'\)"),
     ):
         with pytest.raises(ValidationError, match=f"{said}.* not be looked up.* create_topics as a mapping"):
             KafkaTopicSpec(**{name: given[name]})

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Final, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError, Remedy
-from dataforge_kafka_dagster.kafka.registry import SchemaRegistryConfig
+from dataforge_kafka_dagster.kafka.registry import OF_VARIABLES, SchemaRegistryConfig, refuse_variables
 
 DeliveryGuarantee = Literal["exactly_once", "at_least_once"]
 
@@ -290,6 +290,7 @@ class KafkaProducerConfig(KafkaOptions):
                     hint = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(cls.model_fields)}"
                     dotted = " Raw librdkafka settings go into librdkafka_config." if "." in str(name) else ""
                     raise ValueError(f"unknown option {name!r}: {hint}{dotted}")
+                refuse_variables(name, data[name], OF_VARIABLES)
         return data
 
     @field_validator(*BOUNDS, mode="before")
@@ -583,11 +584,6 @@ class TopicOptions(BaseModel):
     )
 
 
-_RESOLVED_ELSEWHERE: Final = (
-    "its value would not be looked up. Give the resource's create_topics as a mapping, where an EnvVar is resolved"
-)
-
-
 class KafkaTopicSpec(TopicOptions):
     """How to create a topic that is missing, and the least Kafka partitions of one that exists.
 
@@ -597,13 +593,8 @@ class KafkaTopicSpec(TopicOptions):
     @field_validator("partitions", "replication_factor", "configs", mode="before")
     @classmethod
     def _no_variables(cls, value: Any, info: ValidationInfo) -> Any:
-        # Dagster's EnvVar is a str, with the variable's name as its text, or an int of 0.
-        if hasattr(value, "env_var_name"):
-            raise ValueError(f"{info.field_name}=EnvVar({value.env_var_name!r}) is not possible: {_RESOLVED_ELSEWHERE}")
-        for name, text in value.items() if isinstance(value, Mapping) else ():
-            if hasattr(text, "env_var_name"):
-                variable = f"configs={{{name!r}: EnvVar({text.env_var_name!r})}}"
-                raise ValueError(f"{variable} is not possible: {_RESOLVED_ELSEWHERE}")
+        fix = "Give the resource's create_topics as a mapping, where an EnvVar is resolved"
+        refuse_variables(str(info.field_name), value, fix)
         return value
 
     def describe(self) -> str:

@@ -7,11 +7,11 @@ import contextlib
 import json
 import struct
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError, KafkaTimeoutError, Remedy
 
@@ -22,6 +22,25 @@ _FILES: Final = ("ssl_ca_location", "ssl_certificate_location", "ssl_key_locatio
 _NUMBERS: Final = frozenset(
     {"timeout", "max.retries", "retries.wait.ms", "retries.max.wait.ms", "cache.capacity", "cache.latest.ttl.sec"}
 )
+OF_VARIABLES: Final = (
+    "Give what os.environ has, or make it an option of a KafkaProducerResource, which takes an EnvVar for the whole of"
+    " one, and whose run looks it up"
+)
+"""What to do with an EnvVar that is no option of a resource."""
+
+
+def refuse_variables(option: str, value: Any, fix: str) -> None:
+    """Refuse Dagster's EnvVar as an option, or in one that is a mapping or list, where nothing looks it up.
+
+    Raises:
+        ValueError: It is one: a str with the variable's name as its text, or an int of 0.
+    """
+    inside = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for name, one in (("", value), *((f"[{place!r}]", one) for place, one in inside)):
+        if hasattr(one, "env_var_name"):
+            raise ValueError(
+                f"{option}{name}=EnvVar({one.env_var_name!r}) is not possible: its value would not be looked up. {fix}"
+            )
 
 
 class SchemaRegistryConfig(BaseModel):
@@ -46,6 +65,12 @@ class SchemaRegistryConfig(BaseModel):
         repr=False,
         description="Raw settings of confluent-kafka's SchemaRegistryClient, applied last: for OAuth and proxies.",
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_variables(cls, value: Any, info: ValidationInfo) -> Any:
+        refuse_variables(str(info.field_name), value, OF_VARIABLES)
+        return value
 
     @model_validator(mode="after")
     def _fits(self) -> SchemaRegistryConfig:
