@@ -22,7 +22,7 @@ from dataforge_kafka_dagster import (
     KafkaTopicComponent,
     local,
 )
-from dataforge_kafka_dagster.io_manager import _NAMES
+from dataforge_kafka_dagster.io_manager import _NAMES, _SAID
 from dataforge_kafka_dagster.kafka.registry import SchemaRegistryConfig
 from dataforge_kafka_dagster.kafka.statistics import Statistics
 
@@ -227,7 +227,42 @@ def test_the_pages_name_all_metadata_that_are_read_and_written():
         known |= {f"kafka/{part}_{name}" for name in ("format", "subject", "schema_id", "schema_version")}
     metadata, errors = ((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("metadata", "errors"))
     assert _metadata_in_tables(metadata + errors) == known
-    assert _metadata_in_tables(metadata.partition("## What a materialization says")[0]) == set(_NAMES)
+    read, _, written = metadata.partition("## What a materialization says")
+    assert _metadata_in_tables(read) == set(_NAMES)
+    said = _metadata_in_tables(written.partition("## What a failure says")[0])
+    assert said == {"kafka/topic", *(f"kafka/{name}" for name in _SAID)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_named)
+def test_pages_that_call_dagster_say_where_it_keeps_what_was_published(page):
+    commands = "".join(block.source for block in _blocks(page) if block.language == "sh")
+    first = re.search(r"^dg (dev|launch)\b", commands, re.MULTILINE)
+    assert first is None or "export DAGSTER_HOME=" in commands[: first.start()]
+
+
+def _runs_when_loaded(source):
+    """Whether Dagster would run assets by loading this source as a file."""
+    for statement in ast.parse(source).body:
+        guarded = isinstance(statement, ast.If) and ast.unparse(statement.test) == "__name__ == '__main__'"
+        if guarded or isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+            continue
+        calls = [node for node in ast.walk(statement) if isinstance(node, ast.Attribute)]
+        if any(call.attr in {"materialize", "execute_in_process"} for call in calls):
+            return True
+    return False
+
+
+WITH_DEFS = [block for block in BLOCKS if block.tag == "python" and re.search(r"\bdefs\b", block.source)]
+
+
+@pytest.mark.parametrize("block", WITH_DEFS, ids=[f"{_named(b.page)}:{b.line}" for b in WITH_DEFS])
+def test_a_file_of_definitions_publishes_nothing_when_it_is_loaded(block):
+    assert not _runs_when_loaded(block.source)
+
+
+def test_a_file_that_publishes_when_it_is_loaded_is_found():
+    assert _runs_when_loaded("defs = 1\nassert dg.materialize([a]).success")
+    assert not _runs_when_loaded("if __name__ == '__main__':\n    assert dg.materialize([a]).success")
 
 
 @pytest.fixture
@@ -253,10 +288,13 @@ def topics(request, kafka_bootstrap_servers):
 @pytest.mark.usefixtures("topics")
 @pytest.mark.parametrize("page", EXECUTED, ids=_named)
 def test_python_of_a_page_runs_from_top_to_bottom(page, kafka_bootstrap_servers, request, monkeypatch, tmp_path):
-    """The blocks of a page share their names, as a reader who pastes one after the other has it."""
+    """The blocks of a page share their names, as a reader who pastes one after the other has it.
+
+    They run as a script does: what is under ``if __name__ == "__main__"`` is run too.
+    """
     monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", kafka_bootstrap_servers)
     monkeypatch.chdir(tmp_path)
-    names = {"__name__": page.stem}
+    names = {"__name__": "__main__"}
     for block in _blocks(page):
         if block.tag == "python":
             # Padded, so that a traceback names the page's lines.
