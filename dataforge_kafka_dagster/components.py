@@ -41,6 +41,7 @@ from dataforge_kafka_dagster.kafka.config import (
     SECURITY_PROTOCOLS,
     DeliveryGuarantee,
     KafkaTopicSpec,
+    as_text,
     check_topic,
     import_function,
 )
@@ -125,13 +126,7 @@ def _raw_setting(name: str, value: Any) -> Any:
         return _secret(value)
     if isinstance(value, Mapping):
         return _Env.model_validate(value)
-    return _text(value)
-
-
-def _text(value: Any) -> Any:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value) if isinstance(value, (int, float)) else value
+    return as_text(value)
 
 
 def _field(name: str, info: Any) -> tuple[Any, Any]:
@@ -268,7 +263,7 @@ def _resolved(context: dg.ResolutionContext, value: Any, *, text: bool = False) 
         raise KafkaConfigError(
             f"template {value!r}", "it gives nothing", "Set the environment variable that it names, or leave it out"
         )
-    return _text(filled) if text else filled
+    return as_text(filled) if text else filled
 
 
 class _ResourceScaffolder(dg.Scaffolder):

@@ -14,7 +14,8 @@ import pydantic
 from dataforge_kafka_dagster.kafka.errors import KafkaError
 from dataforge_kafka_dagster.kafka.reader import ReadRecord
 from dataforge_kafka_dagster.kafka.records import KafkaRecord
-from dataforge_kafka_dagster.kafka.serialization import ValueFormat, deserialize, to_json
+from dataforge_kafka_dagster.kafka.schemas import SCHEMA_FORMATS
+from dataforge_kafka_dagster.kafka.serialization import ValueFormat, deserialize, is_model, to_json
 
 
 def form_of_each(form: Any) -> Any:
@@ -87,7 +88,7 @@ def in_form(form: Any, records: Iterable[tuple[ReadRecord, ValueFormat | None]])
 
 def _is_model(form: Any) -> bool:
     """Whether an annotation is a class that values are checked against: a pydantic model or a dataclass."""
-    return isinstance(form, type) and (issubclass(form, pydantic.BaseModel) or dataclasses.is_dataclass(form))
+    return isinstance(form, type) and is_model(form)
 
 
 def _models(model: type, records: Iterable[tuple[ReadRecord, ValueFormat | None]]) -> list[Any]:
@@ -147,12 +148,10 @@ def _names_of(model: type, culprit: str) -> dict[str, Any]:
 
 # Before 2.11, pydantic goes by the model's config alone.
 _KNOWS_NAMES: Final = tuple(map(int, pydantic.VERSION.split(".")[:2])) >= (2, 11)
-# What a schema decodes.
-_DECODED: Final = ("avro", "json_schema", "protobuf")
 
 
 def _value(record: ReadRecord, value_format: ValueFormat | None) -> Any:
-    return record.value if value_format in _DECODED else deserialize(record.value, value_format or "bytes")
+    return record.value if value_format in SCHEMA_FORMATS else deserialize(record.value, value_format or "bytes")
 
 
 def _as_kafka_record(record: ReadRecord, value_format: ValueFormat | None) -> KafkaRecord:
@@ -167,7 +166,7 @@ def _frame(cls: type, records: Iterable[tuple[ReadRecord, ValueFormat | None]]) 
     library = cls.__module__.partition(".")[0]
     lines = []
     for record, value_format in records:
-        if value_format not in {None, "json", *_DECODED}:
+        if value_format not in {None, "json", *SCHEMA_FORMATS}:
             raise KafkaError(
                 f"input annotated as a {library} frame",
                 f"its upstream output was published as {value_format}",

@@ -20,7 +20,7 @@ from dataforge_kafka_dagster.kafka.publication import OtherWriterError, settle
 from dataforge_kafka_dagster.kafka.reader import ReadRecord, read_publication, refuse_lost_topics
 from dataforge_kafka_dagster.kafka.records import key_fields
 from dataforge_kafka_dagster.kafka.registry import SchemaRegistry, SchemaRegistryConfig
-from dataforge_kafka_dagster.kafka.schemas import KafkaSchema, SchemaDecoder, SchemaFormat
+from dataforge_kafka_dagster.kafka.schemas import SCHEMA_FORMATS, KafkaSchema, SchemaDecoder, SchemaFormat
 from dataforge_kafka_dagster.kafka.serialization import ValueFormat
 from dataforge_kafka_dagster.kafka.sources import chunks
 from dataforge_kafka_dagster.kafka.upserts import Upsert
@@ -516,7 +516,7 @@ def _decoded(
 ) -> Iterator[tuple[ReadRecord, ValueFormat | None]]:
     """Records and the format of their values, decoded by the registry's schemas if they have one."""
     value, key = publication.value_format, publication.key_format
-    of_value: SchemaFormat | None = value if value in {"avro", "json_schema", "protobuf"} else None
+    of_value: SchemaFormat | None = value if value in SCHEMA_FORMATS else None
     if of_value is None and key is None:
         for record in records:
             yield record, value

@@ -72,6 +72,13 @@ def _not(option: str, value: object, allowed: str) -> ValueError:
     return ValueError(f"{option}={value!r} is not possible: {allowed}")
 
 
+def as_text(value: Any) -> Any:
+    """A number or boolean as librdkafka and Kafka write it; anything else as it is."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, (int, float)) else value
+
+
 BOUNDS: Final[dict[str, tuple[float, float]]] = {
     "retries": (0, 2147483647),
     "batch_size": (1, 2147483647),
@@ -195,10 +202,7 @@ class KafkaOptions(BaseModel):
     @classmethod
     def _as_texts(cls, value: Any) -> Any:
         """Numbers and booleans as librdkafka writes them."""
-        if not isinstance(value, Mapping):
-            return value
-        plain = (bool, int, float)
-        return {name: str(one).lower() if isinstance(one, plain) else one for name, one in value.items()}
+        return {name: as_text(one) for name, one in value.items()} if isinstance(value, Mapping) else value
 
 
 class SchemaRegistryOptions(BaseModel):

@@ -63,7 +63,7 @@ from dataforge_kafka_dagster.kafka.serialization import (
 from dataforge_kafka_dagster.kafka.sources import BadRecordTaker, chunks, is_repeatable
 from dataforge_kafka_dagster.kafka.statistics import Statistics
 from dataforge_kafka_dagster.kafka.telemetry import PublicationSpan
-from dataforge_kafka_dagster.kafka.topics import check_topic_exists, current_id, end_offsets, topic_trouble
+from dataforge_kafka_dagster.kafka.topics import check_topic_exists, current_id, end_offsets, lost_since, topic_trouble
 
 _PROGRESS_SECONDS: Final = 5.0
 # Fewer records are not worth the requests that take the place of their delivery reports.
@@ -977,15 +977,7 @@ def _is_there(done: Publication, connection: Connection, timeout: float, known: 
     """
     holding = {offsets.topic for offsets in done.offsets} or {done.topic}
     ids = {topic: one for topic, one in done.topic_ids.items() if topic in holding}
-    gone = []
-    for topic, one in ids.items():
-        try:
-            if one != (known.get(topic) or current_id(connection, topic, timeout)):
-                gone.append(topic)
-        except KafkaError as error:
-            if error.code != "UNKNOWN_TOPIC_OR_PART":
-                raise
-            gone.append(topic)
+    gone = [t for t, one in ids.items() if known.get(t) != one and lost_since(connection, t, one, timeout)]
     if gone and len(gone) < len(ids):
         raise KafkaError(
             f"publication {done.publication_id!r}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import functools
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
@@ -15,7 +16,7 @@ from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig
 from dataforge_kafka_dagster.kafka.connection import SLICE, Connection
 from dataforge_kafka_dagster.kafka.errors import KafkaError, Remedy, remedy_of
 from dataforge_kafka_dagster.kafka.ledger import PartitionOffsets, Publication
-from dataforge_kafka_dagster.kafka.topics import current_id
+from dataforge_kafka_dagster.kafka.topics import lost_since
 
 _BATCH: Final = 5_000
 
@@ -73,22 +74,14 @@ def refuse_lost_topics(config: KafkaProducerConfig, publications: Iterable[Publi
     Raises:
         KafkaError: A topic was deleted, or made anew, or the broker does not answer.
     """
-    now: dict[str, str | None] = {}
     with contextlib.closing(Connection(config)) as connection:
+        look = functools.cache(functools.partial(lost_since, connection, timeout=timeout))
         for publication in publications:
-            for offsets in publication.offsets:
-                topic, known = offsets.topic, publication.topic_ids.get(offsets.topic)
-                if known is None:
-                    continue
-                if topic not in now:
-                    try:
-                        now[topic] = current_id(connection, topic, timeout)
-                    except KafkaError as error:
-                        if error.code != "UNKNOWN_TOPIC_OR_PART":
-                            raise
-                        raise _lost(topic, "the topic was deleted") from None
-                if now[topic] not in {None, known}:
-                    raise _lost(topic, "the topic was deleted and made anew")
+            for topic in dict.fromkeys(offsets.topic for offsets in publication.offsets):
+                known = publication.topic_ids.get(topic)
+                lost = known and look(topic, known)
+                if lost:
+                    raise _lost(topic, f"the topic was {lost}")
 
 
 def _lost(topic: str, cause: str) -> KafkaError:

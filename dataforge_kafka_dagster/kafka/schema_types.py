@@ -27,7 +27,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticUndefined
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
-from dataforge_kafka_dagster.kafka.serialization import pydantic_dataclass
+from dataforge_kafka_dagster.kafka.serialization import is_model, pydantic_dataclass
 
 if TYPE_CHECKING:
     import narwhals as nw
@@ -216,7 +216,7 @@ def _of_hint(hint: Any, place: str, metadata: Sequence[Any], seen: dict[type, st
             raise _no_type(
                 place, "a Decimal without digits", "Annotate it with Field(max_digits=..., decimal_places=...)"
             )
-        if dataclasses.is_dataclass(hint) or issubclass(hint, BaseModel):
+        if is_model(hint):
             return _of_class(hint, seen)
         for scalar, avro in _SCALARS.items():
             if hint is scalar or (scalar is not int and issubclass(hint, scalar)):

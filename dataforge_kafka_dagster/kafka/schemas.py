@@ -22,7 +22,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -45,6 +45,7 @@ from dataforge_kafka_dagster.kafka.serialization import (
     Encoders,
     dumped,
     is_message,
+    is_model,
     is_of_pydantic,
     no_json_form,
     refuse_non_finite,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     import narwhals as nw
 
 SchemaFormat = Literal["avro", "json_schema", "protobuf"]
+SCHEMA_FORMATS: Final[tuple[SchemaFormat, ...]] = get_args(SchemaFormat)
 SubjectStrategy = Literal["topic", "record", "topic_record"]
 
 # How fastavro and protobuf name a field.
@@ -221,7 +223,7 @@ class KafkaSchema(BaseModel):
             InvalidRecordError: A field's type has no type in the format.
             KafkaConfigError: The class is neither.
         """
-        if not (dataclasses.is_dataclass(model) or issubclass(model, BaseModel)):
+        if not is_model(model):
             raise KafkaConfigError(
                 f"schema from {model.__qualname__}",
                 "no schema can be derived from this type",
@@ -854,7 +856,7 @@ def _inside(value: Any) -> Any:
 
 def _is_derived(message: Any, cls: type) -> bool:
     """Whether a message is the one derived from a class, told by their descriptors."""
-    if not (dataclasses.is_dataclass(cls) or issubclass(cls, BaseModel)):
+    if not is_model(cls):
         return False
     try:
         derived = protobuf_of(avro_of_class(cls, message.full_name)).DESCRIPTOR

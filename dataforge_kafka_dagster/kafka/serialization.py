@@ -100,7 +100,7 @@ def format_of(cls: type) -> ValueFormat | None:
         return "bytes"
     if issubclass(cls, str):
         return "string"
-    if issubclass(cls, (Mapping, BaseModel)) or dataclasses.is_dataclass(cls):
+    if issubclass(cls, Mapping) or is_model(cls):
         return "json"
     return None
 
@@ -209,8 +209,18 @@ def dumped(value: Any, **options: Any) -> Any:
     return _adapter(pydantic_dataclass(type(value))).dump_python(value, **options)
 
 
+def is_model(cls: type) -> bool:
+    """Whether a class is a dataclass or a pydantic model."""
+    return dataclasses.is_dataclass(cls) or issubclass(cls, BaseModel)
+
+
 def is_of_pydantic(cls: type) -> bool:
     """Whether pydantic writes a class's objects: its models, and dataclasses of its own."""
+    return _is_of_pydantic(cls)
+
+
+@functools.lru_cache(1024)
+def _is_of_pydantic(cls: type) -> bool:
     return issubclass(cls, BaseModel) or pydantic_dataclass(cls) is not None
 
 

@@ -270,6 +270,21 @@ def current_id(connection: Connection, topic: str, timeout: float) -> str | None
     return _look_for(connection, topic, time.monotonic() + timeout, _NEW_TOPIC_SECONDS, settings=False).id
 
 
+def lost_since(connection: Connection, topic: str, known: str, timeout: float) -> str | None:
+    """What has become of the topic that had this id; None if it is there, or the brokers tell no ids.
+
+    Raises:
+        KafkaError: The brokers do not answer.
+    """
+    try:
+        now = current_id(connection, topic, timeout)
+    except KafkaError as error:
+        if error.code != _UNKNOWN:
+            raise
+        return "deleted"
+    return None if now in {None, known} else "deleted and made anew"
+
+
 def _look_for(connection: Connection, topic: str, deadline: float, grace: float, *, settings: bool = True) -> Topic:
     """The topic, asked for again for so many seconds while it is unknown."""
     given_up = min(deadline, time.monotonic() + grace)
