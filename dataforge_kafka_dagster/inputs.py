@@ -1,6 +1,7 @@
 """Records as what the annotation of an input asks for."""
 
 import dataclasses
+import functools
 import itertools
 import re
 import types
@@ -94,7 +95,7 @@ def _is_model(form: Any) -> bool:
 def _models(model: type, records: Iterable[tuple[ReadRecord, ValueFormat | None]]) -> list[Any]:
     """The values, which are no tombstones, as objects of a pydantic model or dataclass."""
     culprit = f"input annotated with {model.__qualname__}"
-    names = _names_of(model, culprit)
+    names = functools.cache(lambda by_config: _names_of(model, culprit, by_config=by_config))
     try:
         adapter: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(model)
     except (pydantic.PydanticUserError, NameError) as error:
@@ -104,13 +105,15 @@ def _models(model: type, records: Iterable[tuple[ReadRecord, ValueFormat | None]
     for record, value_format in records:
         if record.value is None:
             continue
+        # Avro and Protobuf go by the fields' own names.
+        options = names(value_format not in {"avro", "protobuf"})
         try:
             if value_format == "json":
-                made.append(adapter.validate_json(record.value, **names))
+                made.append(adapter.validate_json(record.value, **options))
             elif value_format == "json_schema":
-                made.append(adapter.validate_json(to_json(record.value), **names))
+                made.append(adapter.validate_json(to_json(record.value), **options))
             else:
-                made.append(adapter.validate_python(_value(record, value_format), **names))
+                made.append(adapter.validate_python(_value(record, value_format), **options))
         except pydantic.ValidationError as error:
             first = error.errors(include_url=False)[0]
             place = ".".join(map(str, first["loc"]))
@@ -123,20 +126,28 @@ def _models(model: type, records: Iterable[tuple[ReadRecord, ValueFormat | None]
     return made
 
 
-def _names_of(model: type, culprit: str) -> dict[str, Any]:
+def _names_of(model: type, culprit: str, *, by_config: bool) -> dict[str, Any]:
     """The options by which pydantic reads a class by the names that it is written with.
+
+    Args:
+        model: The class.
+        culprit: What an error names.
+        by_config: Whether the class itself says if aliases are written.
 
     Raises:
         KafkaError: A field would come back as its default.
     """
-    fields: dict[str, Any] = getattr(model, "__pydantic_fields__", None) or getattr(model, "model_fields", {})
+    fields: dict[str, Any] | None = getattr(model, "__pydantic_fields__", getattr(model, "model_fields", None))
     config = getattr(model, "model_config", None) or getattr(model, "__pydantic_config__", {})
-    by_alias = _KNOWS_NAMES and bool(config.get("serialize_by_alias"))
-    lost = {field.name for field in dataclasses.fields(model) if not field.init} if not fields else set()
-    if by_alias:
-        lost |= {name for name, field in fields.items() if field.serialization_alias != field.validation_alias}
+    by_alias = _KNOWS_NAMES and by_config and bool(config.get("serialize_by_alias"))
+    if fields is None:
+        lost = {field.name for field in dataclasses.fields(model) if not field.init}
+    elif by_alias:
+        lost = {name for name, field in fields.items() if field.serialization_alias != field.validation_alias}
     elif not _KNOWS_NAMES and not config.get("populate_by_name"):
-        lost |= {name for name, field in fields.items() if field.validation_alias}
+        lost = {name for name, field in fields.items() if field.validation_alias}
+    else:
+        lost = set()
     if lost:
         raise KafkaError(
             culprit,

@@ -224,6 +224,10 @@ class ByAlias(pydantic.BaseModel):
     n: int = pydantic.Field(alias="number")
 
 
+class Empty(pydantic.BaseModel):
+    pass
+
+
 class Renamed(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(serialize_by_alias=True)
     n: int = pydantic.Field(0, serialization_alias="number")
@@ -236,9 +240,15 @@ class Order:
 
 
 @pytest.mark.skipif(not inputs._KNOWS_NAMES, reason="pydantic before 2.11 goes by the model's config")
-@pytest.mark.parametrize("value", [Swapped(updated=1, created=2), ByAlias(number=5)])
+@pytest.mark.parametrize("value", [Swapped(updated=1, created=2), ByAlias(number=5), Empty()])
 def test_a_model_is_read_by_the_names_that_it_is_written_by(value):
     assert inputs.in_form(type(value), _published([value])) == value
+
+
+@pytest.mark.parametrize("value_format", ["avro", "protobuf"])
+def test_a_model_is_read_by_its_own_names_where_aliases_are_not_written(value_format):
+    for made in (ByAlias.model_validate({"number": 5}), Renamed.model_validate({"n": 5})):
+        assert inputs.in_form(type(made), _published([{"n": 5}], value_format)) == made
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ ORDER = [
     {"checks"},
     {"components"},
 ]
-RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in sorted(names)}
 
 
 @pytest.mark.parametrize("name", RANK)
