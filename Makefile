@@ -11,6 +11,8 @@ STAMP = $(VENV)/.installed
 PACKAGES = -e '.[local,schema-registry]' --group dev $(REST)
 REST = --group docs -e ./example_project
 TESTS = tests example_project/tests
+# Processes that run the tests, each with a Kafka of its own; 0 runs them in pytest itself.
+WORKERS = 2
 # The environment keeps the Python that it was made with.
 ifeq ($(origin PYTHON),command line)
 $(shell \
@@ -50,7 +52,7 @@ ui: $(STAMP) ## Run Kafka and the Dagster UI together (PORT=3000), until Ctrl-C
 test: lint docs test-only ## Check style and types, build the docs, and run all tests but the faults, on a real Kafka
 
 test-only: $(STAMP)
-	$(BIN)/python -m pytest -m "not faults" $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not faults" $(TESTS)
 
 test-faults: $(STAMP) ## Run the tests that break Kafka on purpose (minutes)
 	$(BIN)/python -m pytest -m faults tests
