@@ -394,8 +394,14 @@ def check_write_mode(mode: Any) -> str:
 
 def _refuse_other_cluster(kafka: Any) -> None:
     """Refuse what neither is a `KafkaProducerResource` nor may give one when the run starts."""
+    cls = getattr(kafka, "resource_cls", type(kafka))  # of a partial
+    gives_itself = issubclass(cls, dg.ConfigurableResource) and (
+        (cls.create_resource, cls.yield_for_execution)
+        == (dg.ConfigurableResource.create_resource, dg.ConfigurableResource.yield_for_execution)
+    )
     # A partial and a resource that makes another one have this method too, the class of a resource has not.
-    if isinstance(kafka, dg.ResourceDefinition) or hasattr(type(kafka), "get_resource_definition"):
+    may_give_one = isinstance(kafka, dg.ResourceDefinition) or hasattr(type(kafka), "get_resource_definition")
+    if may_give_one and (issubclass(cls, KafkaProducerResource) or not gives_itself):
         return
     what = f"the class {kafka.__qualname__} itself" if isinstance(kafka, type) else f"a {type(kafka).__qualname__}"
     raise KafkaConfigError(

@@ -198,6 +198,10 @@ def test_an_upsert_without_transactions_is_refused_at_definition():
         KafkaResourceComponent.from_attributes_dict(attributes=options | {"io_manager": {"write_mode": "upsert"}})
 
 
+class OtherResource(dg.ConfigurableResource):
+    name: str
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -206,6 +210,8 @@ def test_an_upsert_without_transactions_is_refused_at_definition():
         ({"kafka": "localhost:9092"}, "it is a str"),
         ({"kafka": KafkaProducerConfig()}, "it is a KafkaProducerConfig"),
         ({"kafka": KafkaProducerResource}, "it is the class KafkaProducerResource itself"),
+        ({"kafka": OtherResource(name="x")}, "it is a OtherResource"),
+        ({"kafka": OtherResource.configure_at_launch()}, "it is a PartialResource"),
     ],
     ids=repr,
 )
