@@ -172,7 +172,15 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
 
         Raises:
             pydantic.ValidationError: An environment variable holds what is not allowed.
+            KafkaConfigError: An option is an EnvVar that no run has looked up.
         """
+        for name in type(self).model_fields:
+            if is_env_var(value := getattr(self, name)):
+                raise KafkaConfigError(
+                    f"{name}=EnvVar({value.env_var_name!r})",
+                    "no run has looked it up",
+                    "Use the resource in a run, or what resource.process_config_and_initialize_cm() gives",
+                )
         producer = KafkaProducerConfig(**{name: getattr(self, name) for name in KafkaProducerConfig.model_fields})
         options = {name: getattr(self, name) for name in _PUBLICATION_OPTIONS}
         if self.create_topics is not None:
@@ -285,13 +293,15 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
         return self.producer.send_async(topic, value, key, headers, partition, timestamp, callback)
 
     def flush(self, timeout: float | None = None) -> None:
-        """Wait until everything sent async is delivered.
+        """Wait until everything sent async, by any step of this process, is delivered.
+
+        Whose record it is that failed is not known here: for your own, ask its future.
 
         Args:
             timeout: Longest wait, seconds; delivery_timeout if None.
 
         Raises:
-            KafkaError: A record was not delivered, also by a producer that an error has ended since.
+            KafkaError: A record without a callback was not delivered, also by a producer that an error has ended since.
         """
         producer = self._producer
         if producer is not None:

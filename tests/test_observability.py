@@ -1,3 +1,4 @@
+import datetime as dt
 import json
 import sys
 import uuid
@@ -140,6 +141,18 @@ def test_a_publication_is_a_span_and_counts(kafka_bootstrap_servers, kafka_topic
 
 
 @pytest.mark.kafka
+def test_records_are_counted_for_the_topic_that_they_went_to(kafka_bootstrap_servers, kafka_topic, telemetry):
+    _, reader = telemetry
+    own, other = kafka_topic(), kafka_topic()
+    kafka = KafkaProducerResource(bootstrap_servers=kafka_bootstrap_servers)
+    with kafka.publishing(dg.build_asset_context(), topic=own) as session:
+        session.send({"i": 0})
+        session.send_all([{"i": i} for i in range(9)], topic=other)
+    counted = _counted(reader)
+    assert [counted["messaging.client.sent.messages", topic] for topic in (own, other)] == [1, 9]
+
+
+@pytest.mark.kafka
 def test_a_publication_that_fails_is_a_span_with_its_error(kafka_bootstrap_servers, kafka_topic, instance, telemetry):
     spans, reader = telemetry
     spans.clear()
@@ -160,7 +173,7 @@ def test_a_publication_that_fails_is_a_span_with_its_error(kafka_bootstrap_serve
 def test_without_opentelemetry_nothing_happens(monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     span = PublicationSpan("topic", "publication", "transactional")
-    span.succeed(1, 1, replayed=False)
+    span.succeed({"topic": 1}, 1, replayed=False)
     span.fail(ValueError())
 
 
@@ -212,11 +225,26 @@ def test_a_records_own_headers_and_kafka_partition_stay():
 
 
 @pytest.mark.parametrize(
-    ("attributes", "reason"), [({"type": "a"}, "source"), ({**EVENT, "Bad-Name": "x"}, "lowercase letters and numbers")]
+    ("attributes", "reason"),
+    [
+        ({"type": "a"}, "source.*Give at least type and source"),
+        ({**EVENT, "Bad-Name": "x"}, "lowercase letters and numbers.*Give what CloudEvents allows"),
+        ({**EVENT, "id": "mine"}, "an id of its own.*Leave id out"),
+        ({**EVENT, "time": "yesterday"}, "yesterday.*Give what CloudEvents allows"),
+        ({**EVENT, "time": "2013-01-01T10:00:00"}, "must be timezone aware"),
+    ],
 )
 def test_attributes_that_cloudevents_does_not_allow_are_refused(attributes, reason):
-    with pytest.raises(KafkaConfigError, match=reason):
+    with pytest.raises(KafkaConfigError, match=rf"(?s){reason}"):
         CloudEventHeaders(attributes, "p")
+
+
+@pytest.mark.parametrize(
+    "time", ["2013-01-01T10:00:00Z", "2013-01-01T11:00:00+01:00", dt.datetime(2013, 1, 1, 10, tzinfo=dt.timezone.utc)]
+)
+def test_the_time_of_an_event_may_be_text(time):
+    (headers,) = _headers(EVENT | {"time": time}, "p", [{"i": 0}])
+    assert dt.datetime.fromisoformat(headers["ce_time"].decode().replace("Z", "+00:00")).timestamp() == 1357034400
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch):

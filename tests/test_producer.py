@@ -292,6 +292,28 @@ def test_failures_are_logged(kafka_bootstrap_servers, no_room, caplog):
     assert [r for r in caplog.records if no_room in r.getMessage() and "MSG_SIZE_TOO_LARGE" in r.getMessage()]
 
 
+@pytest.mark.kafka
+@pytest.mark.slow
+@pytest.mark.parametrize(("topic", "said"), [(None, ""), ("no-such-topic", "The process ends, and 2 records are lost")])
+def test_what_nobody_flushes_is_delivered_at_the_end_of_the_process_or_told(
+    topic, said, kafka_bootstrap_servers, kafka_topic, read
+):
+    there = topic or kafka_topic()
+    script = f"""
+from dataforge_kafka_dagster import create_kafka_producer
+producer = create_kafka_producer({{"bootstrap_servers": "{kafka_bootstrap_servers}", "linger_ms": 4000}})
+for i in range(2):
+    producer.send_async("{there}", str(i))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0
+    assert said in ended.stderr
+    assert bool(said) == bool(ended.stderr)
+    if topic is None:
+        assert [record.value for record in read(there)] == [b"0", b"1"]
+
+
+@pytest.mark.kafka
 def test_a_callback_that_raises_breaks_nothing(producer, kafka_topic, read, caplog):
     topic = kafka_topic()
 

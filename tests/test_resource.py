@@ -22,7 +22,7 @@ from dataforge_kafka_dagster import (
     Publication,
 )
 from dataforge_kafka_dagster.kafka import publication as publication_module
-from dataforge_kafka_dagster.kafka.errors import Remedy
+from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, Remedy
 from dataforge_kafka_dagster.kafka.publication import PublicationWriter
 from dataforge_kafka_dagster.kafka.registry import SchemaRegistryConfig
 from dataforge_kafka_dagster.resource import PublishingSession, describe
@@ -284,6 +284,18 @@ def test_an_env_var_in_the_list_of_servers_is_refused(monkeypatch):
         KafkaProducerResource(bootstrap_servers=["a:1", dg.EnvVar("SERVER_OF_TEST")])
 
 
+@pytest.mark.parametrize("name", ["bootstrap_servers", "on_bad_record", "transactional_id_prefix"])
+def test_an_env_var_that_no_run_has_looked_up_is_never_taken_for_its_value(name):
+    kafka = KafkaProducerResource(**{"bootstrap_servers": "localhost:1", name: dg.EnvVar("OPTION_OF_TEST")})
+    for use in (
+        lambda: kafka.send_sync("t", "x"),
+        lambda: kafka.publishing(dg.build_asset_context(), topic="t").__enter__(),
+        kafka.producer_config,
+    ):
+        with pytest.raises(KafkaConfigError, match=rf"{name}=EnvVar\('OPTION_OF_TEST'\): no run has looked it up"):
+            use()
+
+
 # With a broker
 
 
@@ -301,6 +313,25 @@ def test_send_from_an_asset(kafka, kafka_topic, read, instance):
     assert (found.key, found.value, found.timestamp) == (b"k", b'{"a":1}', when)
     assert found.headers == [("h", b"v")]
     assert _metadata(result)["offset"] == found.offset == 0
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize(("topic", "attempts"), [("no-such-topic", 1), (None, 3)])
+def test_errors_in_dagster_gives_single_records_the_rules_of_a_step(topic, attempts, kafka, kafka_topic, instance):
+    made, failing = [], topic or kafka_topic()
+
+    @dg.op
+    def one(context: dg.OpExecutionContext, kafka: KafkaProducerResource):
+        made.append(context.retry_number)
+        with kafka.errors_in_dagster(context):
+            if topic is None:
+                raise KafkaError("it", "it passes", "Try again", remedy=Remedy.RETRY)
+            kafka.send_sync(failing, "x", partition=0)
+
+    kafka = KafkaProducerResource(**kafka.model_dump() | {"step_retries": 2, "delivery_timeout": 10})
+    result = _run_op(one, kafka, instance, raise_on_error=False)
+    failure = result.failure_data_for_node("one").user_failure_data
+    assert (made, bool(failure.metadata["kafka/what_to_do"].value)) == (list(range(attempts)), True)
 
 
 @pytest.mark.kafka

@@ -6,6 +6,7 @@ https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/bindings/kafka-proto
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 import importlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,7 +27,8 @@ class CloudEventHeaders:
 
     Args:
         attributes: ``type`` and ``source``, and any of ``subject``, ``dataschema``, ``datacontenttype``, ``time`` or
-            your own extensions. ``datacontenttype`` follows from the values if left out, ``time`` is now.
+            your own extensions. ``datacontenttype`` follows from the values if left out; ``time``, an aware datetime
+            or its ISO 8601 text, is now.
         publication_id: Names the work: a record's ``ce_id`` is made of it and of its position, so that it is the same
             in each attempt.
 
@@ -44,14 +46,19 @@ class CloudEventHeaders:
                 f"the package cannot be imported: {error}",
                 "Install it with: pip install 'dataforge-kafka-dagster[cloudevents]'",
             ) from error
+        culprit = f"CloudEvents attributes {dict(attributes)!r}"
+        if "id" in attributes:
+            raise KafkaConfigError(
+                culprit, "each record has an id of its own, made of the publication and its position", "Leave id out"
+            )
         self._prefix = hashlib.sha256(publication_id.encode()).hexdigest()[:24]
         try:
-            made = event.CloudEvent({**attributes, "id": self._prefix})
+            made = event.CloudEvent({**attributes, **_time_of(attributes), "id": self._prefix})
             headers = binding.to_binary_event(made).headers
         except Exception as error:
-            raise KafkaConfigError(
-                f"CloudEvents attributes {dict(attributes)!r}", str(error), "Give at least type and source"
-            ) from error
+            missing = {"type", "source"} - attributes.keys()
+            fix = "Give at least type and source" if missing else "Give what CloudEvents allows, or leave it out"
+            raise KafkaConfigError(culprit, str(error), fix) from error
         self._headers = [(name, value) for name, value in headers.items() if name != "ce_id"]
         self._typed = "content-type" in headers
         self._records = 0
@@ -72,3 +79,12 @@ class CloudEventHeaders:
                     for index, extra in enumerate(extras, start)
                 ]
             )
+
+
+def _time_of(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The attribute ``time`` as a datetime, if it is text: metadata of an output has no other form for it."""
+    text = attributes.get("time")
+    if not isinstance(text, str):
+        return {}
+    # Python before 3.11 does not read the Z.
+    return {"time": dt.datetime.fromisoformat(f"{text[:-1]}+00:00" if text.endswith(("Z", "z")) else text)}

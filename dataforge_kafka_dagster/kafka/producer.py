@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import collections
 import concurrent.futures
 import contextlib
@@ -33,6 +34,8 @@ _Report = Callable[["confluent_kafka.KafkaError | None", confluent_kafka.Message
 
 # How long close waits for a delivery callback that does not return.
 _TOLD_SECONDS: Final = 1.0
+# How long the end of a process waits for what was not flushed.
+_EXIT_SECONDS: Final = 5.0
 _alive: Final[weakref.WeakSet[DataForgeKafkaProducer]] = weakref.WeakSet()
 
 
@@ -59,7 +62,8 @@ class DataForgeKafkaProducer:
     Thread-safe. A forked process needs one of its own: there, this one refuses to send, and to close it does nothing.
     Fork before the first producer is made, or after one has delivered: glibc keeps the lock of a name lookup that was
     under way at a fork, and the forked process then reaches no broker.
-    Every failure is logged to the logger ``dataforge_kafka_dagster``.
+    Every failure is logged to the logger ``dataforge_kafka_dagster``. What was not flushed when the process ends has 5
+    seconds, then the log says how many records are lost; a process that multiprocessing has forked ends without that.
 
     Args:
         config: The options; the documented defaults if None.
@@ -341,7 +345,9 @@ class DataForgeKafkaProducer:
         return error
 
     def flush(self, timeout: float | None = None) -> None:
-        """Wait until everything sent is delivered or has failed.
+        """Wait until everything sent, by any thread, is delivered or has failed.
+
+        Whose record it is that failed is not known here: for your own, ask its future.
 
         Args:
             timeout: Longest wait, seconds; the config's delivery_timeout if None.
@@ -454,6 +460,18 @@ def _keep_inherited() -> None:
 
 if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_keep_inherited)
+
+
+@atexit.register
+def _deliver_at_exit() -> None:
+    """Deliver what nobody has flushed when the process ends, or say that it is lost."""
+    deadline = time.monotonic() + _EXIT_SECONDS
+    for producer in list(_alive):
+        with contextlib.suppress(KafkaError):
+            producer.flush(max(0.0, deadline - time.monotonic()))
+        left = 0 if producer.inherited else producer._left()  # noqa: SLF001
+        if left:
+            logger.error("The process ends, and %d records are lost. Call flush() or close() before its end", left)
 
 
 def _count_only(_err: object, _msg: object) -> None:

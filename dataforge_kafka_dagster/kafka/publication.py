@@ -885,7 +885,10 @@ class PublicationWriter:
 
     def _end_span(self, done: Publication) -> None:
         if self._span is not None:
-            self._span.succeed(done.records, done.bytes, replayed=done.replayed)
+            records = collections.Counter({done.topic: 0})
+            for offsets in done.offsets:
+                records[offsets.topic] += offsets.records
+            self._span.succeed(records, done.bytes, replayed=done.replayed)
 
     def _abandon(self, error: BaseException) -> None:
         if self._span is not None:

@@ -5,6 +5,7 @@ Names follow https://opentelemetry.io/docs/specs/semconv/messaging/kafka/.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 _NAME: Final = "dataforge_kafka_dagster"
@@ -37,20 +38,28 @@ class PublicationSpan:
         tracer = trace.get_tracer(_NAME)
         self._span = tracer.start_span(f"publish {topic}", kind=trace.SpanKind.PRODUCER, attributes=attributes)
 
-    def succeed(self, records: int, size: int, *, replayed: bool) -> None:
-        """End it, and count what was published: nothing if an earlier attempt had done it."""
+    def succeed(self, records: Mapping[str, int], size: int, *, replayed: bool) -> None:
+        """End it, and count what was published: nothing if an earlier attempt had done it.
+
+        Args:
+            records: How many records each topic got.
+            size: The bytes of them all.
+            replayed: Whether an earlier attempt had published them.
+        """
         if self._span is None:
             return
         from opentelemetry import metrics  # noqa: PLC0415
 
-        self._span.set_attribute("messaging.batch.message_count", records)
+        self._span.set_attribute("messaging.batch.message_count", sum(records.values()))
         self._span.set_attribute("dataforge.kafka.publication.bytes", size)
         self._span.set_attribute("dataforge.kafka.publication.replayed", replayed)
         if not replayed:
             meter = metrics.get_meter(_NAME)
-            where = {"messaging.system": "kafka", "messaging.destination.name": self._topic}
-            meter.create_counter("messaging.client.sent.messages", "{message}").add(records, where)
-            meter.create_counter("dataforge.kafka.sent.bytes", "By").add(size, where)
+            messages = meter.create_counter("messaging.client.sent.messages", "{message}")
+            for topic, count in records.items():
+                messages.add(count, {"messaging.system": "kafka", "messaging.destination.name": topic})
+            own = {"messaging.system": "kafka", "messaging.destination.name": self._topic}
+            meter.create_counter("dataforge.kafka.sent.bytes", "By").add(size, own)
         self._end()
 
     def fail(self, error: BaseException) -> None:
