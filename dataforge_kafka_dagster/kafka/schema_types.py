@@ -317,10 +317,13 @@ def _of_dtype(series: nw.Series[Any], dtype: Any, place: str, taken: list[str]) 
             return scalar
     if kind == "Datetime":
         return {"type": "long", "logicalType": f"{'' if dtype.time_zone else 'local-'}timestamp-micros"}
-    if kind == "Decimal" and dtype == series.dtype:
-        native = _native_type(series)
-        if (native.scale or 0) >= 0:
-            return decimal_type(native.precision or 38, native.scale or 0)
+    if kind == "Decimal":
+        native = _native_type(series) if dtype == series.dtype else dtype
+        scale = getattr(native, "scale", -1) or 0  # older narwhals do not tell it of nested ones
+        if scale >= 0:
+            return decimal_type(native.precision or 38, scale)
+    if kind in {"Unknown", "Null"}:
+        raise _no_column_type(place, "a column of nothing but nulls")
     if kind in {"List", "Array"}:
         return {"type": "array", "items": ["null", _of_dtype(series, dtype.inner, f"{place}_item", taken)]}
     if kind == "Struct":
@@ -338,7 +341,7 @@ def _no_column_type(place: str, what: str) -> InvalidRecordError:
     return InvalidRecordError(
         f"data frame, column {place!r}",
         f"no Avro type can be derived from {what}",
-        "Cast it, or give the schema as text",
+        "Cast it, or give the schema as text or file",
         field=place,
     )
 
@@ -434,7 +437,7 @@ _JSON: Final[dict[str, dict[str, Any]]] = {
 }
 _FORMATS: Final = {
     "date": "date",
-    "time-micros": "time",
+    "time-micros": None,  # RFC 3339's has an offset
     "timestamp-micros": "date-time",
     "local-timestamp-micros": None,
     "decimal": None,

@@ -185,7 +185,15 @@ def _csv(path: Path, compression: str | None) -> Iterator[Any]:
         with pa.input_stream(path, compression=compression) as stream:
             # Else a block may end in mid-value, and what comes next passes for rows.
             options = csv.ParseOptions(newlines_in_values=True)
-            yield from _tables(csv.open_csv(stream, parse_options=options))
+            reader = csv.open_csv(stream, parse_options=options)
+            # pyarrow takes text that is not UTF-8 for bytes.
+            columns = zip(reader.schema.names, reader.schema.types, strict=True)
+            bad = next((column for column, of_type in columns if pa.types.is_binary(of_type)), None)
+            if bad is not None:
+                raise _not_utf8(f"{name}, column {bad!r}")
+            yield from _tables(reader)
+    except UnicodeDecodeError as error:
+        raise _not_utf8(f"{name}, line 1") from error
     except (pa.ArrowInvalid, OSError) as error:
         raise InvalidRecordError(
             name,
@@ -193,6 +201,11 @@ def _csv(path: Path, compression: str | None) -> Iterator[Any]:
             "Correct it, for instance a quote that nothing closes; a row has at most a megabyte, and a column's type is"
             " that of its first megabyte. Else read it yourself, and return the rows",
         ) from error
+
+
+def _not_utf8(culprit: str) -> InvalidRecordError:
+    fix = "Write it in UTF-8; or read it yourself with its own encoding, and return the rows"
+    return InvalidRecordError(culprit, "it is not UTF-8", fix)
 
 
 def _parquet(path: Path) -> Iterator[Any]:
