@@ -322,7 +322,7 @@ def _of_dtype(series: nw.Series[Any], dtype: Any, place: str, taken: list[str]) 
         scale = getattr(native, "scale", -1) or 0  # older narwhals do not tell it of nested ones
         if scale >= 0:
             return decimal_type(native.precision or 38, scale)
-    if kind in {"Unknown", "Null"}:
+    if kind == "Unknown" and dtype == series.dtype and series.is_null().all():
         raise _no_column_type(place, "a column of nothing but nulls")
     if kind in {"List", "Array"}:
         return {"type": "array", "items": ["null", _of_dtype(series, dtype.inner, f"{place}_item", taken)]}
