@@ -245,6 +245,7 @@ def test_a_model_is_read_by_the_names_that_it_is_written_by(value):
     assert inputs.in_form(type(value), _published([value])) == value
 
 
+@pytest.mark.skipif(not inputs._KNOWS_NAMES, reason="pydantic before 2.11 goes by the model's config")
 @pytest.mark.parametrize("value_format", ["avro", "protobuf"])
 def test_a_model_is_read_by_its_own_names_where_aliases_are_not_written(value_format):
     for made in (ByAlias.model_validate({"number": 5}), Renamed.model_validate({"n": 5})):
