@@ -466,10 +466,10 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 def _deliver_at_exit() -> None:
     """Deliver what nobody has flushed when the process ends, or say that it is lost."""
     deadline = time.monotonic() + _EXIT_SECONDS
-    for producer in list(_alive):
+    for producer in [one for one in _alive if not one.inherited]:
         with contextlib.suppress(KafkaError):
             producer.flush(max(0.0, deadline - time.monotonic()))
-        left = 0 if producer.inherited else producer._left()  # noqa: SLF001
+        left = producer._left()  # noqa: SLF001
         if left:
             logger.error("The process ends, and %d records are lost. Call flush() or close() before its end", left)
 

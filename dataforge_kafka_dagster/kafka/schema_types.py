@@ -304,7 +304,8 @@ def key_of_frame(frame: nw.DataFrame[Any], fields: Sequence[str], name: str) -> 
 def _of_dtype(series: nw.Series[Any], dtype: Any, place: str, taken: list[str]) -> AvroType:
     """A data type's Avro type; `taken` has the names of the records so far."""
     kind = type(dtype).__name__
-    if kind in {"Categorical", "Enum"} and dtype == series.dtype and not series.implementation.is_polars():
+    whole = dtype == series.dtype
+    if kind in {"Categorical", "Enum"} and whole and not series.implementation.is_polars():
         series = _categories(series)
         return _of_dtype(series, series.dtype, place, taken)
     known = _COLUMNS.get(kind)
@@ -318,11 +319,11 @@ def _of_dtype(series: nw.Series[Any], dtype: Any, place: str, taken: list[str]) 
     if kind == "Datetime":
         return {"type": "long", "logicalType": f"{'' if dtype.time_zone else 'local-'}timestamp-micros"}
     if kind == "Decimal":
-        native = _native_type(series) if dtype == series.dtype else dtype
+        native = _native_type(series) if whole else dtype
         scale = getattr(native, "scale", -1) or 0  # older narwhals do not tell it of nested ones
         if scale >= 0:
             return decimal_type(native.precision or 38, scale)
-    if kind == "Unknown" and dtype == series.dtype and series.is_null().all():
+    if kind == "Unknown" and whole and series.is_null().all():
         raise _no_column_type(place, "a column of nothing but nulls")
     if kind in {"List", "Array"}:
         return {"type": "array", "items": ["null", _of_dtype(series, dtype.inner, f"{place}_item", taken)]}

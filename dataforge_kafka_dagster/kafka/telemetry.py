@@ -11,6 +11,11 @@ from typing import Any, Final
 _NAME: Final = "dataforge_kafka_dagster"
 
 
+def _place(topic: str) -> dict[str, str]:
+    """The attributes that say where records go."""
+    return {"messaging.system": "kafka", "messaging.destination.name": topic}
+
+
 class PublicationSpan:
     """The span of one attempt at a publication, which begins when it is made; nothing without OpenTelemetry.
 
@@ -27,9 +32,7 @@ class PublicationSpan:
             from opentelemetry import trace  # noqa: PLC0415  (optional)
         except ImportError:
             return
-        attributes = {
-            "messaging.system": "kafka",
-            "messaging.destination.name": topic,
+        attributes = _place(topic) | {
             "messaging.operation.name": "publish",
             "messaging.operation.type": "send",
             "dataforge.kafka.publication.id": publication_id,
@@ -57,9 +60,8 @@ class PublicationSpan:
             meter = metrics.get_meter(_NAME)
             messages = meter.create_counter("messaging.client.sent.messages", "{message}")
             for topic, count in records.items():
-                messages.add(count, {"messaging.system": "kafka", "messaging.destination.name": topic})
-            own = {"messaging.system": "kafka", "messaging.destination.name": self._topic}
-            meter.create_counter("dataforge.kafka.sent.bytes", "By").add(size, own)
+                messages.add(count, _place(topic))
+            meter.create_counter("dataforge.kafka.sent.bytes", "By").add(size, _place(self._topic))
         self._end()
 
     def fail(self, error: BaseException) -> None:
