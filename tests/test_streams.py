@@ -103,6 +103,7 @@ def test_a_missing_key_is_refused_before_anything_is_connected(make, tmp_path):
         ("rows.csv", b"a,b\n1,2\n1\n", "cannot be read as CSV: .*Expected 2 columns, got 1"),
         ("rows.csv", b'a,b\n1,"2\n' + b"3,4\n" * 1_000_000, "cannot be read as CSV: .* a quote that nothing closes"),
         ("rows.csv.gz", b"a,b\n1,2\n", "cannot be read as CSV"),
+        ("rows.csv", b"id;name\n1;Smith\n", "rows.csv', line 1: .* 'id;name', as if ';' separated .* with commas"),
         ("rows.csv", "id,name\n1,Smith\n2,Müller\n".encode("latin-1"), "rows.csv', column 'name': it is not UTF-8"),
         ("rows.csv", "id,größe\n1,2\n".encode("latin-1"), "rows.csv', line 1: it is not UTF-8. Write it in UTF-8"),
         ("rows.parquet", b"nothing like it", "cannot be read as Parquet"),

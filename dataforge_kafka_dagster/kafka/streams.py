@@ -177,6 +177,9 @@ def _int(text: str) -> int:
     return int(text)
 
 
+_OTHER_SEPARATOR: Final = re.compile(r"[;|\t]")
+
+
 def _csv(path: Path, compression: str | None) -> Iterator[Any]:
     name = f"file {str(path)!r}"
     csv = _library("pyarrow.csv", name)
@@ -186,6 +189,13 @@ def _csv(path: Path, compression: str | None) -> Iterator[Any]:
             # Else a block may end in mid-value, and what comes next passes for rows.
             options = csv.ParseOptions(newlines_in_values=True)
             reader = csv.open_csv(stream, parse_options=options)
+            separator = _OTHER_SEPARATOR.search(reader.schema.names[0])
+            if separator is not None and len(reader.schema.names) == 1:
+                raise InvalidRecordError(
+                    f"{name}, line 1",
+                    f"its one column has the name {reader.schema.names[0]!r}, as if {separator.group()!r} separated columns",
+                    "Write it with commas; or read it yourself with its own separator, and return the rows",
+                )
             # pyarrow takes text that is not UTF-8 for bytes.
             columns = zip(reader.schema.names, reader.schema.types, strict=True)
             bad = next((column for column, of_type in columns if pa.types.is_binary(of_type)), None)
