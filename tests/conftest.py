@@ -13,7 +13,9 @@ from typing import NamedTuple
 import dagster as dg
 import hypothesis
 import pytest
-from confluent_kafka import Consumer, KafkaError, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
 
 pytest_plugins = ["dataforge_kafka_dagster.pytest_plugin", "pytester"]
 
@@ -98,6 +100,20 @@ def read_topic(bootstrap: str, topic: str, isolation: str = "read_committed") ->
     finally:
         consumer.close()
     return sorted(found, key=lambda record: record[:2])
+
+
+def make_anew(admin: AdminClient, topic: str, partitions: int = 1) -> None:
+    """Make a topic that was just deleted; older brokers take a while to forget it."""
+    deadline = time.monotonic() + _DEADLINE
+    while True:
+        try:
+            admin.create_topics([NewTopic(topic, partitions)], operation_timeout=30)[topic].result(30)
+        except KafkaException as exception:
+            if exception.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS or time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+        else:
+            return
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,6 +5,7 @@ import dagster as dg
 import pytest
 from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
+from conftest import make_anew
 
 from dataforge_kafka_dagster import (
     KafkaIOManager,
@@ -107,7 +108,7 @@ def test_a_topic_that_was_deleted_is_noticed_and_so_is_one_made_anew(
     assert (evaluation.passed, _plain(evaluation)["kafka/missing_records"]) == (False, 100)
     assert "the topic was deleted" in evaluation.description
 
-    admin.create_topics([NewTopic(topic, 1)])[topic].result(30)
+    make_anew(admin, topic)
     try:
         # As many records as before, so that the offsets look right.
         dg.materialize([_rows(topic, 100, name="others")], resources=resources, instance=instance)

@@ -162,7 +162,8 @@ class Track:
                 f"record {index}",
                 f"timestamp={extra.timestamp} is {abs(age) / 1000:.0f} s {'old' if age > 0 else 'ahead'}, topic"
                 f" {topic!r} has message.timestamp.{which}.max.ms={most}",
-                "Give another timestamp (milliseconds since the epoch), or raise that setting of the topic",
+                "Give another timestamp (milliseconds since the epoch), or raise that setting of the topic, which is"
+                " message.timestamp.difference.max.ms before Kafka 3.6",
                 index=index,
             )
         size = self._size_if_too_large(value, key, extra)

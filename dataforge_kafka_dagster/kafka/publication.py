@@ -63,7 +63,14 @@ from dataforge_kafka_dagster.kafka.serialization import (
 from dataforge_kafka_dagster.kafka.sources import BadRecordTaker, chunks, is_repeatable
 from dataforge_kafka_dagster.kafka.statistics import Statistics
 from dataforge_kafka_dagster.kafka.telemetry import PublicationSpan
-from dataforge_kafka_dagster.kafka.topics import check_topic_exists, current_id, end_offsets, lost_since, topic_trouble
+from dataforge_kafka_dagster.kafka.topics import (
+    are_different,
+    check_topic_exists,
+    current_id,
+    end_offsets,
+    lost_since,
+    topic_trouble,
+)
 
 _PROGRESS_SECONDS: Final = 5.0
 # Fewer records are not worth the requests that take the place of their delivery reports.
@@ -835,7 +842,7 @@ class PublicationWriter:
             if not gone and self._transaction_seconds > _LOOK_AGAIN_SECONDS:
                 try:
                     now = current_id(self._connection, track.topic, self._config.producer.connect_timeout)
-                    gone = now != track.topic_id
+                    gone = are_different(track.topic_id, now)
                 except KafkaError as error:
                     gone = error.code == "UNKNOWN_TOPIC_OR_PART"
                     if not gone and error.remedy is not Remedy.RETRY:

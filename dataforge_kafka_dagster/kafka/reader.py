@@ -78,8 +78,7 @@ def refuse_lost_topics(config: KafkaProducerConfig, publications: Iterable[Publi
         look = functools.cache(functools.partial(lost_since, connection, timeout=timeout))
         for publication in publications:
             for topic in dict.fromkeys(offsets.topic for offsets in publication.offsets):
-                known = publication.topic_ids.get(topic)
-                lost = known and look(topic, known)
+                lost = look(topic, publication.topic_ids.get(topic))
                 if lost:
                     raise _lost(topic, f"the topic was {lost}")
 

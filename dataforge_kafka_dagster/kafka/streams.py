@@ -189,11 +189,12 @@ def _csv(path: Path, compression: str | None) -> Iterator[Any]:
             # Else a block may end in mid-value, and what comes next passes for rows.
             options = csv.ParseOptions(newlines_in_values=True)
             reader = csv.open_csv(stream, parse_options=options)
-            separator = _OTHER_SEPARATOR.search(reader.schema.names[0])
-            if separator is not None and len(reader.schema.names) == 1:
+            first, *others = reader.schema.names
+            separator = None if others else _OTHER_SEPARATOR.search(first)
+            if separator is not None:
                 raise InvalidRecordError(
                     f"{name}, line 1",
-                    f"its one column has the name {reader.schema.names[0]!r}, as if {separator.group()!r} separated columns",
+                    f"its one column has the name {first!r}, as if {separator.group()!r} separated columns",
                     "Write it with commas; or read it yourself with its own separator, and return the rows",
                 )
             # pyarrow takes text that is not UTF-8 for bytes.

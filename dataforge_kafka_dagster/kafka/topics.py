@@ -270,8 +270,8 @@ def current_id(connection: Connection, topic: str, timeout: float) -> str | None
     return _look_for(connection, topic, time.monotonic() + timeout, _NEW_TOPIC_SECONDS, settings=False).id
 
 
-def lost_since(connection: Connection, topic: str, known: str, timeout: float) -> str | None:
-    """What has become of the topic that had this id; None if it is there, or the brokers tell no ids.
+def lost_since(connection: Connection, topic: str, known: str | None, timeout: float) -> str | None:
+    """What has become of the topic that had this id, None if brokers told none; None if it is there, as far as known.
 
     Raises:
         KafkaError: The brokers do not answer.
@@ -282,7 +282,12 @@ def lost_since(connection: Connection, topic: str, known: str, timeout: float) -
         if error.code != _UNKNOWN:
             raise
         return "deleted"
-    return None if now in {None, known} else "deleted and made anew"
+    return "deleted and made anew" if are_different(known, now) else None
+
+
+def are_different(known: str | None, now: str | None) -> bool:
+    """Whether two ids of a topic are not the same one's; brokers before 2.8 tell none, so that it cannot be said."""
+    return None not in {known, now} and known != now
 
 
 def _look_for(connection: Connection, topic: str, deadline: float, grace: float, *, settings: bool = True) -> Topic:

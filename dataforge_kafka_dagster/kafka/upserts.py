@@ -12,6 +12,7 @@ from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
 from dataforge_kafka_dagster.kafka.ledger import Publication
 from dataforge_kafka_dagster.kafka.reader import read_publication
 from dataforge_kafka_dagster.kafka.records import Chunk, Extra
+from dataforge_kafka_dagster.kafka.topics import are_different
 
 _TOMBSTONES: Final = 1_000
 
@@ -79,7 +80,7 @@ class Upsert:
         moved: list[Publication] = []
         stayed: list[Publication] = []
         for publication in (*self._previous, *more):
-            if publication.topic_ids.get(topic) == topic_ids.get(topic):
+            if not are_different(publication.topic_ids.get(topic), topic_ids.get(topic)):
                 same = publication.partition_counts.get(topic) == partition_counts.get(topic)
                 (stayed if same else moved).append(publication)
         return moved, stayed

@@ -14,7 +14,7 @@ from dataforge_kafka_dagster.kafka.connection import Connection
 from dataforge_kafka_dagster.kafka.errors import KafkaError
 from dataforge_kafka_dagster.kafka.ledger import PartitionOffsets, Publication
 from dataforge_kafka_dagster.kafka.reader import read_publication
-from dataforge_kafka_dagster.kafka.topics import look_at_topic
+from dataforge_kafka_dagster.kafka.topics import are_different, look_at_topic
 
 _UNKNOWN: Final = frozenset({"UNKNOWN_TOPIC_OR_PART", "_UNKNOWN_TOPIC", "_UNKNOWN_PARTITION"})
 
@@ -78,8 +78,7 @@ def _missing_of_topic(
             raise
         yield Missing(topic, None, records, "the topic was deleted")
         return
-    known = publication.topic_ids.get(topic)
-    if known is not None and found.id is not None and known != found.id:
+    if are_different(publication.topic_ids.get(topic), found.id):
         yield Missing(topic, None, records, "the topic was deleted and made anew")
         return
     with contextlib.closing(connection.reader()) as c:
