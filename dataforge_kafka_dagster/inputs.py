@@ -1,6 +1,8 @@
 """Records as what the annotation of an input asks for."""
 
 import dataclasses
+import datetime as dt
+import decimal
 import functools
 import itertools
 import re
@@ -195,8 +197,10 @@ def frame_of(library: str, lines: Sequence[Any]) -> Any:
     Raises:
         KafkaError: They do not fit into one of this library.
     """
-    decoded = bool(lines) and not isinstance(lines[0], bytes)
+    decoded = not all(isinstance(line, bytes) for line in lines)
     try:
+        if decoded:  # some perhaps from before there was a schema
+            lines = [deserialize(line, "json") if isinstance(line, bytes) else line for line in lines]
         if library == "polars":
             return _polars_frame(lines, decoded=decoded)
         rows = lines if decoded else [deserialize(line, "json") for line in lines]
@@ -214,18 +218,22 @@ def _polars_frame(lines: Sequence[Any], *, decoded: bool) -> Any:
 
     if decoded:
         for name in dict.fromkeys(itertools.chain.from_iterable(lines)) if isinstance(lines[0], dict) else ():
-            _refuse_mixed(name, {type(row.get(name)) for row in lines})
+            _refuse_mixed(name, [row.get(name) for row in lines])
         return pl.DataFrame(lines, infer_schema_length=None)
     if not lines:
         return pl.DataFrame()
     frame = pl.read_ndjson(b"\n".join(lines), infer_schema_length=None)
+    for series in frame.select(pl.col(pl.Float64)):
+        if (series.abs() >= _EXACT).any():
+            name = series.name
+            _refuse_mixed(name, [deserialize(line, "json").get(name) for line in lines])
     # polars makes text of all else in a column that has text.
     for series in frame.select(pl.col(pl.String)):
         # A column's own name may look like a pattern to polars.
         if series.alias("it").str.contains(_OF_NO_TEXT).any():
             no_text = re.compile(re.escape(orjson.dumps(series.name)) + rb':[^"n]')
             for row in (deserialize(line, "json") for line in lines if no_text.search(line)):
-                _refuse_mixed(series.name, {str, type(row.get(series.name))})
+                _refuse_mixed(series.name, ["", row.get(series.name)])
     return frame
 
 
@@ -233,11 +241,29 @@ def _polars_frame(lines: Sequence[Any], *, decoded: bool) -> Any:
 _OF_NO_TEXT: Final = r"^(?:[\[{]|(?:-?[0-9.]+(?:e-?[0-9]+)?|true|false)$)"
 
 
-def _refuse_mixed(name: str, kinds: set[type]) -> None:
-    """Refuse a column whose values have types that no column has together."""
-    kinds = kinds - {types.NoneType}
-    if len(kinds) > 1 and kinds != {int, float}:
-        raise ValueError(f"column {name!r} has {' and '.join(sorted(kind.__name__ for kind in kinds))}")
+# Beyond it, not every whole number is a float.
+_EXACT: Final = 2**53
+
+
+def _refuse_mixed(name: str, values: Sequence[Any]) -> None:
+    """Refuse a column whose values no column has together: of several types, or whole numbers that floats round."""
+    kinds = set(map(type, values)) - {types.NoneType}
+    found = sorted(kind.__name__ for kind in kinds)
+    if kinds == {dt.datetime}:
+        found = sorted({"datetime" if value.tzinfo else "datetime without a time zone" for value in values if value})
+    elif kinds == {int, float}:
+        big = next((value for value in values if type(value) is int and abs(value) > _EXACT), None)
+        found = [] if big is None or int(float(big)) == big else ["float", f"{big}, which as one is another number"]
+    elif kinds == {int, decimal.Decimal}:
+        found = []
+    if len(found) > 1:
+        raise ValueError(f"column {name!r} has {' and '.join(found)}")
+    if kinds == {list}:
+        _refuse_mixed(name, [item for value in values for item in value or ()])
+    elif kinds == {dict}:
+        within = [value for value in values if value is not None]
+        for key in dict.fromkeys(itertools.chain.from_iterable(within)):
+            _refuse_mixed(f"{name}.{key}", [value.get(key) for value in within])
 
 
 def _pandas_frame(rows: Sequence[Any]) -> Any:
@@ -246,6 +272,8 @@ def _pandas_frame(rows: Sequence[Any]) -> Any:
     frame = pd.DataFrame(rows)
     if rows and isinstance(rows[0], dict):
         for name in frame.columns[[dtype.kind == "f" for dtype in frame.dtypes]]:
+            if (frame[name].abs() >= _EXACT).any():
+                _refuse_mixed(name, [row.get(name) for row in rows])
             if (exact := _exact_integers(rows, frame[name])) is not None:
                 frame[name] = exact
     return frame
@@ -261,12 +289,11 @@ def _arrow_table(rows: Sequence[Any]) -> Any:
     columns = {}
     for name in names:
         values = [row.get(name) for row in rows]
+        _refuse_mixed(name, values)  # a boolean would be a number, a datetime a date
         try:
             column = pa.array(values)
         except OverflowError:
             column = pa.array(values, pa.uint64())
-        if pa.types.is_floating(column.type):
-            _refuse_mixed(name, set(map(type, values)))  # a boolean would be a number
         columns[name] = column
     return pa.table(columns)
 

@@ -117,6 +117,34 @@ def test_a_column_of_values_that_fit_no_type_is_refused(library, values, frame):
     assert "\n" not in str(caught.value)
 
 
+DAY, MOMENT = dt.date(2020, 1, 1), dt.datetime(2020, 1, 1, 5, 30, tzinfo=dt.timezone.utc)
+
+
+@pytest.mark.parametrize("library", ["polars", "pyarrow"])
+@pytest.mark.parametrize("within", [lambda value: value, lambda value: [value], lambda value: {"a": [value]}])
+@pytest.mark.parametrize(
+    "values",
+    [[DAY, MOMENT], [MOMENT, DAY], [MOMENT, MOMENT.replace(tzinfo=None)], [DAY, 1], [MOMENT, 1.5], ["x", b"y"]],
+)
+def test_values_that_a_column_would_change_are_refused(library, values, within):
+    """pyarrow makes days of moments, moments of numbers, and bytes of text."""
+    with pytest.raises(KafkaError, match=f"annotated as a {library} frame: .* column 'a"):
+        inputs.frame_of(library, [{"a": within(value)} for value in values])
+
+
+@pytest.mark.parametrize("library", ["polars", "pandas", "pyarrow"])
+def test_whole_numbers_that_floats_would_round_are_refused(library, frame):
+    with pytest.raises(KafkaError, match="do not fit into one: .*9007199254740993"):
+        frame(library, [{"n": 2**53 + 1}, {"n": 1.5}])
+    assert listed(frame(library, [{"n": 2**53}, {"n": 1.5}, {"n": -(2.0**60)}])) == [("n", [2**53, 1.5, -(2.0**60)])]
+
+
+@pytest.mark.parametrize("library", ["polars", "pandas", "pyarrow"])
+def test_records_from_before_there_was_a_schema_are_rows_too(library):
+    for lines in ([b'{"n":1}', {"n": 2}], [{"n": 1}, b'{"n":2}']):
+        assert listed(inputs.frame_of(library, lines)) == [("n", [1, 2])]
+
+
 @pytest.mark.parametrize("library", ["polars", "pandas", "pyarrow"])
 def test_text_that_looks_like_something_else_stays_text(library, frame):
     texts = ["1", "-0.5", "true", "[1]", '{"a":1}', '"a":1', None]

@@ -127,6 +127,7 @@ ORDER = [
     {"kafka.config"},
     {"kafka.connection", "kafka.serialization"},
     {"kafka.schema_types"},
+    {"kafka.protobuf"},
     {"kafka.records", "kafka.schemas", "kafka.topics"},
     {"kafka.dead_letters", "kafka.frames", "kafka.ledger", "kafka.streams", "kafka.cloudevents"},
     {"kafka.deliveries", "kafka.sources"},

@@ -47,6 +47,12 @@ class Alert:
     count: int | None = None
 
 
+@dataclasses.dataclass
+class Node:
+    n: int
+    inside: list["Node"]
+
+
 @pytest.fixture
 def registry(schema_registry_url):
     """confluent-kafka's own client of the registry."""
@@ -148,6 +154,29 @@ def test_the_other_formats_are_published_and_read_back(kafka, kafka_topic, insta
     assert metadata_of(result, "alerts")["kafka/value_format"] == form
     assert seen["list"] == [{"level": "high", "count": 2}, {"level": "low", "count": None}]
     assert seen["frame"] == ["high", "low"]
+
+
+def test_derived_schemas_that_a_registry_could_take_for_another_kind_are_registered(kafka, kafka_topic, instance):
+    """Apicurio goes by what it finds in the text where that does not say what it is."""
+
+    @dg.asset(metadata={"kafka/topic": kafka_topic(), "kafka/value_schema": "json_schema"})
+    def tree():
+        return [Node(1, [Node(2, [])])]
+
+    keyed = {"kafka/key": "string", "kafka/key_schema": "json_schema", "kafka/value_schema": "avro"}
+
+    @dg.asset(metadata={"kafka/topic": kafka_topic(), **keyed})
+    def nested() -> pl.DataFrame:
+        return pl.DataFrame({"string": [1], "map": [{"x": 1}]})
+
+    seen = []
+
+    @dg.asset
+    def reader(tree: list, nested: pl.DataFrame) -> None:
+        seen.extend([tree, nested.to_dicts()])
+
+    assert run(kafka, tree, nested, reader, instance=instance).success
+    assert seen == [[{"n": 1, "inside": [{"n": 2, "inside": []}]}], [{"string": 1, "map": {"x": 1}}]]
 
 
 def test_an_incompatible_schema_is_refused_before_anything_is_sent_with_the_registrys_words(

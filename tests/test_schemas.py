@@ -8,13 +8,16 @@ import http.server
 import itertools
 import json
 import pickle
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
 import typing
 import uuid
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Generic, Literal, NewType, TypeVar
 
 import narwhals as nw
 import numpy as np
@@ -25,7 +28,7 @@ import pydantic.dataclasses
 import pytest
 from confluent_kafka.schema_registry import Schema, SchemaReference
 from conftest import mostly_slow
-from google.protobuf import descriptor_pb2
+from google.protobuf import descriptor_pb2, timestamp_pb2
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -38,9 +41,10 @@ from pydantic import (
 )
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError, Remedy
+from dataforge_kafka_dagster.kafka.protobuf import _class_at
 from dataforge_kafka_dagster.kafka.records import KafkaRecord
 from dataforge_kafka_dagster.kafka.registry import SchemaRegistry, SchemaRegistryConfig, client_options
-from dataforge_kafka_dagster.kafka.schema_types import message_class, rows_of_frame
+from dataforge_kafka_dagster.kafka.schema_types import rows_of_frame
 from dataforge_kafka_dagster.kafka.schemas import KafkaSchema, SchemaDecoder, SchemaEncoder, SchemaEncoders
 from dataforge_kafka_dagster.kafka.serialization import serialize_value, to_json
 from dataforge_kafka_dagster.kafka.sources import chunks
@@ -541,6 +545,196 @@ def test_columns_of_one_name_in_protobufs_json_are_refused(registry):
         encoder(registry, "protobuf").prepare(frame)
 
 
+def _compiles(text):
+    """Whether protoc takes a schema as the registry has it; Python's own library is less strict."""
+    file = descriptor_pb2.FileDescriptorProto.FromString(base64.b64decode(text))
+    google = descriptor_pb2.FileDescriptorProto()
+    timestamp_pb2.DESCRIPTOR.CopyToProto(google)
+    with tempfile.TemporaryDirectory() as folder:
+        known = Path(folder) / "known.bin"
+        known.write_bytes(descriptor_pb2.FileDescriptorSet(file=[google, file]).SerializeToString())
+        command = [f"--descriptor_set_in={known}", f"--python_out={folder}", file.name]
+        done = subprocess.run([sys.executable, "-m", "grpc_tools.protoc", *command], timeout=60, check=False)
+    return done.returncode == 0
+
+
+@dataclasses.dataclass
+class Trip:
+    Place: Place
+    other: Place | None = None
+
+
+@pytest.mark.parametrize(
+    "values",
+    mostly_slow(
+        [
+            pl.DataFrame({"origin": [{"lat": 1}]}),
+            pl.DataFrame({"a": [{"a": {"a": 1}}], "_a": [2], "at": [dt.datetime(2020, 1, 1, tzinfo=UTC)]}),
+            pl.DataFrame({"map": [{"x": 1}], "string": [[{"y": 2}]]}),
+            [Trip(Place(1.0, 2.0))],
+        ]
+    ),
+)
+def test_protoc_takes_what_is_derived(registry, values):
+    encoders = SchemaEncoders(encoder(registry, "protobuf"), None, "protobuf")
+    (chunk,) = chunks(values, encoders=encoders)
+    rows = values.to_dicts() if isinstance(values, pl.DataFrame) else list(map(dataclasses.asdict, values))
+    assert [SchemaDecoder(registry)(data, "protobuf") for data in chunk.values] == rows
+    assert _compiles(registry.client.get_latest_version("flights-value").schema.schema_str)
+
+
+SEVERAL = """
+syntax = "proto3";
+package shop;
+import "money.proto";
+message Order {
+  message Item { string name = 1; shop.Money price = 2; }
+  repeated Item items = 1;
+}
+message Refund { float share = 1; map<string, double> by = 2; Order.Item item = 3; }
+"""
+MONEY = 'syntax = "proto3"; package shop; message Money { int64 cents = 1; }'
+
+
+@pytest.mark.parametrize(
+    ("message", "index"),
+    mostly_slow(
+        [
+            ("Order.Item", b"\x04\x00\x00"),
+            ("shop.Order.Item", b"\x04\x00\x00"),
+            ("Refund", b"\x02\x02"),
+            ("shop.Order", b"\x00"),
+        ]
+    ),
+)
+def test_a_message_of_the_latest_version_is_named_wherever_it_is(registry, message, index):
+    client = registry.client
+    client.register_schema("money", Schema(MONEY, "PROTOBUF"))
+    references = [SchemaReference("money.proto", "money", 1)]
+    client.register_schema("flights-value", Schema(SEVERAL, "PROTOBUF", references))
+    item = {"name": "pen", "price": {"cents": 150}}
+    row = item if message.endswith("Item") else {"items": [item]} if message.endswith("Order") else {"item": item}
+    latest = {"format": "protobuf", "use_latest_version": True}
+    with pytest.raises(KafkaConfigError, match="it has the messages Order, Refund; name one"):
+        encoder(registry, latest)([row])
+    with pytest.raises(KafkaConfigError, match="no message 'Item', but Order, Order.Item, Refund"):
+        encoder(registry, latest | {"message": "Item"})([row])
+    (data,) = encoder(registry, latest | {"message": message})([row])
+    assert data[5 : 5 + len(index)] == index
+    decoded = SchemaDecoder(registry)(data, "protobuf")
+    assert {name: decoded[name] for name in row} == row
+
+
+def test_a_proto_file_may_import_one_beside_it(registry, tmp_path):
+    (tmp_path / "money.proto").write_text(MONEY)
+    (tmp_path / "shop.proto").write_text(SEVERAL)
+    schema = KafkaSchema(file=str(tmp_path / "shop.proto"), message="Order.Item")
+    row = {"name": "pen", "price": {"cents": 150}}
+    (data,) = encoder(registry, schema)([row])
+    assert SchemaDecoder(registry)(data, "protobuf") == row
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    mostly_slow(
+        [
+            ({"share": 2**24 + 1}, "share"),
+            ({"by": {"x": 1, "y": 2**53 + 1}}, "by"),
+            ({"of": [{"share": -(2**24) - 1}]}, "of.share"),
+        ]
+    ),
+)
+def test_whole_numbers_that_a_message_would_round_are_refused(registry, row, field):
+    text = (
+        'syntax = "proto3"; message R { float share = 1; map<string, double> by = 2; repeated R of = 3; int64 n = 4; }'
+    )
+    encode = encoder(registry, {"format": "protobuf", "text": text})
+    with pytest.raises(InvalidRecordError, match="rounds") as caught:
+        encode([{"share": 2**24, "by": {"x": 2**53}, "n": 2**53 + 1}, row])
+    assert (caught.value.index, caught.value.field) == (1, field)
+
+
+def test_well_known_types_come_back_as_what_a_message_is_made_of(registry):
+    imports = "".join(f'import "google/protobuf/{name}.proto"; ' for name in ("struct", "wrappers", "duration"))
+    text = (
+        f'syntax = "proto3"; {imports} message M {{ google.protobuf.Struct st = 1; google.protobuf.Int64Value n = 2;'
+        " google.protobuf.Duration du = 3; enum E { Z = 0; O = 1; } map<string, E> by = 4;"
+        " repeated google.protobuf.Value any = 5; }"
+    )
+    encode = encoder(registry, {"format": "protobuf", "text": text})
+    row = {"st": {"tags": [1.0, "x"], "in": {"a": [True]}}, "n": 5, "du": "1.500s", "by": {"k": "O"}, "any": [1.0, "x"]}
+    (data,) = encode([row])
+    decoded = SchemaDecoder(registry)(data, "protobuf")
+    assert decoded == row
+    assert encode([decoded]) == [data]
+    absent = SchemaDecoder(registry)(encode([{}])[0], "protobuf")
+    assert absent == {"st": None, "n": None, "du": None, "by": {}, "any": []}
+
+
+@pytest.mark.parametrize(("form", "at"), mostly_slow([("avro", "at"), ("protobuf", "at"), ("json_schema", "at")]))
+def test_a_name_inside_a_struct_that_avro_does_not_allow_is_told(registry, form, at):
+    with pytest.raises(InvalidRecordError, match="column 'at', field 'x y': Avro does not allow this name"):
+        encoder(registry, form).prepare(frame_of("polars", {at: [{"x y": 1}]}))
+
+
+def test_a_record_is_not_named_as_a_type_of_avro(registry):
+    encoders = SchemaEncoders(encoder(registry, "avro", "int"), None, "avro")
+    (chunk,) = chunks(pl.DataFrame({"string": [{"x": 1}], "s": ["y"]}), encoders=encoders)
+    assert SchemaDecoder(registry)(chunk.values[0], "avro") == {"string": {"x": 1}, "s": "y"}
+    schema = json.loads(registry.client.get_latest_version("int-value").schema.schema_str)
+    assert schema["name"] == "int_2"
+    assert schema["fields"][0]["type"][1]["name"] == "string_2"
+
+
+def test_a_derived_json_schema_says_what_it_is(registry):
+    encoder(registry, "json_schema").prepare(FLIGHTS[0])
+    encoder(registry, "json_schema", "frames").prepare(frame_of("polars", {"a": [1]}))
+    for subject in ("flights-value", "frames-value"):
+        text = registry.client.get_latest_version(subject).schema.schema_str
+        assert json.loads(text)["$schema"] == "http://json-schema.org/draft-07/schema#"
+        assert text.count("$schema") == 1
+
+
+def test_a_class_that_json_schema_cannot_describe_is_told():
+    @dataclasses.dataclass
+    class Strange:
+        thing: threading.Thread
+
+    with pytest.raises(InvalidRecordError, match=r"schema of .*Strange: no JSON Schema can be derived: .*Thread"):
+        KafkaSchema.of(Strange, format="json_schema")
+
+
+T = TypeVar("T")
+Tail = NewType("Tail", str)
+
+
+class Page(BaseModel, Generic[T]):
+    items: list[T]
+    first: T
+    of: Tail = Tail("")
+
+
+def test_a_generic_model_and_a_new_type_are_what_they_are_of(registry):
+    page = Page[int](items=[1, 2], first=1, of=Tail("N1"))
+    (data,) = encoder(registry, "avro")([page])
+    assert SchemaDecoder(registry)(data, "avro") == {"items": [1, 2], "first": 1, "of": "N1"}
+    fields = json.loads(registry.client.get_latest_version("flights-value").schema.schema_str)["fields"]
+    assert [field["type"] for field in fields] == [{"type": "array", "items": "long"}, "long", "string"]
+
+
+def test_bytes_and_days_have_their_type_in_each_of_arrows_forms(registry):
+    day = dt.date(2020, 1, 1)
+    columns = {"a": pa.large_binary(), "b": pa.binary_view(), "c": pa.binary(2), "d": pa.date64()}
+    table = pa.table({name: pa.array([day if name == "d" else b"xy"], kind) for name, kind in columns.items()})
+    encoders = SchemaEncoders(encoder(registry, "avro"), None, "avro")
+    (chunk,) = chunks(table, encoders=encoders)
+    assert SchemaDecoder(registry)(chunk.values[0], "avro") == {"a": b"xy", "b": b"xy", "c": b"xy", "d": day}
+    with pytest.raises(InvalidRecordError, match="derived from month_day_nano_interval"):
+        encoder(registry, "avro", "other").prepare(
+            nw.from_native(pa.table({"a": pa.array([(1, 2, 3)], pa.month_day_nano_interval())}))
+        )
+
+
 @pytest.mark.parametrize("part", ["value", "key"])
 @pytest.mark.parametrize("library", ["polars", "pandas", "pyarrow"])
 def test_beside_a_schema_text_keeps_its_nanoseconds(registry, library, part):
@@ -611,7 +805,7 @@ def test_a_message_class_of_protoc_is_used_as_it_is(registry, monkeypatch):
     file.message_type.add(name="Other")
     message = file.message_type.add(name="Flight")
     message.field.add(name="tailnum", number=1, type=9, label=1)
-    cls = message_class(file, [1])
+    cls = _class_at(file, [1])
     monkeypatch.setitem(sys.modules, "flights_pb2", types.SimpleNamespace(Flight=cls))
     cls.__module__ = "flights_pb2"
     schema = KafkaSchema.of(cls)

@@ -1,4 +1,4 @@
-"""Schemas derived from what Python has: classes and data frames to Avro, and Avro to JSON Schema and Protobuf.
+"""Schemas derived from what Python has: classes and data frames to Avro, and Avro to JSON Schema.
 
 Avro's types and logical types are those of https://avro.apache.org/docs/1.11.1/specification/.
 """
@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from pydantic import BaseModel, PlainSerializer, RootModel, TypeAdapter, WrapSerializer
+from pydantic import BaseModel, PlainSerializer, PydanticUserError, RootModel, TypeAdapter, WrapSerializer
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticUndefined
@@ -57,7 +57,16 @@ _COLUMNS: Final[dict[str, AvroType]] = {
     "Date": _SCALARS[dt.date],
     "Time": _SCALARS[dt.time],
 }
+# What narwhals has no name for.
+_ARROW: Final[dict[str, AvroType]] = {
+    **dict.fromkeys(("large_binary", "binary_view", "fixed_size_binary"), "bytes"),
+    "date64": _SCALARS[dt.date],
+}
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OF_AVRO: Final = frozenset(
+    {"null", "boolean", "int", "long", "float", "double", "bytes", "string"}
+    | {"record", "error", "enum", "array", "map", "fixed", "union"}
+)
 _NULLS: Final = (None, type(None))
 
 
@@ -90,7 +99,10 @@ def _of_class(cls: type, seen: dict[type, str], given: str | None = None) -> Avr
     if issubclass(cls, RootModel):
         raise _no_type(cls.__name__, "a root model", "Give the schema as text, or use what is inside")
     own = seen[cls] = _free_name(cls, seen, given)
-    hints = typing.get_type_hints(cls, include_extras=True) | _serialized(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
+    if issubclass(cls, BaseModel):  # a generic one's own fields know what they are of
+        hints |= {name: field.annotation for name, field in cls.model_fields.items() if _is_open(hints[name])}
+    hints |= _serialized(cls)
     fields = []
     for name, default, metadata in _fields(cls):
         field: dict[str, Any] = {"name": name, "type": _of_hint(hints[name], f"{cls.__name__}.{name}", metadata, seen)}
@@ -101,6 +113,10 @@ def _of_class(cls: type, seen: dict[type, str], given: str | None = None) -> Avr
             field["default"] = default
         fields.append(field)
     return {"type": "record", "name": own, "fields": fields}
+
+
+def _is_open(hint: Any) -> bool:
+    return isinstance(hint, typing.TypeVar) or bool(getattr(hint, "__parameters__", ()))
 
 
 def _is_of(avro: str, default: Any) -> bool:
@@ -115,14 +131,14 @@ def _is_of(avro: str, default: Any) -> bool:
 def _free_name(cls: type, seen: Mapping[type, str], given: str | None) -> str:
     """A record's name: the class's, or a longer one if another class in the schema has that."""
     long = record_name(cls.__qualname__.replace(".", "_"))
-    return _first_free([record_name(given or cls.__name__), long], seen.values())
+    return first_free([record_name(given or cls.__name__), long], seen.values())
 
 
-def _first_free(names: Sequence[str], taken: Iterable[str]) -> str:
-    """The first of the names that no other record has in their namespace, or the last one with a number."""
-    others = {name.rpartition(".")[2] for name in taken}
+def first_free(names: Sequence[str], taken: Iterable[str]) -> str:
+    """The first of the names that neither Avro nor another record in the namespace has, or the last with a number."""
+    others = _OF_AVRO | {name.rpartition(".")[2] for name in taken}
     numbered = (f"{names[-1]}_{number}" for number in itertools.count(2))
-    return next(name for name in itertools.chain(names, numbered) if name not in others)
+    return next(name for name in itertools.chain(names, numbered) if name.rpartition(".")[2] not in others)
 
 
 def _fields(cls: type) -> list[tuple[str, Any, Sequence[Any]]]:
@@ -190,6 +206,7 @@ def _returned(serializer: Any, function: Any) -> Any:
 
 
 def _of_hint(hint: Any, place: str, metadata: Sequence[Any], seen: dict[type, str]) -> AvroType:
+    hint = getattr(hint, "__supertype__", hint)  # of a NewType
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         extra = [part for item in arguments[1:] for part in (item.metadata if isinstance(item, FieldInfo) else [item])]
@@ -267,16 +284,10 @@ def avro_of_frame(frame: nw.DataFrame[Any], name: str) -> dict[str, Any]:
     Raises:
         InvalidRecordError: A column's name or type has no Avro form.
     """
-    own = record_name(name)
+    own = first_free([record_name(name)], ())
     fields, taken = [], [own]
     for column in frame.columns:
-        if not _NAME.fullmatch(column):
-            raise InvalidRecordError(
-                f"data frame, column {column!r}",
-                "Avro does not allow this name",
-                "Rename it: letters, digits and underscores, not a digit first",
-                field=column,
-            )
+        _check_name(column, column)
         series = frame[column]
         try:
             dtype = series.dtype
@@ -285,6 +296,17 @@ def avro_of_frame(frame: nw.DataFrame[Any], name: str) -> dict[str, Any]:
         avro = _of_dtype(series, dtype, column, taken)
         fields.append({"name": column, "type": ["null", avro], "default": None})
     return {"type": "record", "name": own, "fields": fields}
+
+
+def _check_name(name: str, place: str) -> None:
+    if not _NAME.fullmatch(name):
+        inside = f", field {name!r}" if place != name else ""
+        raise InvalidRecordError(
+            f"data frame, column {place!r}{inside}",
+            "Avro does not allow this name",
+            "Rename it: letters, digits and underscores, not a digit first",
+            field=place,
+        )
 
 
 def key_of_frame(frame: nw.DataFrame[Any], fields: Sequence[str], name: str) -> AvroType:
@@ -308,7 +330,8 @@ def _of_dtype(series: nw.Series[Any], dtype: Any, place: str, taken: list[str]) 
     if kind in {"Categorical", "Enum"} and whole and not series.implementation.is_polars():
         series = _categories(series)
         return _of_dtype(series, series.dtype, place, taken)
-    known = _COLUMNS.get(kind)
+    native = str(_native_type(series)) if whole and kind == "Unknown" else ""
+    known = _COLUMNS.get(kind) or _ARROW.get(native.partition("[")[0])
     if known is not None:
         return known
     if kind == "Object":
@@ -328,14 +351,16 @@ def _of_dtype(series: nw.Series[Any], dtype: Any, place: str, taken: list[str]) 
     if kind in {"List", "Array"}:
         return {"type": "array", "items": ["null", _of_dtype(series, dtype.inner, f"{place}_item", taken)]}
     if kind == "Struct":
-        own = _first_free([record_name(place)], taken)
+        own = first_free([record_name(place)], taken)
         taken.append(own)
+        for field in dtype.fields:
+            _check_name(field.name, place)
         fields = [
             {"name": field.name, "type": ["null", _of_dtype(series, field.dtype, f"{place}_{field.name}", taken)]}
             for field in dtype.fields
         ]
         return {"type": "record", "name": own, "fields": [f | {"default": None} for f in fields]}
-    raise _no_column_type(place, str(dtype))
+    raise _no_column_type(place, native or str(dtype))
 
 
 def _no_column_type(place: str, what: str) -> InvalidRecordError:
@@ -394,8 +419,15 @@ def json_schema_of_class(cls: type) -> dict[str, Any]:
     """The JSON Schema of a dataclass or pydantic model, as pydantic writes it."""
     # By the names that its records are written with.
     by_alias = bool(getattr(cls, "model_config", {}).get("serialize_by_alias"))
-    made = TypeAdapter(cls).json_schema(mode="serialization", by_alias=by_alias, schema_generator=_JsonSchema)
-    return {"title": cls.__name__} | made
+    try:
+        made = TypeAdapter(cls).json_schema(mode="serialization", by_alias=by_alias, schema_generator=_JsonSchema)
+    except (PydanticUserError, NameError) as error:
+        raise InvalidRecordError(
+            f"schema of {cls.__qualname__}",
+            f"no JSON Schema can be derived: {str(error).partition(chr(10))[0]}",
+            "Annotate its fields with types that JSON has, or give the schema as text or file",
+        ) from error
+    return {"$schema": _DRAFT, "title": cls.__name__} | made
 
 
 class _JsonSchema(GenerateJsonSchema):
@@ -409,21 +441,29 @@ class _JsonSchema(GenerateJsonSchema):
         return made
 
 
+# Registries tell by it what the text is; this one all of them know.
+_DRAFT: Final = "http://json-schema.org/draft-07/schema#"
+
+
 def json_schema_of(avro: Any) -> dict[str, Any]:
     """The JSON Schema of what an Avro type holds, as this package writes it as JSON."""
+    return {"$schema": _DRAFT} | _json_of(avro)
+
+
+def _json_of(avro: Any) -> dict[str, Any]:
     if isinstance(avro, list):
-        return {"anyOf": [json_schema_of(member) for member in avro]}
+        return {"anyOf": [_json_of(member) for member in avro]}
     if isinstance(avro, str):
         return dict(_JSON[avro])
     logical = avro.get("logicalType", "")
     if logical in _FORMATS:
         return {"type": "string"} | ({"format": _FORMATS[logical]} if _FORMATS[logical] else {})
     if avro["type"] == "array":
-        return {"type": "array", "items": json_schema_of(avro["items"])}
+        return {"type": "array", "items": _json_of(avro["items"])}
     if avro["type"] == "record":
-        properties = {field["name"]: json_schema_of(field["type"]) for field in avro["fields"]}
+        properties = {field["name"]: _json_of(field["type"]) for field in avro["fields"]}
         return {"title": avro["name"], "type": "object", "properties": properties, "additionalProperties": False}
-    return json_schema_of(avro["type"])
+    return _json_of(avro["type"])
 
 
 _JSON: Final[dict[str, dict[str, Any]]] = {
@@ -444,154 +484,3 @@ _FORMATS: Final = {
     "decimal": None,
     "uuid": "uuid",
 }
-
-
-def protobuf_of(avro: Mapping[str, Any]) -> Any:
-    """A message class for an Avro record: fields are numbered in their order, and may all be absent.
-
-    Instants are ``google.protobuf.Timestamp``; dates, times, local timestamps, decimals and UUIDs are text.
-
-    Raises:
-        InvalidRecordError: A field is a map, or a union of several types; or two have one name in Protobuf's JSON.
-    """
-    from google.protobuf import descriptor_pb2  # noqa: PLC0415  (optional)
-
-    package, _, name = avro["name"].rpartition(".")
-    file = descriptor_pb2.FileDescriptorProto(name=f"{avro['name']}.proto", package=package, syntax="proto3")
-    path = f".{avro['name']}"
-    _add_message(file.message_type.add(), name, avro["fields"], path, file, {avro["name"]: path})
-    try:
-        return message_class(file, [0])
-    except TypeError as error:
-        raise InvalidRecordError(
-            f"Protobuf message of {avro['name']!r}",
-            str(error),
-            "Rename one of the fields: in Protobuf's JSON, a_b and aB are the same",
-        ) from error
-
-
-def _add_message(
-    message: Any, name: str, fields: Sequence[Mapping[str, Any]], path: str, file: Any, known: dict[str, str]
-) -> None:
-    """Add fields to a message at a path; `known` has the paths of all messages by their Avro names."""
-    message.name = name
-    for number, field in enumerate(fields, 1):
-        avro, repeated = field["type"], False
-        if isinstance(avro, list):
-            members = [member for member in avro if member != "null"]
-            if len(members) != 1:
-                raise _not_in_protobuf(f"{name}.{field['name']}", "a union of several types")
-            avro = members[0]
-        if isinstance(avro, dict) and avro["type"] == "array":
-            avro, repeated = avro["items"], True
-            avro = avro[-1] if isinstance(avro, list) else avro
-        added = message.field.add(name=field["name"], number=number, label=3 if repeated else 1)
-        kind = _PROTOBUF.get(avro if isinstance(avro, str) else avro.get("logicalType") or avro["type"])
-        if kind == "timestamp":
-            added.type, added.type_name = 11, ".google.protobuf.Timestamp"
-            if _TIMESTAMP not in file.dependency:
-                file.dependency.append(_TIMESTAMP)
-        elif kind is not None:
-            added.type = kind
-        elif isinstance(avro, dict) and avro["type"] == "record":
-            added.type, added.type_name = 11, f"{path}.{avro['name']}"
-            known[avro["name"]] = added.type_name
-            _add_message(message.nested_type.add(), avro["name"], avro["fields"], added.type_name, file, known)
-        elif isinstance(avro, str) and avro in known:
-            added.type, added.type_name = 11, known[avro]
-        else:
-            raise _not_in_protobuf(f"{name}.{field['name']}", str(avro))
-        if not repeated:
-            added.proto3_optional = True
-            added.oneof_index = len(message.oneof_decl)
-            message.oneof_decl.add(name=f"_{field['name']}")
-
-
-_TIMESTAMP: Final = "google/protobuf/timestamp.proto"
-# Numbers are those of google.protobuf.FieldDescriptorProto.Type.
-_PROTOBUF: Final[dict[str, Any]] = {
-    "boolean": 8,
-    "int": 5,
-    "long": 3,
-    "float": 2,
-    "double": 1,
-    "string": 9,
-    "bytes": 12,
-    "timestamp-micros": "timestamp",
-    **dict.fromkeys(("date", "time-micros", "local-timestamp-micros", "decimal", "uuid"), 9),
-}
-
-
-def _not_in_protobuf(place: str, what: str) -> InvalidRecordError:
-    return InvalidRecordError(
-        f"schema, field {place!r}",
-        f"no Protobuf field can be derived from {what}",
-        "Give a message class that protoc made, or the .proto file",
-        field=place.rpartition(".")[2],
-    )
-
-
-def message_class(file: Any, indexes: Sequence[int], files: Sequence[Any] = ()) -> Any:
-    """The class of a message in a FileDescriptorProto, in a pool of its own.
-
-    Args:
-        file: The file.
-        indexes: Where the message is: its number in the file, and in each message around it.
-        files: The files that it imports; Google's own well-known ones are found by themselves.
-    """
-    from google.protobuf import descriptor_pool, message_factory  # noqa: PLC0415  (optional)
-
-    pool = descriptor_pool.DescriptorPool()
-    known = descriptor_pool.Default()
-    given = {imported.name: imported for imported in files}
-
-    def add(one: Any) -> None:
-        for name in one.dependency:
-            if name in given:
-                add(given.pop(name))
-            else:
-                add_known(known.FindFileByName(name))
-        pool.Add(one)
-
-    def add_known(descriptor: Any) -> None:
-        from google.protobuf import descriptor_pb2  # noqa: PLC0415  (optional)
-
-        proto = descriptor_pb2.FileDescriptorProto()
-        descriptor.CopyToProto(proto)
-        add(proto)
-
-    from google.protobuf import timestamp_pb2  # noqa: F401, PLC0415  (makes it known)
-
-    add(file)
-    messages = list(pool.FindFileByName(file.name).message_types_by_name.values())
-    message = messages[indexes[0]]
-    for index in indexes[1:]:
-        message = message.nested_types[index]
-    return message_factory.GetMessageClass(message)
-
-
-def message_to_dict(message: Any) -> dict[str, Any]:
-    """A Protobuf message as a mapping: absent fields are None, timestamps aware datetimes, enums their names."""
-    values: dict[str, Any] = {}
-    for field in message.DESCRIPTOR.fields:
-        value = getattr(message, field.name)
-        if field.has_presence and not message.HasField(field.name):
-            values[field.name] = None
-        elif isinstance(value, Mapping):
-            values[field.name] = {key: _from_message(item, field, map_=True) for key, item in value.items()}
-        elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-            values[field.name] = [_from_message(item, field) for item in value]
-        else:
-            values[field.name] = _from_message(value, field)
-    return values
-
-
-def _from_message(value: Any, field: Any, *, map_: bool = False) -> Any:
-    if hasattr(value, "ToDatetime"):
-        return value.ToDatetime(dt.timezone.utc)
-    if hasattr(value, "DESCRIPTOR"):
-        return message_to_dict(value)
-    if field.enum_type is not None and not map_:
-        known = field.enum_type.values_by_number.get(value)
-        return known.name if known else value
-    return value

@@ -7,7 +7,6 @@ https://docs.confluent.io/platform/current/schema-registry/fundamentals/serdes-d
 from __future__ import annotations
 
 import base64
-import binascii
 import contextlib
 import dataclasses
 import enum
@@ -16,9 +15,6 @@ import importlib
 import inspect
 import json
 import re
-import subprocess
-import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +25,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dataforge_kafka_dagster.kafka.avro_check import avro_check
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError
+from dataforge_kafka_dagster.kafka.protobuf import (
+    message_at,
+    message_of_text,
+    message_to_dict,
+    place_of,
+    protobuf_of,
+    rounded_number,
+)
 from dataforge_kafka_dagster.kafka.registry import INSTALL, SchemaRegistry, SchemaRegistryConfig, is_answer
 from dataforge_kafka_dagster.kafka.schema_types import (
     avro_of_class,
@@ -36,9 +40,6 @@ from dataforge_kafka_dagster.kafka.schema_types import (
     json_schema_of,
     json_schema_of_class,
     key_of_frame,
-    message_class,
-    message_to_dict,
-    protobuf_of,
     rows_of_frame,
 )
 from dataforge_kafka_dagster.kafka.serialization import (
@@ -101,7 +102,7 @@ class KafkaSchema(BaseModel):
         default=None,
         description=(
             "A message class that protoc made, as 'package.module_pb2:Message'; of a .proto text with several messages,"
-            " the name of one."
+            " also of the registry's latest version, the name of one: 'Order', or 'Order.Item' inside of it."
         ),
     )
     name: str | None = Field(
@@ -147,7 +148,8 @@ class KafkaSchema(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> KafkaSchema:
         given = [name for name in ("text", "file", "message") if getattr(self, name) is not None]
-        if self.use_latest_version and given:
+        of_latest = ["message"] if self.format == "protobuf" else []
+        if self.use_latest_version and given and given != of_latest:
             raise ValueError(f"use_latest_version takes the schema from the registry: leave out {', '.join(given)}")
         if self.use_latest_version and self.subject_strategy != "topic" and not self.name:
             raise ValueError("use_latest_version finds its subject by the record's name: set name")
@@ -155,7 +157,7 @@ class KafkaSchema(BaseModel):
             raise ValueError("text and file name the same thing: give one of them")
         if self.message is not None and self.format != "protobuf":
             raise ValueError(f"message={self.message!r} is Protobuf's: set format='protobuf'")
-        if self.message is not None and len(given) == 1 and ":" not in self.message:
+        if self.message is not None and len(given) == 1 and not self.use_latest_version and ":" not in self.message:
             raise ValueError(f"message={self.message!r} is not an import path 'package.module_pb2:Message'")
         return self
 
@@ -577,7 +579,9 @@ class SchemaEncoder:
         conf = _conf(self._schema)
         if self._schema.use_latest_version:
             latest, more = self._known_schema()
-            cls = self._message_of_text(latest.schema_str)
+            with self._registry.errors(f"{self._part} schema of topic {self._topic!r}"):
+                imports = _imports_of(self._registry, latest)
+            cls = self._message_of_text(latest.schema_str, imports)
             # The serializer's own text of the schema may differ from the registry's: the id is what counts.
             conf |= more or self._with_this_id(cls)
         else:
@@ -594,8 +598,12 @@ class SchemaEncoder:
             if isinstance(row, cls):
                 return serialize(row)
             # A derived message has a class's fields by their names, one that is given may have what it serializes to.
-            value = _plain(row) if is_derived(type(row)) else row  # type: ignore[arg-type]
-            return serialize(ParseDict(_json_values(value, to_protobuf_json), cls()))
+            plain = _plain(row) if is_derived(type(row)) else row  # type: ignore[arg-type]
+            value = _json_values(plain, to_protobuf_json)
+            rounded = rounded_number(value, cls.DESCRIPTOR)
+            if rounded is not None:
+                raise _FieldError(rounded, "a whole number that the field's type rounds: make it a float, if it may be")
+            return serialize(ParseDict(value, cls()))
 
         return encode
 
@@ -605,8 +613,7 @@ class SchemaEncoder:
         from confluent_kafka.schema_registry.serde import SchemaId  # noqa: PLC0415  (optional)
 
         number = cast("RegisteredSchema", self.registered).id
-        index = list(cls.DESCRIPTOR.file.message_types_by_name).index(cls.DESCRIPTOR.name)
-        place = SchemaId("PROTOBUF", number, None, [index])
+        place = SchemaId("PROTOBUF", number, None, place_of(cls.DESCRIPTOR))
         return {
             "subject.name.strategy": lambda _context, _name: None,
             "schema.id.serializer": lambda payload, context, _: prefix_schema_id_serializer(payload, context, place),
@@ -614,17 +621,14 @@ class SchemaEncoder:
 
     def _message_of(self, schema: KafkaSchema) -> Any:
         text = schema.read()
-        return self._imported_message(schema.message or "") if text is None else self._message_of_text(text)
+        return self._imported_message(schema.message or "") if text is None else self._message_of_text(text, {})
 
-    def _message_of_text(self, text: str) -> Any:
-        file = _file_of_text(text)
-        names = [message.name for message in file.message_type]
-        wanted = self._schema.message
-        if wanted is None and len(names) != 1:
-            raise self._bad_schema(ValueError(f"it has the messages {', '.join(names)}; name one as message"))
-        if wanted is not None and wanted not in names:
-            raise self._bad_schema(ValueError(f"it has no message {wanted!r}, but {', '.join(names)}"))
-        return message_class(file, [names.index(wanted) if wanted else 0])
+    def _message_of_text(self, text: str, imports: Mapping[str, str]) -> Any:
+        folder = Path(self._schema.file).parent if self._schema.file else None
+        try:
+            return message_of_text(text, self._schema.message, imports, folder)
+        except ValueError as error:
+            raise self._bad_schema(error) from error
 
     @staticmethod
     def _imported_message(path: str) -> Any:
@@ -888,48 +892,6 @@ def _json_values(value: Any, write: Callable[[Any], bytes] = to_json) -> Any:
     return orjson.loads(encoded)
 
 
-def _file_of_text(text: str) -> Any:
-    """A FileDescriptorProto from its base64 form, which registries keep, or from .proto text by protoc."""
-    from google.protobuf import descriptor_pb2  # noqa: PLC0415  (optional)
-
-    try:
-        return descriptor_pb2.FileDescriptorProto.FromString(base64.b64decode(text, validate=True))
-    except (binascii.Error, ValueError):
-        pass
-    except Exception as error:
-        raise KafkaConfigError("Protobuf schema", str(error), "Give .proto text or a message class") from error
-    try:
-        from grpc_tools import protoc  # noqa: PLC0415  (optional)
-    except ImportError as error:
-        raise KafkaConfigError(
-            "Protobuf schema as text",
-            "protoc is missing, which reads it",
-            "Install grpcio-tools, or give a message class as KafkaSchema(message='package.module_pb2:Message')",
-        ) from error
-    with tempfile.TemporaryDirectory() as folder:
-        source, output = Path(folder) / "schema.proto", Path(folder) / "schema.bin"
-        source.write_text(text, encoding="utf-8")
-        include = str(Path(protoc.__file__).parent / "_proto")
-        done = subprocess.run(  # noqa: S603
-            [
-                sys.executable,
-                "-m",
-                "grpc_tools.protoc",
-                f"-I{folder}",
-                f"-I{include}",
-                f"--descriptor_set_out={output}",
-                str(source),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        if done.returncode:
-            raise KafkaConfigError("Protobuf schema", done.stderr.strip().replace(f"{folder}/", ""), "Correct it")
-        return descriptor_pb2.FileDescriptorSet.FromString(output.read_bytes()).file[0]
-
-
 @dataclasses.dataclass(frozen=True)
 class SchemaEncoders(Encoders):
     """The encoders of one topic, of which one at least has a schema.
@@ -1068,20 +1030,16 @@ class SchemaDecoder:
             from confluent_kafka.schema_registry.protobuf import ProtobufDeserializer  # noqa: PLC0415  (optional)
 
             schema = self._registry.client.get_schema(int(found.id or 0), fmt="serialized")
-            files = self._imported(schema)
-            text = self._registry.text_of(schema, f"schema {found.id}")
-            cls = message_class(_file_of_text(text), place[1], files)
+            imports = _imports_of(self._registry, schema, fmt="serialized")
+            cls = message_at(self._registry.text_of(schema, f"schema {found.id}"), place[1], imports)
             # The class is known, so no subject is needed; confluent-kafka 2.13 asks for one all the same.
             self._messages[place] = ProtobufDeserializer(cls, {"subject.name.strategy": lambda _context, _name: None})
         return message_to_dict(self._messages[place](data))
 
-    def _imported(self, schema: Any) -> list[Any]:
-        files = []
-        for name, found in _referred(self._registry, schema, fmt="serialized"):
-            file = _file_of_text(found.schema_str or "")
-            file.name = name
-            files.append(file)
-        return files
+
+def _imports_of(registry: SchemaRegistry, schema: Any, **options: Any) -> dict[str, str]:
+    """The texts of the other subjects' files that a Protobuf schema imports, by the names that it imports them by."""
+    return {name: found.schema_str or "" for name, found in _referred(registry, schema, **options)}
 
 
 def check_compatible(
