@@ -1,5 +1,6 @@
 """`KafkaIOManager`: one output, one publication; and a publication back as an input."""
 
+import contextlib
 import difflib
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,9 +17,9 @@ from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, check_topic
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError
 from dataforge_kafka_dagster.kafka.ledger import Publication
 from dataforge_kafka_dagster.kafka.producer import RecordMetadata
-from dataforge_kafka_dagster.kafka.publication import OtherWriterError, settle
+from dataforge_kafka_dagster.kafka.publication import OtherWriterError, PublicationWriter, settle
 from dataforge_kafka_dagster.kafka.reader import ReadRecord, read_publication, refuse_lost_topics
-from dataforge_kafka_dagster.kafka.records import key_fields
+from dataforge_kafka_dagster.kafka.records import Chunk, key_fields
 from dataforge_kafka_dagster.kafka.registry import SchemaRegistry, SchemaRegistryConfig
 from dataforge_kafka_dagster.kafka.schemas import SCHEMA_FORMATS, KafkaSchema, SchemaDecoder, SchemaFormat
 from dataforge_kafka_dagster.kafka.serialization import ValueFormat
@@ -225,7 +226,12 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         def attempt(reports: bool, repeats: OtherWriterError | None) -> Publication:
             writer = self.kafka.writer(context, identity, *target, reports=reports, repeats=repeats)
             # Refuses the output and its schema before anything is connected.
-            encoded = chunks(obj, target.key, encoders=writer.encoders(), on_bad=writer.on_bad)
+            with contextlib.closing(
+                chunks(obj, target.key, encoders=writer.encoders(), on_bad=writer.on_bad)
+            ) as encoded:
+                return publish(writer, encoded)
+
+        def publish(writer: PublicationWriter, encoded: Iterator[Chunk]) -> Publication:
             events = _cloud_events_of(context, identity)
             if events is not None:
                 encoded = events.add(encoded)

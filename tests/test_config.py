@@ -1,10 +1,12 @@
 import base64
+import json
 import os
 import pickle
 import re
 import sys
 import time
 import urllib.parse
+from urllib.parse import quote, quote_plus
 
 import botocore.exceptions as aws
 import confluent_kafka
@@ -611,12 +613,12 @@ def test_wrong_publication_options_are_refused(options, name):
         PublicationConfig(**options)
 
 
-def _secured(**options):
+def _secured(sasl_password=CANARY, **options):
     return KafkaProducerConfig(
         security_protocol="SASL_SSL",
         sasl_mechanism="PLAIN",
         sasl_username="user",
-        sasl_password=CANARY,
+        sasl_password=sasl_password,
         librdkafka_config={"ssl.keystore.password": CANARY + "-raw"},
         **options,
     )
@@ -634,6 +636,17 @@ def test_redact_hides_every_secret_and_nothing_else():
     assert config.redact(f"user={CANARY} raw={CANARY}-raw end") == "user=*** raw=*** end"
     assert config.redact("nothing here") == "nothing here"
     assert KafkaProducerConfig().redact("nothing to hide") == "nothing to hide"
+
+
+@pytest.mark.parametrize("said", [str, repr, json.dumps, "{}'\"".format, quote, quote_plus])
+@pytest.mark.parametrize("odd", ["\\", "'", "'\"", "\t", "\n", "\u00e4", "/", " +", "\u20ac'"])
+def test_redact_hides_a_secret_however_it_is_quoted(odd, said):
+    """As the text of a KeyError has it, or of a request."""
+    secret = f"S3{odd}CR{odd}ET"
+    for text in (said(secret), repr({"a": [secret], 'b"': 1}), repr((f"'{secret}\"",)), repr(KeyError(f'"{secret}'))):
+        shown = _secured(sasl_password=secret).redact(f"it raised {text} here")
+        assert "***" in shown
+        assert not re.search("S3|CR|ET", shown)
 
 
 def test_redact_hides_each_line_of_a_key():

@@ -1,3 +1,4 @@
+import contextlib
 import gzip
 import json
 import uuid
@@ -14,9 +15,11 @@ import pyarrow.parquet
 import pytest
 from conftest import mostly_slow
 
-from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource
+from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerConfig, KafkaProducerResource
 from dataforge_kafka_dagster.kafka import frames
-from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
+from dataforge_kafka_dagster.kafka.config import PublicationConfig
+from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaError
+from dataforge_kafka_dagster.kafka.publication import publish
 from dataforge_kafka_dagster.kafka.sources import chunks
 
 ROWS = [{"n": i, "s": f"é{i}"} for i in range(25_000)]
@@ -125,6 +128,27 @@ def test_numbers_of_64_bits_and_text_of_digits_are_kept_as_they_are(tmp_path):
     path.write_text(json.dumps(row))
     (chunk,) = chunks(path)
     assert [json.loads(value) for value in chunk.values] == [row]
+
+
+def test_a_connection_is_free_again_whatever_became_of_its_query():
+    """Though an error on its way, or somebody else, still holds what was read from it."""
+    connection, held = duckdb.connect(), []
+
+    def query():
+        return connection.sql("select i from range(50000) r(i)")
+
+    with pytest.raises(InvalidRecordError, match="column 'nope'") as caught:
+        chunks(query(), "nope")
+    held.append(caught)
+    with contextlib.closing(chunks(query())) as unread:
+        held.append(unread)
+    with contextlib.closing(chunks(query())) as begun:
+        held.append((begun, next(begun)))
+    config = PublicationConfig(producer=KafkaProducerConfig(bootstrap_servers="127.0.0.1:1", connect_timeout=0.1))
+    with pytest.raises(KafkaError) as failed:
+        publish(config, query(), transactional_id="t", publication_id="t", topic="t")
+    held.append(failed)
+    assert sum(len(chunk.values) for chunk in chunks(query())) == 50_000
 
 
 def test_lines_in_the_values_of_a_csv_are_no_rows(tmp_path):

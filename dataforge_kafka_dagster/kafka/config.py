@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError, Remedy
+from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError, Remedy, without_secrets
 from dataforge_kafka_dagster.kafka.registry import OF_VARIABLES, SchemaRegistryConfig, refuse_variables
 
 DeliveryGuarantee = Literal["exactly_once", "at_least_once"]
@@ -554,12 +554,7 @@ class KafkaProducerConfig(KafkaOptions):
     def redact(self, text: str) -> str:
         """The text without any secret of this config."""
         raw = (value for name, value in self.librdkafka_config.items() if re.search(SECRET_SETTINGS, name))
-        whole = [secret for secret in (*(getattr(self, name) for name in SECRET_OPTIONS), *raw) if secret]
-        # A key's text may be cut into its lines, or have its line ends escaped.
-        lines = (line for secret in whole for line in secret.splitlines() if not line.startswith("-----"))
-        for secret in sorted({*whole, *lines} - {""}, key=len, reverse=True):
-            text = text.replace(secret, "***")
-        return text
+        return without_secrets(text, [*(getattr(self, name) or "" for name in SECRET_OPTIONS), *map(str, raw)])
 
 
 class TopicOptions(BaseModel):

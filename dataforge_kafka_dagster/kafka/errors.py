@@ -6,8 +6,12 @@ errors are classified by code alone, from `REMEDIES`.
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from typing import Final
+from urllib.parse import quote, quote_plus
 
 import confluent_kafka
 
@@ -248,3 +252,28 @@ def from_broker(error: confluent_kafka.KafkaError, culprit: str) -> KafkaError:
         )
     timed_out = code in {"_MSG_TIMED_OUT", "_TIMED_OUT", "_TIMED_OUT_QUEUE", "REQUEST_TIMED_OUT"}
     return (KafkaTimeoutError if timed_out else KafkaError)(culprit, cause, fix_for(code), code=code)
+
+
+def without_secrets(text: str, secrets: Sequence[str]) -> str:
+    """A text without secrets: as they are, each line of them, and as Python, JSON and URLs quote them."""
+    # A key's text may be cut into its lines.
+    lines = (line for secret in secrets for line in (secret, *secret.splitlines()) if not line.startswith("-----"))
+    forms = {form for secret in (*secrets, *lines) for form in _quoted(secret)}
+    for form in sorted(forms - {""}, key=len, reverse=True):
+        text = text.replace(form, "***")
+    return text
+
+
+def _quoted(secret: str) -> Iterator[str]:
+    yield secret
+    # Python escapes a ' only in a text that has a " too.
+    parts = [repr(f'{part}"')[1:-2] for part in secret.split("'")]
+    yield "'".join(parts)
+    yield "\\'".join(parts)
+    yield json.dumps(secret)[1:-1]
+    yield json.dumps(secret, ensure_ascii=False)[1:-1]
+    # What is no text has no such form.
+    with contextlib.suppress(UnicodeEncodeError):
+        yield quote(secret)
+        yield quote(secret, safe="")
+        yield quote_plus(secret)

@@ -389,8 +389,8 @@ class PublicationWriter:
         if not self.replayed:
             fields = self._key if key is None else key
             on_bad = self.on_bad and functools.partial(self._bury, topic=topic)
-            encoded = chunks(output, fields, self._position, self.encoders(topic), on_bad)
-            self.send_chunks(encoded, topic=topic)
+            with contextlib.closing(chunks(output, fields, self._position, self.encoders(topic), on_bad)) as encoded:
+                self.send_chunks(encoded, topic=topic)
 
     def send_chunks(self, encoded: Iterable[Chunk], *, topic: str | None = None) -> None:
         """Add records that are encoded already, as `chunks` does.

@@ -13,7 +13,13 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError, KafkaTimeoutError, Remedy
+from dataforge_kafka_dagster.kafka.errors import (
+    KafkaConfigError,
+    KafkaError,
+    KafkaTimeoutError,
+    Remedy,
+    without_secrets,
+)
 
 INSTALL: Final = "Install it with: pip install 'dataforge-kafka-dagster[schema-registry]'"
 
@@ -97,10 +103,8 @@ class SchemaRegistryConfig(BaseModel):
         """The text without any secret of this config."""
         # As it goes over the wire, where a registry or a proxy may quote it.
         basic = base64.b64encode(f"{self.username}:{self.password}".encode()).decode()
-        for secret in {self.password, basic, self.token, *self.client_config.values()} - {None, ""}:
-            if len(str(secret)) > 3:  # noqa: PLR2004  (numbers and switches are no secrets)
-                text = text.replace(str(secret), "***")
-        return text
+        secrets = map(str, {self.password, basic, self.token, *self.client_config.values()} - {None})
+        return without_secrets(text, [secret for secret in secrets if len(secret) > 3])  # noqa: PLR2004  (no numbers)
 
 
 def client_options(config: SchemaRegistryConfig) -> dict[str, Any]:

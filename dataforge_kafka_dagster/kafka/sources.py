@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
 from dataforge_kafka_dagster.kafka.records import Chunk, KafkaRecord, RowEncoder, key_fields, refuse_output
 from dataforge_kafka_dagster.kafka.serialization import DEFAULT_ENCODERS, Encoders, format_of, is_message
-from dataforge_kafka_dagster.kafka.streams import open_stream
+from dataforge_kafka_dagster.kafka.streams import Stream, open_stream
 
 if TYPE_CHECKING:
     from dataforge_kafka_dagster.kafka.frames import Columns
@@ -29,13 +29,34 @@ BadRecordTaker = Callable[[Any, int, InvalidRecordError], None]
 """Takes a record that cannot be published, its position in the output, and why."""
 
 
+class Chunks(Iterator[Chunk]):
+    """The chunks of an output, and an end for what they are read from.
+
+    Args:
+        made: The chunks.
+        stream: What they are read from bit by bit, if so.
+    """
+
+    def __init__(self, made: Iterator[Chunk], stream: Stream | None) -> None:
+        self._made = made
+        self._stream = stream
+
+    def __next__(self) -> Chunk:
+        return next(self._made)
+
+    def close(self) -> None:
+        """Read no more: a file or a database's connection is free for the next attempt, whoever still holds these."""
+        if self._stream is not None:
+            self._stream.parts.close()
+
+
 def chunks(
     output: Any,
     key: str | Sequence[str] | None = None,
     start: int = 0,
     encoders: Encoders = DEFAULT_ENCODERS,
     on_bad: BadRecordTaker | None = None,
-) -> Iterator[Chunk]:
+) -> Chunks:
     """The records of an output, encoded, some megabytes at a time at most.
 
     Args:
@@ -46,6 +67,9 @@ def chunks(
         encoders: How values and keys become bytes.
         on_bad: Takes each record that cannot be encoded, its position and why; the others go on. None raises.
 
+    Returns:
+        The chunks, to be closed by who does not take all of them.
+
     Raises:
         InvalidRecordError: The output, a record or a field cannot be published. The output's type and a frame's columns
             are checked by the call itself, records when their chunk is made.
@@ -54,6 +78,22 @@ def chunks(
     if isinstance(output, KafkaRecord) or format_of(type(output)) is not None or is_message(output):
         output = [output]
     stream = open_stream(output)
+    try:
+        return Chunks(_chunks(output, stream, fields, start, encoders, on_bad), stream)
+    except BaseException:
+        if stream is not None:
+            stream.parts.close()
+        raise
+
+
+def _chunks(
+    output: Any,
+    stream: Stream | None,
+    fields: tuple[str, ...],
+    start: int,
+    encoders: Encoders,
+    on_bad: BadRecordTaker | None,
+) -> Iterator[Chunk]:
     if stream is None or not stream.of_frames:
         if stream is not None:
             output = _peeked(stream.parts)

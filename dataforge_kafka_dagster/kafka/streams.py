@@ -11,7 +11,7 @@ import importlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -29,11 +29,11 @@ class Stream(NamedTuple):
     """The parts of an output, in order.
 
     Attributes:
-        parts: Data frames of some thousand rows, or single rows.
+        parts: Data frames of some thousand rows, or single rows: a generator, whose `close` ends the reading.
         of_frames: Which of both.
     """
 
-    parts: Iterator[Any]
+    parts: Generator[Any, None, None]
     of_frames: bool
 
 
@@ -90,7 +90,7 @@ def _library(name: str, what: str) -> Any:
         ) from error
 
 
-def _lazy_frame(frame: Any) -> Iterator[Any]:
+def _lazy_frame(frame: Any) -> Generator[Any, None, None]:
     # Before 1.37 the batches of a query that fails just end, as if there were no more.
     found = importlib.import_module("polars").__version__  # its package may have another name, as polars-lts-cpu
     if tuple(map(int, found.split(".")[:2])) < _LEAST_POLARS:
@@ -100,10 +100,14 @@ def _lazy_frame(frame: Any) -> Iterator[Any]:
     yield from frame.collect_batches(chunk_size=_ROWS, lazy=True)
 
 
-def _tables(batches: Any) -> Iterator[Any]:
+def _tables(batches: Any) -> Generator[Any, None, None]:
     pa = importlib.import_module("pyarrow")
-    for batch in batches:
-        yield pa.Table.from_batches([batch])
+    try:
+        for batch in batches:
+            yield pa.Table.from_batches([batch])
+    finally:
+        # A database's connection is taken by its reader, which an error on its way keeps alive.
+        getattr(batches, "close", int)()
 
 
 def format_of_file(path: Path) -> tuple[str, bool]:
@@ -135,7 +139,7 @@ def _open_file(path: Path) -> Stream:
     return Stream(_parquet(path), of_frames=True)
 
 
-def _json_lines(path: Path, open_file: Any) -> Iterator[Any]:
+def _json_lines(path: Path, open_file: Any) -> Generator[Any, None, None]:
     number = 0
     try:
         with open_file(path, "rb") as lines:
@@ -180,7 +184,7 @@ def _int(text: str) -> int:
 _OTHER_SEPARATOR: Final = re.compile(r"[;|\t]")
 
 
-def _csv(path: Path, compression: str | None) -> Iterator[Any]:
+def _csv(path: Path, compression: str | None) -> Generator[Any, None, None]:
     name = f"file {str(path)!r}"
     csv = _library("pyarrow.csv", name)
     pa = importlib.import_module("pyarrow")
@@ -219,7 +223,7 @@ def _not_utf8(culprit: str) -> InvalidRecordError:
     return InvalidRecordError(culprit, "it is not UTF-8", fix)
 
 
-def _parquet(path: Path) -> Iterator[Any]:
+def _parquet(path: Path) -> Generator[Any, None, None]:
     name = f"file {str(path)!r}"
     parquet = _library("pyarrow.parquet", name)
     pa = importlib.import_module("pyarrow")
