@@ -106,6 +106,9 @@ class Certificates:
         certificate, key = self._signed(client)
         self.client = self._write("client.pem", certificate)
         self.key = self._write("key.pem", key)
+        certificate_then, key_then = self._signed(client, until=dt.timedelta(minutes=-1))
+        self.expired = self._write("expired.pem", certificate_then)
+        self.expired_key = self._write("expired-key.pem", key_then)
         password = KEY_PASSWORD.encode()
         encrypted = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(password))
         self.encrypted_key = folder / "encrypted-key.pem"
@@ -115,7 +118,7 @@ class Certificates:
             pkcs12.serialize_key_and_certificates(b"me", key, certificate, None, BestAvailableEncryption(password))
         )
 
-    def _signed(self, name, alternatives=(), *, ca=False):
+    def _signed(self, name, alternatives=(), *, ca=False, until=dt.timedelta(days=1)):
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
         now = dt.datetime.now(dt.timezone.utc)
@@ -126,7 +129,7 @@ class Certificates:
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - dt.timedelta(minutes=5))
-            .not_valid_after(now + dt.timedelta(days=1))
+            .not_valid_after(now + until)
             .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
         )
         if alternatives:

@@ -334,6 +334,43 @@ def test_what_met_one_broker_of_several_is_told_beside_the_time_out(seen, latche
     assert told.index(f"text of {latched}") < told.index("text of _TRANSPORT")
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("inside:1/2: Connect to ipv4#10.0.0.1:1 failed: Connection refused", "named inside:1 as the address of a"),
+        (
+            "sasl_ssl://inside:1/2: Connection setup timed out",
+            "check that it runs, and the brokers' advertised.listeners",
+        ),
+        ("a:1/1: Connect to ipv4#10.0.0.1:1 failed: Connection refused", "Check that the brokers in bootstrap_servers"),
+        ("b:1/bootstrap: Connection setup timed out", "Check that the brokers in bootstrap_servers"),
+    ],
+)
+def test_an_address_that_only_the_brokers_name_is_told_as_theirs(text, told, connection):
+    connection._on_error(confluent_kafka.KafkaError(confluent_kafka.KafkaError._TRANSPORT, text))
+    error = connection.unreachable(5)
+    assert told in error.fix
+    assert (error.code, error.remedy) == ("_TRANSPORT", Remedy.RETRY)
+
+
+def test_that_no_broker_is_down_is_not_told_of_brokers_that_are_all_down(connection):
+    connection._on_error(
+        confluent_kafka.KafkaError(confluent_kafka.KafkaError._ALL_BROKERS_DOWN, "0/2 brokers are down")
+    )
+    assert "each connection was refused, or closed again [_ALL_BROKERS_DOWN]" in connection.unreachable(5).cause
+
+
+@pytest.mark.parametrize("number", [42, 45, 46, 48, 116, 40])
+def test_an_alert_for_a_certificate_is_no_outage(number, connection):
+    text = f"ssl://a:1/bootstrap: Disconnected: error:0A000: alert something: SSL alert number {number} (after 3ms)"
+    connection._on_error(confluent_kafka.KafkaError(confluent_kafka.KafkaError._TRANSPORT, text))
+    connection._on_error(_theirs("_ALL_BROKERS_DOWN"))
+    for error in (connection.unreachable(5), connection.cause(_theirs("_TIMED_OUT"), "topic 't'")):
+        assert ("client certificate, or misses one" in error.fix) == (number != 40)
+        assert (error.remedy is Remedy.FAIL) == (number != 40)
+    assert connection._locked_out == (number != 40)
+
+
 @pytest.mark.parametrize(("broker", "told"), [("good:9092/bootstrap", True), ("old:9092/bootstrap", False)])
 def test_beside_a_broker_that_is_no_more_that_of_another_is_told(broker, told, connection):
     def seen(name, text):

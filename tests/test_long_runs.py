@@ -13,6 +13,10 @@ import pytest
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
+from dataforge_kafka_dagster import KafkaError, KafkaProducerConfig
+from dataforge_kafka_dagster.kafka.config import PublicationConfig
+from dataforge_kafka_dagster.kafka.errors import Remedy
+from dataforge_kafka_dagster.kafka.publication import publish
 from dataforge_kafka_dagster.local import LocalKafka
 
 pytestmark = pytest.mark.faults
@@ -185,6 +189,23 @@ def test_ten_million_records_to_a_throttled_broker(kafka, say):
     assert found["full"] > 0
     assert grown <= _QUEUE + 50 * _MEGABYTE
     assert _end(kafka, topic) - before >= count
+
+
+def test_a_quota_that_lets_too_little_through_in_time_is_named(kafka):
+    topic = f"quota-{uuid.uuid4().hex[:6]}"
+    kafka.create_topic(topic)
+    producer = KafkaProducerConfig(bootstrap_servers=kafka.bootstrap_servers, delivery_timeout=8)
+    rows = (os.urandom(100).hex() for _ in range(20_000))
+    _bytes_per_second(kafka, 5_000)
+    try:
+        with pytest.raises(KafkaError, match="_MSG_TIMED_OUT.* held requests back for .* by a quota") as caught:
+            publish(
+                PublicationConfig(producer=producer), rows, transactional_id=topic, publication_id=topic, topic=topic
+            )
+    finally:
+        _bytes_per_second(kafka, None)
+    assert caught.value.fix.startswith("Lower buffer_memory")
+    assert caught.value.remedy is Remedy.RETRY
 
 
 @pytest.mark.timeout(1800)

@@ -239,7 +239,19 @@ WAYS_OUT = {
         "_SSL",
         "ssl_ca_location",
     ),
-    "no client certificate": (_at("MUTUAL_TLS"), "_TRANSPORT", "client certificate"),
+    "no client certificate": (_at("MUTUAL_TLS"), "_SSL", "client certificate"),
+    "expired client certificate": (
+        lambda s: s.mutual_tls(
+            ssl_certificate_location=str(s.certificates.expired), ssl_key_location=str(s.certificates.expired_key)
+        ),
+        "_SSL",
+        "the dates in it",
+    ),
+    "password with a line's end": (
+        lambda s: s.sasl() | {"sasl_password": s.sasl()["sasl_password"] + "\n"},
+        "_AUTHENTICATION",
+        "ends with white space",
+    ),
     "TLS to a plaintext listener": (_at("SASL"), "_TRANSPORT", "security_protocol"),
     "plaintext to a TLS listener": (
         lambda s: {"bootstrap_servers": s.kafka.servers_of("TLS")},

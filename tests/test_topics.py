@@ -23,7 +23,7 @@ from dataforge_kafka_dagster import (
     KafkaRecord,
     KafkaTopicSpec,
 )
-from dataforge_kafka_dagster.kafka import publication
+from dataforge_kafka_dagster.kafka import publication, topics
 from dataforge_kafka_dagster.kafka.config import PublicationConfig
 from dataforge_kafka_dagster.kafka.connection import Connection
 from dataforge_kafka_dagster.kafka.errors import Remedy
@@ -373,3 +373,17 @@ def test_a_topic_that_is_deleted_in_mid_publication_is_told(kafka_bootstrap_serv
         writer.send_all([{"i": 0}])
         admin.delete_topics([new_topic], operation_timeout=30)[new_topic].result(30)
         writer.send_all([{"i": 1}])
+
+
+@pytest.mark.parametrize("spec", [None, KafkaTopicSpec()])
+def test_a_topic_that_may_not_be_seen_may_be_missing_too(spec, monkeypatch):
+    """Brokers hide a topic from who may not see it: then CREATE may be what is missing besides."""
+
+    def hidden(*_arguments, **_options):
+        raise KafkaError("topic 't'", "not allowed", "Grant WRITE", code="TOPIC_AUTHORIZATION_FAILED")
+
+    monkeypatch.setattr(topics, "look_at_topic", hidden)
+    with pytest.raises(KafkaError) as caught:
+        check_topic_exists(Connection(KafkaProducerConfig()), "t", spec, 1.0)
+    assert ("CREATE" in caught.value.fix) == (spec is not None)
+    assert "Grant WRITE" in caught.value.fix

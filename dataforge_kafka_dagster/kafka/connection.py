@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import logging
+import re
 import sys
 import threading
 import time
@@ -58,6 +59,15 @@ _NO_TOKEN: Final = "Failed to acquire SASL OAUTHBEARER token: "  # noqa: S105
 # In what it tells of a listener that has no SASL; its code is that of a wrong password, too.
 _NO_SASL: Final = "not valid in current SASL state"
 
+# What a broker says of a certificate that it does not take, or misses: RFC 5246, 7.2.2, and RFC 8446, 6.2.
+_CERTIFICATE_ALERT: Final = re.compile(r"SSL alert number (?:4[2-68]|116)\b")
+_CHECK_CERTIFICATE: Final = (
+    "The broker does not take the client certificate, or misses one: check ssl_certificate_location (or _pem), its CA,"
+    " and the dates in it"
+)
+# How librdkafka names a broker that another one has told of, in front of what is wrong with it.
+_OF_BROKER: Final = re.compile(r"(?:\w+://)?([^/\s]+)/\d+: ")
+
 # What a token function returns: token, expiry, and if there are any, principal and extensions.
 _TOKEN: Final = (str, SupportsFloat, str, dict)
 _TOKEN_SIZES: Final = (2, 3, 4)
@@ -91,7 +101,7 @@ class Connection:
         self.troubles += 1
         if _is_fatal(error):
             self.fatal = self.fatal or error
-        elif error.name() in LATCHED_CODES:
+        elif error.name() in LATCHED_CODES or _CERTIFICATE_ALERT.search(error.str()):
             self._latched = error
         else:
             self._all_down = self._all_down or error.name() == "_ALL_BROKERS_DOWN"
@@ -314,12 +324,15 @@ class Connection:
         code = self._latched.name()
         if self._lacks_token:
             return self._no_token(self._latched.str().removeprefix(_NO_TOKEN), code)
-        cause = f"{self.config.redact(self._latched.str())} [{code}]"
-        fix = fix_for(code)
-        if _NO_SASL in cause:
+        text, fix = self.config.redact(self._latched.str()), fix_for(code)
+        if _CERTIFICATE_ALERT.search(text):
+            code, fix = "_SSL", _CHECK_CERTIFICATE
+        elif _NO_SASL in text:
             plain = "SSL" if self.config.security_protocol == "SASL_SSL" else "PLAINTEXT"
             fix = f"The listener has no SASL: set security_protocol={plain!r}, or the port of a listener that has SASL"
-        return NoBrokersAvailable(self.name, cause, fix, code=code)
+        elif code != "_SSL" and (self.config.sasl_password or "").strip() != (self.config.sasl_password or ""):
+            fix = f"sasl_password begins or ends with white space, perhaps a line's end of its file. {fix}"
+        return NoBrokersAvailable(self.name, f"{text} [{code}]", fix, code=code)
 
     @property
     def _holds_for_all(self) -> bool:
@@ -359,10 +372,20 @@ class Connection:
         hidden = self._hidden_cause()
         if hidden is not None:
             return hidden
-        code = self._transport.name() if self._transport else "_TIMED_OUT"
-        text = self.config.redact(self._transport.str()) if self._transport else "no broker answered"
+        code, text = "_TIMED_OUT", "no broker answered"
+        if self._transport is not None:
+            code, text = self._transport.name(), self.config.redact(self._transport.str())
+        fix = fix_for(code)
+        if code == "_ALL_BROKERS_DOWN":  # its own text counts brokers, also as none of two
+            text = "each connection was refused, or closed again"
+        elsewhere = _OF_BROKER.match(text)
+        if elsewhere and elsewhere[1] not in self.config.servers.split(","):
+            fix = (
+                f"bootstrap_servers answered, and named {elsewhere[1]} as the address of a broker: check that it runs,"
+                " and the brokers' advertised.listeners, or name the listener that is for clients like this one"
+            )
         return NoBrokersAvailable(
-            self.name, f"no answer in {seconds:.1f} s: {text} [{code}]", fix_for(code), code=code, remedy=Remedy.RETRY
+            self.name, f"no answer in {seconds:.1f} s: {text} [{code}]", fix, code=code, remedy=Remedy.RETRY
         )
 
     def resume(self, call: Callable[[float], T], timeout: float, culprit: str) -> T:

@@ -151,7 +151,10 @@ _FIXES: Final[dict[str, str]] = {
     "_AUTHENTICATION": _CHECK_USER,
     "SASL_AUTHENTICATION_FAILED": _CHECK_USER,
     "UNSUPPORTED_SASL_MECHANISM": "Set sasl_mechanism to one that the listener offers",
-    "_SSL": "Check security_protocol, ssl_ca_location and the client certificate against the listener",
+    "_SSL": (
+        "Check security_protocol and ssl_ca_location against the listener, that the broker's certificate is valid today"
+        " and has the host name in bootstrap_servers, and the client certificate"
+    ),
     "_RESOLVE": "Check the host names in bootstrap_servers, and the advertised listeners of the brokers",
     "_TRANSPORT": (
         "Check that the brokers in bootstrap_servers run and that a firewall lets you through, that it names the"

@@ -76,6 +76,8 @@ _PROGRESS_SECONDS: Final = 5.0
 # Fewer records are not worth the requests that take the place of their delivery reports.
 _MANY: Final = 20_000
 _STATISTICS_MS: Final = 1_000
+# What `produce` raises of what it has learned of the topic or producer, not of the record.
+_NOT_OF_RECORD: Final = frozenset({"_FATAL", "_STATE", "_UNKNOWN_TOPIC", "TOPIC_AUTHORIZATION_FAILED"})
 # To look why records were not delivered; part of what a failure may take longer than its deadline.
 _DIAGNOSIS_SECONDS: Final = 0.5
 _ABORT_SECONDS: Final = 5.0
@@ -594,8 +596,8 @@ class PublicationWriter:
         self, error: confluent_kafka.KafkaError, topic: str, index: int, key: bytes | str | None
     ) -> KafkaError:
         """The error for a record that librdkafka does not even take."""
-        if error.name() in {"_FATAL", "_STATE"}:
-            # Something has ended the producer or its transaction: the next poll tells what.
+        if error.name() in _NOT_OF_RECORD:
+            # Something has ended the producer or its transaction, or the topic: the next poll tells what.
             self._poll(SLICE)
         broken = self._failure()
         if broken is not None:
@@ -651,6 +653,13 @@ class PublicationWriter:
         which = f"record {place}" if place == last else f"one of records {place} to {last}"
         lost = f"{sum(track.failures.values())} records not delivered ({counts})"
         failure = self._explain(error, f"{which}{shown(key)}, topic {track.topic!r}: {lost}")
+        if failure.code == "_MSG_TIMED_OUT" and self._statistics.throttled:
+            failure.add(
+                f"brokers held requests back for {self._statistics.throttled / 1000:.0f} s, by a quota of this user or"
+                " client",
+                "Lower buffer_memory to what the quota lets through within delivery_timeout, or raise delivery_timeout"
+                " (and transaction_timeout), or the quota",
+            )
         if failure.code == "_MSG_TIMED_OUT":
             trouble = topic_trouble(self._connection, track.topic, _DIAGNOSIS_SECONDS)
             if trouble is not None:

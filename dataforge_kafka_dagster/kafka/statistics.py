@@ -35,6 +35,11 @@ class Statistics:
         except (ValueError, KeyError, TypeError):
             return
 
+    @property
+    def throttled(self) -> float:
+        """For how long brokers have held requests back by quota, milliseconds."""
+        return self._throttled
+
     def summary(self) -> dict[str, float]:
         """The numbers, by name; none if no request was measured, as in a publication of less than a second.
 

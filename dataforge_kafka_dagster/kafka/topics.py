@@ -71,6 +71,8 @@ def check_topic_exists(
         grace = 0.0 if spec else min(_NEW_TOPIC_SECONDS, timeout)
         found = _look_for(connection, topic, deadline, grace)
     except KafkaError as error:
+        if spec is not None and error.code in _DENIED:
+            error.add("the topic may be missing, too", "To create it, this user needs the CREATE ACL on it besides")
         if error.code != _UNKNOWN:
             raise
         if spec is None:
