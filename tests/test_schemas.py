@@ -625,6 +625,31 @@ def test_a_message_of_the_latest_version_is_named_wherever_it_is(registry, messa
     assert {name: decoded[name] for name in row} == row
 
 
+def test_what_a_latest_version_imports_may_have_any_name_and_form(registry):
+    """Also that of a descriptor, as confluent-kafka registers it, and what two files import."""
+    client = registry.client
+    file = descriptor_pb2.FileDescriptorProto(name="x", package="shop", syntax="proto3")
+    file.message_type.add(name="Money").field.add(name="cents", number=1, type=3, label=1)
+    client.register_schema("money", Schema(base64.b64encode(file.SerializeToString()).decode(), "PROTOBUF"))
+    money = SchemaReference("money.proto", "money", 1)
+    inner = 'syntax = "proto3"; import "money.proto"; message Tax { shop.Money of = 1; }'
+    client.register_schema("tax", Schema(inner, "PROTOBUF", [money]))
+    text = 'syntax = "proto3"; import "money.proto"; import "schema.proto"; message Bill { shop.Money sum = 1; Tax tax = 2; }'
+    client.register_schema(
+        "flights-value", Schema(text, "PROTOBUF", [money, SchemaReference("schema.proto", "tax", 1)])
+    )
+    row = {"sum": {"cents": 5}, "tax": {"of": {"cents": 1}}}
+    (data,) = encoder(registry, {"format": "protobuf", "use_latest_version": True})([row])
+    assert SchemaDecoder(registry)(data, "protobuf") == row
+
+
+def test_a_file_that_nobody_knows_is_named(registry):
+    with pytest.raises(KafkaConfigError, match=r"Protobuf schema: .*lost.proto: File not found"):
+        encoder(registry, KafkaSchema(format="protobuf", text='syntax = "proto3"; import "lost.proto"; message A {}'))(
+            [{}]
+        )
+
+
 def test_a_proto_file_may_import_one_beside_it(registry, tmp_path):
     (tmp_path / "money.proto").write_text(MONEY)
     (tmp_path / "shop.proto").write_text(SEVERAL)

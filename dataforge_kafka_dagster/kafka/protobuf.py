@@ -12,6 +12,7 @@ import contextlib
 import datetime as dt
 import functools
 import importlib
+import re
 import struct
 import subprocess
 import sys
@@ -209,20 +210,18 @@ def _class_at(file: Any, place: Sequence[int], files: Sequence[Any] = ()) -> Any
 
 
 def _installed_file(name: str) -> Any:
-    """A file that comes with an installed package, such as Google's well-known types."""
+    """A file that an installed package has made known, or one of Google's."""
     from google.protobuf import descriptor_pb2, descriptor_pool  # noqa: PLC0415  (optional)
 
-    with contextlib.suppress(ImportError):
-        importlib.import_module(name.removesuffix(".proto").replace("/", ".") + "_pb2")
+    if re.fullmatch(r"google(?:/\w+)+\.proto", name):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name.removesuffix(".proto").replace("/", ".") + "_pb2")
     proto = descriptor_pb2.FileDescriptorProto()
     try:
         descriptor_pool.Default().FindFileByName(name).CopyToProto(proto)
     except KeyError:
         raise ValueError(f"it imports {name}, which is not known") from None
     return proto
-
-
-_MAIN: Final = "schema.proto"
 
 
 def _files_of_text(text: str, imports: Mapping[str, str], folder: Path | None = None) -> list[Any]:
@@ -235,10 +234,11 @@ def _files_of_text(text: str, imports: Mapping[str, str], folder: Path | None = 
         else:
             file.name = name
             encoded[name] = file
+    name = "schema.proto" if "schema.proto" not in imports else "schema-of-these.proto"
     if own is None:
-        sources[_MAIN] = text
+        sources[name] = text
     compiled = _compiled(sources, list(encoded.values()), folder) if sources else {}
-    main = compiled.pop(_MAIN) if own is None else own
+    main = compiled.pop(name) if own is None else own
     return [main, *(compiled | encoded).values()]
 
 

@@ -627,6 +627,8 @@ class SchemaEncoder:
         folder = Path(self._schema.file).parent if self._schema.file else None
         try:
             return message_of_text(text, self._schema.message, imports, folder)
+        except KafkaError:
+            raise
         except ValueError as error:
             raise self._bad_schema(error) from error
 
