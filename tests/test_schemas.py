@@ -702,6 +702,13 @@ def test_a_name_inside_a_struct_that_avro_does_not_allow_is_told(registry, form,
         encoder(registry, form).prepare(frame_of("polars", {at: [{"x y": 1}]}))
 
 
+@pytest.mark.parametrize(("column", "place"), [(b"x", "b"), ([b"x"], "b"), ({"c": b"x"}, "b.c")])
+def test_columns_of_bytes_have_no_json_schema(registry, column, place):
+    with pytest.raises(InvalidRecordError, match=f"column '{place}': JSON has no bytes"):
+        encoder(registry, "json_schema").prepare(frame_of("polars", {"a": [1], "b": [column]}))
+    assert registry.client.get_subjects() == []
+
+
 def test_a_record_is_not_named_as_a_type_of_avro(registry):
     encoders = SchemaEncoders(encoder(registry, "avro", "int"), None, "avro")
     (chunk,) = chunks(pl.DataFrame({"string": [{"x": 1}], "s": ["y"]}), encoders=encoders)

@@ -446,24 +446,35 @@ _DRAFT: Final = "http://json-schema.org/draft-07/schema#"
 
 
 def json_schema_of(avro: Any) -> dict[str, Any]:
-    """The JSON Schema of what an Avro type holds, as this package writes it as JSON."""
-    return {"$schema": _DRAFT} | _json_of(avro)
+    """The JSON Schema of what an Avro type of columns holds, as this package writes it as JSON.
+
+    Raises:
+        InvalidRecordError: A column is of bytes.
+    """
+    return {"$schema": _DRAFT} | _json_of(avro, ())
 
 
-def _json_of(avro: Any) -> dict[str, Any]:
+def _json_of(avro: Any, path: tuple[str, ...]) -> dict[str, Any]:
     if isinstance(avro, list):
-        return {"anyOf": [_json_of(member) for member in avro]}
+        return {"anyOf": [_json_of(member, path) for member in avro]}
+    if avro == "bytes":
+        raise InvalidRecordError(
+            f"data frame, column {'.'.join(path)!r}" if path else "data frame, key",
+            "JSON has no bytes",
+            "Decode them to text, or ask for Avro or Protobuf",
+            field=path[0] if path else None,
+        )
     if isinstance(avro, str):
         return dict(_JSON[avro])
     logical = avro.get("logicalType", "")
     if logical in _FORMATS:
         return {"type": "string"} | ({"format": _FORMATS[logical]} if _FORMATS[logical] else {})
     if avro["type"] == "array":
-        return {"type": "array", "items": _json_of(avro["items"])}
+        return {"type": "array", "items": _json_of(avro["items"], path)}
     if avro["type"] == "record":
-        properties = {field["name"]: _json_of(field["type"]) for field in avro["fields"]}
+        properties = {field["name"]: _json_of(field["type"], (*path, field["name"])) for field in avro["fields"]}
         return {"title": avro["name"], "type": "object", "properties": properties, "additionalProperties": False}
-    return _json_of(avro["type"])
+    return _json_of(avro["type"], path)
 
 
 _JSON: Final[dict[str, dict[str, Any]]] = {
@@ -474,7 +485,6 @@ _JSON: Final[dict[str, dict[str, Any]]] = {
     "float": {"type": "number"},
     "double": {"type": "number"},
     "string": {"type": "string"},
-    "bytes": {"type": "string"},
 }
 _FORMATS: Final = {
     "date": "date",
