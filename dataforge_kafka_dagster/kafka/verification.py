@@ -79,7 +79,7 @@ def _missing_of_topic(
         yield Missing(topic, None, records, "the topic was deleted")
         return
     if are_different(publication.topic_ids.get(topic), found.id):
-        yield Missing(topic, None, records, "the topic was deleted and made anew")
+        yield Missing(topic, None, records, "the topic was deleted and made anew, or this is another cluster's")
         return
     with contextlib.closing(connection.reader()) as c:
         for offsets in places:
