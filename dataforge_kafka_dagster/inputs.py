@@ -1,5 +1,6 @@
 """Records as what the annotation of an input asks for."""
 
+import collections
 import dataclasses
 import datetime as dt
 import decimal
@@ -223,10 +224,15 @@ def _polars_frame(lines: Sequence[Any], *, decoded: bool) -> Any:
     if not lines:
         return pl.DataFrame()
     frame = pl.read_ndjson(b"\n".join(lines), infer_schema_length=None)
-    for series in frame.select(pl.col(pl.Float64)):
-        if (series.abs() >= _EXACT).any():
-            name = series.name
-            _refuse_mixed(name, [deserialize(line, "json").get(name) for line in lines])
+    suspects = [
+        series.name
+        for series in frame
+        if series.dtype.is_nested() or (series.dtype == pl.Float64 and (series.abs() >= _EXACT).any())
+    ]
+    if suspects:
+        rows = [deserialize(line, "json") for line in lines]
+        for name in suspects:
+            _refuse_mixed(name, [row.get(name) for row in rows])
     # polars makes text of all else in a column that has text.
     for series in frame.select(pl.col(pl.String)):
         # A column's own name may look like a pattern to polars.
@@ -252,8 +258,8 @@ def _refuse_mixed(name: str, values: Sequence[Any]) -> None:
     if kinds == {dt.datetime}:
         found = sorted({"datetime" if value.tzinfo else "datetime without a time zone" for value in values if value})
     elif kinds == {int, float}:
-        big = next((value for value in values if type(value) is int and abs(value) > _EXACT), None)
-        found = [] if big is None or int(float(big)) == big else ["float", f"{big}, which as one is another number"]
+        big = next((value for value in values if type(value) is int and not _is_float(value)), None)
+        found = [] if big is None else ["float", f"{big}, which as one is another number"]
     elif kinds == {int, decimal.Decimal}:
         found = []
     if len(found) > 1:
@@ -261,9 +267,19 @@ def _refuse_mixed(name: str, values: Sequence[Any]) -> None:
     if kinds == {list}:
         _refuse_mixed(name, [item for value in values for item in value or ()])
     elif kinds == {dict}:
-        within = [value for value in values if value is not None]
-        for key in dict.fromkeys(itertools.chain.from_iterable(within)):
-            _refuse_mixed(f"{name}.{key}", [value.get(key) for value in within])
+        by_key = collections.defaultdict(list)
+        for key, item in itertools.chain.from_iterable(value.items() for value in values if value is not None):
+            by_key[key].append(item)
+        for key, items in by_key.items():
+            _refuse_mixed(f"{name}.{key}", items)
+
+
+def _is_float(number: int) -> bool:
+    """Whether a whole number is a float, too."""
+    try:
+        return -_EXACT <= number <= _EXACT or int(float(number)) == number
+    except OverflowError:
+        return False
 
 
 def _pandas_frame(rows: Sequence[Any]) -> Any:

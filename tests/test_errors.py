@@ -343,10 +343,13 @@ def test_what_met_one_broker_of_several_is_told_beside_the_time_out(seen, latche
             "check that it runs, and the brokers' advertised.listeners",
         ),
         ("a:1/1: Connect to ipv4#10.0.0.1:1 failed: Connection refused", "Check that the brokers in bootstrap_servers"),
+        ("ssl://b:9092/2: Connection setup timed out", "Check that the brokers in bootstrap_servers"),
+        ("PLAINTEXT://c:3/2: Connection setup timed out", "Check that the brokers in bootstrap_servers"),
         ("b:1/bootstrap: Connection setup timed out", "Check that the brokers in bootstrap_servers"),
     ],
 )
-def test_an_address_that_only_the_brokers_name_is_told_as_theirs(text, told, connection):
+def test_an_address_that_only_the_brokers_name_is_told_as_theirs(text, told):
+    connection = Connection(KafkaProducerConfig(bootstrap_servers="a:1, B,PLAINTEXT://C:3"))
     connection._on_error(confluent_kafka.KafkaError(confluent_kafka.KafkaError._TRANSPORT, text))
     error = connection.unreachable(5)
     assert told in error.fix

@@ -134,8 +134,10 @@ def test_values_that_a_column_would_change_are_refused(library, values, within):
 
 @pytest.mark.parametrize("library", ["polars", "pandas", "pyarrow"])
 def test_whole_numbers_that_floats_would_round_are_refused(library, frame):
-    with pytest.raises(KafkaError, match="do not fit into one: .*9007199254740993"):
-        frame(library, [{"n": 2**53 + 1}, {"n": 1.5}])
+    for rows in ([2**53 + 1, 1.5], [2**60, 2**53 + 1, 1.5], [[2**53 + 1], [1.5]], [{"x": 1.5}, {"x": 2**53 + 1}]):
+        if library != "pandas" or not isinstance(rows[0], (list, dict)):
+            with pytest.raises(KafkaError, match="do not fit into one: .*9007199254740993"):
+                frame(library, [{"n": row} for row in rows])
     assert listed(frame(library, [{"n": 2**53}, {"n": 1.5}, {"n": -(2.0**60)}])) == [("n", [2**53, 1.5, -(2.0**60)])]
 
 

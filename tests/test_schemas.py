@@ -643,6 +643,15 @@ def test_what_a_latest_version_imports_may_have_any_name_and_form(registry):
     assert SchemaDecoder(registry)(data, "protobuf") == row
 
 
+def test_a_proto_file_may_import_one_that_is_called_schema(registry, tmp_path):
+    (tmp_path / "schema.proto").write_text(MONEY)
+    (tmp_path / "bill.proto").write_text(
+        'syntax = "proto3"; import "schema.proto"; message Bill { shop.Money sum = 1; }'
+    )
+    (data,) = encoder(registry, str(tmp_path / "bill.proto"))([{"sum": {"cents": 5}}])
+    assert SchemaDecoder(registry)(data, "protobuf") == {"sum": {"cents": 5}}
+
+
 def test_a_file_that_nobody_knows_is_named(registry):
     with pytest.raises(KafkaConfigError, match=r"Protobuf schema: .*lost.proto: File not found"):
         encoder(registry, KafkaSchema(format="protobuf", text='syntax = "proto3"; import "lost.proto"; message A {}'))(
@@ -666,6 +675,7 @@ def test_a_proto_file_may_import_one_beside_it(registry, tmp_path):
             ({"share": 2**24 + 1}, "share"),
             ({"by": {"x": 1, "y": 2**53 + 1}}, "by"),
             ({"of": [{"share": -(2**24) - 1}]}, "of.share"),
+            ({"w": 2**24 + 1}, "w"),
         ]
     ),
 )
@@ -673,9 +683,11 @@ def test_whole_numbers_that_a_message_would_round_are_refused(registry, row, fie
     text = (
         'syntax = "proto3"; message R { float share = 1; map<string, double> by = 2; repeated R of = 3; int64 n = 4; }'
     )
+    text = text.replace("int64 n = 4;", "int64 n = 4; map<string, uint64> ids = 5; google.protobuf.FloatValue w = 6;")
+    text = text.replace("message R", 'import "google/protobuf/wrappers.proto"; message R')
     encode = encoder(registry, {"format": "protobuf", "text": text})
     with pytest.raises(InvalidRecordError, match="rounds") as caught:
-        encode([{"share": 2**24, "by": {"x": 2**53}, "n": 2**53 + 1}, row])
+        encode([{"share": 2**24, "by": {"x": 2**53}, "n": 2**53 + 1, "ids": {"a": 2**64 - 1}, "w": 2**24}, row])
     assert (caught.value.index, caught.value.field) == (1, field)
 
 

@@ -379,7 +379,7 @@ class Connection:
         if code == "_ALL_BROKERS_DOWN":  # its own text counts brokers, also as none of two
             text = "each connection was refused, or closed again"
         elsewhere = _OF_BROKER.match(text)
-        if elsewhere and elsewhere[1] not in self.config.servers.split(","):
+        if elsewhere and _address(elsewhere[1]) not in map(_address, self.config.servers.split(",")):
             fix = (
                 f"bootstrap_servers answered, and named {elsewhere[1]} as the address of a broker: check that it runs,"
                 " and the brokers' advertised.listeners, or name the listener that is for clients like this one"
@@ -474,6 +474,12 @@ class Connection:
         """The error callback of an admin client is called from its poll only."""
         if self._admin is not None:
             self._admin.poll(0)
+
+
+def _address(server: str) -> str:
+    """A broker's host and port, as librdkafka and `bootstrap_servers` may write them differently."""
+    server = server.strip().rpartition("://")[2].lower()
+    return server if re.search(r":\d+$", server) else f"{server}:9092"
 
 
 def _keep(things: list[object], seconds: float) -> None:

@@ -7,6 +7,7 @@ errors are classified by code alone, from `REMEDIES`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from enum import Enum
@@ -257,11 +258,15 @@ def from_broker(error: confluent_kafka.KafkaError, culprit: str) -> KafkaError:
     return (KafkaTimeoutError if timed_out else KafkaError)(culprit, cause, fix_for(code), code=code)
 
 
+_SHORT: Final = 3
+
+
 def without_secrets(text: str, secrets: Sequence[str]) -> str:
     """A text without secrets: as they are, each line of them, and as Python, JSON and URLs quote them."""
-    # A key's text may be cut into its lines.
-    lines = (line for secret in secrets for line in (secret, *secret.splitlines()) if not line.startswith("-----"))
-    forms = {form for secret in (*secrets, *lines) for form in _quoted(secret)}
+    # A key's text may be cut into its lines; what is as short as a brace says nothing.
+    lines = itertools.chain.from_iterable(map(str.splitlines, secrets))
+    parts = [line for line in lines if not line.startswith("-----") and len(line) > _SHORT]
+    forms = {form for secret in (*secrets, *parts) for form in _quoted(secret)}
     for form in sorted(forms - {""}, key=len, reverse=True):
         text = text.replace(form, "***")
     return text

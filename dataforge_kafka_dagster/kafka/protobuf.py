@@ -234,7 +234,8 @@ def _files_of_text(text: str, imports: Mapping[str, str], folder: Path | None = 
         else:
             file.name = name
             encoded[name] = file
-    name = "schema.proto" if "schema.proto" not in imports else "schema-of-these.proto"
+    imported = any('"schema.proto"' in some for some in (text, *imports.values()))
+    name = "schema-of-these.proto" if imported else "schema.proto"
     if own is None:
         sources[name] = text
     compiled = _compiled(sources, list(encoded.values()), folder) if sources else {}
@@ -356,15 +357,21 @@ def rounded_number(value: Any, descriptor: Any, path: str = "") -> str | None:
         items: Iterable[Any] = item if isinstance(item, list) else [item]
         if isinstance(item, Mapping) and field.message_type is not None and field.message_type.GetOptions().map_entry:
             field, items = field.message_type.fields_by_name["value"], item.values()
+        if field.message_type is not None and field.message_type.full_name in _WRAPPERS:
+            field = field.message_type.fields_by_name["value"]
         for one in items:
             found = None
             if field.message_type is not None:
                 found = rounded_number(one, field.message_type, f"{path}{name}.")
-            elif type(one) is int and not _is_exact(one, field):
+            elif type(one) is int and _is_fractional(field) and not _is_exact(one, field):
                 found = f"{path}{name}"
             if found is not None:
                 return found
     return None
+
+
+def _is_fractional(field: Any) -> bool:
+    return field.cpp_type in {field.CPPTYPE_FLOAT, field.CPPTYPE_DOUBLE}
 
 
 def _is_exact(number: int, field: Any) -> bool:
@@ -377,11 +384,12 @@ def _is_exact(number: int, field: Any) -> bool:
 
 @functools.lru_cache(1024)
 def _fractional(descriptor: Any) -> dict[str, Any]:
-    """The fields that are floats, doubles or messages, but for well-known ones, by each of their names in JSON."""
-    chosen = [
-        field
-        for field in descriptor.fields
-        if field.cpp_type in {field.CPPTYPE_FLOAT, field.CPPTYPE_DOUBLE}
-        or (field.message_type is not None and not field.message_type.full_name.startswith("google.protobuf."))
-    ]
-    return {name: field for field in chosen for name in (field.name, field.json_name)}
+    """The fields that are floats, doubles or messages, but no other well-known ones, by each of their names in JSON."""
+
+    def counts(field: Any) -> bool:
+        inner = field.message_type
+        if inner is None:
+            return _is_fractional(field)
+        return inner.full_name in _WRAPPERS or not inner.full_name.startswith("google.protobuf.")
+
+    return {name: field for field in filter(counts, descriptor.fields) for name in (field.name, field.json_name)}

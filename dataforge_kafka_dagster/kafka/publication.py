@@ -76,6 +76,8 @@ _PROGRESS_SECONDS: Final = 5.0
 # Fewer records are not worth the requests that take the place of their delivery reports.
 _MANY: Final = 20_000
 _STATISTICS_MS: Final = 1_000
+# Less does not make records late.
+_THROTTLED_MS: Final = 1_000
 # What `produce` raises of what it has learned of the topic or producer, not of the record.
 _NOT_OF_RECORD: Final = frozenset({"_FATAL", "_STATE", "_UNKNOWN_TOPIC", "TOPIC_AUTHORIZATION_FAILED"})
 # To look why records were not delivered; part of what a failure may take longer than its deadline.
@@ -653,7 +655,7 @@ class PublicationWriter:
         which = f"record {place}" if place == last else f"one of records {place} to {last}"
         lost = f"{sum(track.failures.values())} records not delivered ({counts})"
         failure = self._explain(error, f"{which}{shown(key)}, topic {track.topic!r}: {lost}")
-        if failure.code == "_MSG_TIMED_OUT" and self._statistics.throttled:
+        if failure.code == "_MSG_TIMED_OUT" and self._statistics.throttled > _THROTTLED_MS:
             failure.add(
                 f"brokers held requests back for {self._statistics.throttled / 1000:.0f} s, by a quota of this user or"
                 " client",
