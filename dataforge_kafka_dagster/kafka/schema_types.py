@@ -272,7 +272,7 @@ def _no_type(place: str, what: str, fix: str) -> InvalidRecordError:
     return InvalidRecordError(f"schema, field {place!r}", f"no Avro type can be derived from {what}", fix, field=field)
 
 
-def avro_of_frame(frame: nw.DataFrame[Any], name: str) -> dict[str, Any]:
+def avro_of_frame(frame: nw.DataFrame[Any], name: str, *, any_names: bool = False) -> dict[str, Any]:
     """The Avro record of a frame's columns: each may be null, which is its default, so that columns may come and go.
 
     Timestamps with a time zone are instants, those without are local ones; both in microseconds.
@@ -280,6 +280,7 @@ def avro_of_frame(frame: nw.DataFrame[Any], name: str) -> dict[str, Any]:
     Args:
         frame: The frame, of any length.
         name: Name of the record.
+        any_names: Whether columns may have names that Avro does not allow, as for JSON Schema.
 
     Raises:
         InvalidRecordError: A column's name or type has no Avro form.
@@ -287,12 +288,14 @@ def avro_of_frame(frame: nw.DataFrame[Any], name: str) -> dict[str, Any]:
     own = first_free([record_name(name)], ())
     fields, taken = [], [own]
     for column in frame.columns:
-        _check_name(column, column)
         series = frame[column]
         try:
             dtype = series.dtype
         except ValueError as error:  # narwhals has no decimal of negative scale
             raise _no_column_type(column, f"it: {error}") from error
+        if not any_names:
+            _check_name(column, column)
+            _check_names_in(dtype, column)
         avro = _of_dtype(series, dtype, column, taken)
         fields.append({"name": column, "type": ["null", avro], "default": None})
     return {"type": "record", "name": own, "fields": fields}
@@ -309,13 +312,21 @@ def _check_name(name: str, place: str) -> None:
         )
 
 
-def key_of_frame(frame: nw.DataFrame[Any], fields: Sequence[str], name: str) -> AvroType:
+def _check_names_in(dtype: Any, place: str) -> None:
+    for field in getattr(dtype, "fields", ()):
+        _check_name(field.name, place)
+        _check_names_in(field.dtype, place)
+    if hasattr(dtype, "inner"):
+        _check_names_in(dtype.inner, place)
+
+
+def key_of_frame(frame: nw.DataFrame[Any], fields: Sequence[str], name: str, *, any_names: bool = False) -> AvroType:
     """The Avro type of a frame's key columns: of the only one, or a record of several.
 
     Raises:
         InvalidRecordError: A column's name or type has no Avro form.
     """
-    record = avro_of_frame(frame[list(fields)], name)
+    record = avro_of_frame(frame[list(fields)], name, any_names=any_names)
     types_ = [field["type"][1] for field in record["fields"]]
     if len(types_) == 1:
         return cast("AvroType", types_[0])
@@ -353,8 +364,6 @@ def _of_dtype(series: nw.Series[Any], dtype: Any, place: str, taken: list[str]) 
     if kind == "Struct":
         own = first_free([record_name(place)], taken)
         taken.append(own)
-        for field in dtype.fields:
-            _check_name(field.name, place)
         fields = [
             {"name": field.name, "type": ["null", _of_dtype(series, field.dtype, f"{place}_{field.name}", taken)]}
             for field in dtype.fields

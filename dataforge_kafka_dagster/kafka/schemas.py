@@ -404,9 +404,10 @@ class SchemaEncoder:
             return schema
         if hasattr(like, "to_native"):
             name = schema.name or self._topic
+            any_names = self.form == "json_schema"
             if self._part == "value":
-                return schema.with_avro(avro_of_frame(like, name))
-            avro = key_of_frame(like, key, f"{name}_key")
+                return schema.with_avro(avro_of_frame(like, name, any_names=any_names))
+            avro = key_of_frame(like, key, f"{name}_key", any_names=any_names)
             if self.form == "protobuf" and len(key) == 1:
                 raise self._not_derived("a single column is no Protobuf message")
             if self.form == "avro" and isinstance(avro, dict) and avro.get("logicalType") == "decimal":
