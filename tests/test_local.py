@@ -479,8 +479,8 @@ def test_a_broker_that_cannot_start_shows_its_log():
 @pytest.mark.kafka
 def test_a_broker_that_is_not_ready_in_time_shows_its_log():
     kafka = LocalKafka(startup_timeout=30, client_config={"security.protocol": "ssl"})
-    kafka._startup_timeout = 5
-    with pytest.raises(LocalKafkaError, match=r"(?s)is not ready after 5 s \(.*InvalidReceiveException"):
+    kafka._startup_timeout = 10
+    with pytest.raises(LocalKafkaError, match=r"(?s)is not ready after 10 s \(.*InvalidReceiveException"):
         kafka.start()
     assert not kafka._root.exists()
 
