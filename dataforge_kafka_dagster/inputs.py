@@ -15,6 +15,7 @@ from typing import Any, Final
 import orjson
 import pydantic
 
+from dataforge_kafka_dagster.kafka.avro_check import is_exact
 from dataforge_kafka_dagster.kafka.errors import KafkaError
 from dataforge_kafka_dagster.kafka.reader import ReadRecord
 from dataforge_kafka_dagster.kafka.records import KafkaRecord
@@ -258,7 +259,9 @@ def _refuse_mixed(name: str, values: Sequence[Any]) -> None:
     if kinds == {dt.datetime}:
         found = sorted({"datetime" if value.tzinfo else "datetime without a time zone" for value in values if value})
     elif kinds == {int, float}:
-        big = next((value for value in values if type(value) is int and not _is_float(value)), None)
+        big = next(
+            (value for value in values if type(value) is int and abs(value) > _EXACT and not is_exact(value, "d")), None
+        )
         found = [] if big is None else ["float", f"{big}, which as one is another number"]
     elif kinds == {int, decimal.Decimal}:
         found = []
@@ -272,14 +275,6 @@ def _refuse_mixed(name: str, values: Sequence[Any]) -> None:
             by_key[key].append(item)
         for key, items in by_key.items():
             _refuse_mixed(f"{name}.{key}", items)
-
-
-def _is_float(number: int) -> bool:
-    """Whether a whole number is a float, too."""
-    try:
-        return -_EXACT <= number <= _EXACT or int(float(number)) == number
-    except OverflowError:
-        return False
 
 
 def _pandas_frame(rows: Sequence[Any]) -> Any:

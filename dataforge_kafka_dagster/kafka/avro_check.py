@@ -286,7 +286,7 @@ def _float(value: Any) -> Misfit | None:
 
 def _rounded_to_double(value: Any) -> Misfit | None:
     # What else a union has is no number.
-    if value is None or type(value) is float or not _is_whole(value) or _is_exact(value, "d"):
+    if value is None or type(value) is float or not _is_whole(value) or is_exact(value, "d"):
         return None
     return Misfit("", f"{value} would be rounded as a double")
 
@@ -297,12 +297,11 @@ def _rounded_to_float(value: Any) -> Misfit | None:
     if _LARGEST_FLOAT < abs(value) < math.inf:
         return Misfit("", f"{value} does not fit into a float of 32 bits")
     # A fraction is an approximation in any case.
-    return (
-        Misfit("", f"{value} would be rounded as a float") if _is_whole(value) and not _is_exact(value, "f") else None
-    )
+    return Misfit("", f"{value} would be rounded as a float") if _is_whole(value) and not is_exact(value, "f") else None
 
 
-def _is_exact(value: Any, form: str) -> bool:
+def is_exact(value: Any, form: str) -> bool:
+    """Whether a whole number is a float too, of 64 bits ("d") or 32 ("f")."""
     try:
         return bool(struct.unpack(form, struct.pack(form, float(value)))[0] == int(value))
     except OverflowError:

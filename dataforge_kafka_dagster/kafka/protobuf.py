@@ -13,7 +13,6 @@ import datetime as dt
 import functools
 import importlib
 import re
-import struct
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from dataforge_kafka_dagster.kafka.avro_check import is_exact
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError
 from dataforge_kafka_dagster.kafka.schema_types import first_free
 
@@ -352,8 +352,10 @@ def rounded_number(value: Any, descriptor: Any, path: str = "") -> str | None:
         path: Where it is.
     """
     fields = _fractional(descriptor) if isinstance(value, Mapping) else {}
-    for name in fields.keys() & value.keys() if fields else ():
-        field, item = fields[name], value[name]
+    for name, item in value.items() if fields else ():
+        field = fields.get(name)
+        if field is None:
+            continue
         items: Iterable[Any] = item if isinstance(item, list) else [item]
         if isinstance(item, Mapping) and field.message_type is not None and field.message_type.GetOptions().map_entry:
             field, items = field.message_type.fields_by_name["value"], item.values()
@@ -363,7 +365,11 @@ def rounded_number(value: Any, descriptor: Any, path: str = "") -> str | None:
             found = None
             if field.message_type is not None:
                 found = rounded_number(one, field.message_type, f"{path}{name}.")
-            elif type(one) is int and _is_fractional(field) and not _is_exact(one, field):
+            elif (
+                type(one) is int
+                and _is_fractional(field)
+                and not is_exact(one, "f" if field.cpp_type == field.CPPTYPE_FLOAT else "d")
+            ):
                 found = f"{path}{name}"
             if found is not None:
                 return found
@@ -372,14 +378,6 @@ def rounded_number(value: Any, descriptor: Any, path: str = "") -> str | None:
 
 def _is_fractional(field: Any) -> bool:
     return field.cpp_type in {field.CPPTYPE_FLOAT, field.CPPTYPE_DOUBLE}
-
-
-def _is_exact(number: int, field: Any) -> bool:
-    form = "f" if field.cpp_type == field.CPPTYPE_FLOAT else "d"
-    try:
-        return int(struct.unpack(form, struct.pack(form, number))[0]) == number
-    except OverflowError:
-        return True  # too large for it at all, which is an error
 
 
 @functools.lru_cache(1024)
