@@ -33,6 +33,7 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
+from dataforge_kafka_dagster.kafka.topics import ask_end_offsets
 from dataforge_kafka_dagster.local_java import (
     JVM_OPTIONS,
     LAST_PORT,
@@ -244,7 +245,7 @@ class LocalKafka:
         replication_factor: int | None = None,
         config: Mapping[str, str] | None = None,
     ) -> None:
-        """Create a topic and wait until every running broker knows the leaders of its partitions (30 s at most).
+        """Create a topic and wait until every running broker knows its leaders, and they take requests (30 s at most).
 
         Args:
             name: The topic.
@@ -271,6 +272,11 @@ class LocalKafka:
 
         running = [node for node, state in self._states.items() if state == "running"]
         self._wait_each(running, known, _TOPIC_WAIT, f"does not show the new topic {name!r}")
+
+        def led(_node: int) -> bool:
+            return bool(ask_end_offsets(admin, name, partitions, _TOPIC_WAIT))
+
+        self._wait_each(running[:1], led, _TOPIC_WAIT, f"does not lead the new topic {name!r}")
 
     def stop_broker(self, node: int) -> None:
         """Stop a broker orderly (SIGTERM; SIGKILL after 10 s); one that is not running is left as it is."""

@@ -7,6 +7,7 @@ them: tests make and delete topics there.
 
 import os
 import re
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Protocol
@@ -17,6 +18,7 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from dataforge_kafka_dagster.kafka.errors import KafkaError
+from dataforge_kafka_dagster.kafka.topics import ask_end_offsets
 from dataforge_kafka_dagster.local import LocalKafka
 from dataforge_kafka_dagster.local_registry import LocalSchemaRegistry
 
@@ -36,7 +38,7 @@ class TopicFactory(Protocol):
     """What the fixture `kafka_topic` gives."""
 
     def __call__(self, partitions: int = 1, name: str | None = None, config: Mapping[str, str] | None = None) -> str:
-        """Create a topic and return its name.
+        """Create a topic, wait until its leaders take requests, and return its name.
 
         Args:
             partitions: Number of Kafka partitions.
@@ -102,6 +104,16 @@ def kafka_topic(kafka_bootstrap_servers: str) -> Iterator[TopicFactory]:
         new = NewTopic(topic, partitions, config=dict(config or {}))
         admin.create_topics([new], operation_timeout=_WAIT, request_timeout=_WAIT)[topic].result(_WAIT)
         created.append(topic)
+        deadline = time.monotonic() + _WAIT
+        while True:
+            try:
+                ask_end_offsets(admin, topic, partitions, _WAIT)
+            except KafkaException:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
+            else:
+                break
         return topic
 
     yield create

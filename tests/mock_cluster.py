@@ -26,6 +26,7 @@ def _library():
         ("rd_kafka_mock_cluster_bootstraps", "s", "p"),
         ("rd_kafka_mock_topic_create", "i", "p", "s", "i", "i"),
         ("rd_kafka_mock_push_request_errors_array", None, "p", "h", "z", "e"),
+        ("rd_kafka_mock_broker_set_rtt", "i", "p", "i", "i"),
         ("rd_kafka_mock_coordinator_set", "i", "p", "s", "s", "i"),
         ("rd_kafka_mock_partition_set_leader", "i", "p", "s", "i", "i"),
     ]:
@@ -74,6 +75,11 @@ class MockCluster:
         """Answer the next requests of this kind, on any broker, with these error codes."""
         array = (ctypes.c_int * len(codes))(*codes)
         self._library.rd_kafka_mock_push_request_errors_array(self._cluster, request, len(codes), array)
+
+    def answer_after(self, milliseconds):
+        """Let every broker take this long for each answer."""
+        for broker in range(1, self._brokers + 1):
+            assert self._library.rd_kafka_mock_broker_set_rtt(self._cluster, broker, milliseconds) == 0
 
     def move_coordinator(self, transactional_id, broker):
         """Make this broker (from 1) the coordinator of a transactional id."""

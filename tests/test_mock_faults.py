@@ -264,3 +264,41 @@ def test_each_record_on_its_way_is_told_of_a_fatal_error(cluster, monkeypatch):
         for future in sent:
             assert future.exception(5).remedy is Remedy.REBUILD
     assert sorted(key for _, key in told) == sorted(f"key {i}".encode() for i in range(20))
+
+
+@pytest.mark.parametrize("in_flight", [5, 1])
+def test_a_record_that_librdkafka_takes_for_delivered_though_a_broker_refused_it_fails(cluster, monkeypatch, in_flight):
+    """The broker refuses the first batch as no leader yet, and takes the second one, which was on its way."""
+    monkeypatch.setattr(Connection, "answer", lambda *_: None)
+    config = KafkaProducerConfig(
+        bootstrap_servers=cluster.bootstrap_servers,
+        linger_ms=0,
+        delivery_timeout=15,
+        librdkafka_config={"max.in.flight.requests.per.connection": in_flight},
+    )
+    told = []
+    with DataForgeKafkaProducer(config) as producer:
+        producer.send_sync("t", "connects", partition=0)
+        cluster.answer_after(300)
+        cluster.fail_next(PRODUCE, Code.NOT_LEADER_FOR_PARTITION)
+        sent = []
+        for i in range(4):
+            tell = lambda err, msg: told.append((err and err.name(), msg.offset()))  # noqa: E731
+            sent.append(producer.send_async("t", f"{i}", partition=0, callback=tell if i else None))
+            time.sleep(0.02)
+        cluster.answer_after(0)
+        if in_flight == 1:
+            producer.flush()
+        else:
+            with pytest.raises(KafkaError, match=r"1 records were not delivered \(1 x _INCONSISTENT\)"):
+                producer.flush()
+    results = [future.exception(5) or future.result() for future in sent]
+    if in_flight == 1:
+        assert [result.offset for result in results] == [1, 2, 3, 4]
+        assert told == [(None, 2), (None, 3), (None, 4)]
+    else:
+        error, *later = results
+        assert (error.code, error.remedy) == ("_INCONSISTENT", Remedy.REBUILD)
+        assert "refused it" in error.cause
+        assert "'max.in.flight.requests.per.connection': 1" in error.fix
+        assert [result.offset for result in later] == [1, 2, 3]

@@ -22,13 +22,15 @@ from dataforge_kafka_dagster import (
     KafkaProducerResource,
     KafkaRecord,
     KafkaTopicSpec,
+    local,
+    pytest_plugin,
 )
 from dataforge_kafka_dagster.kafka import publication, topics
 from dataforge_kafka_dagster.kafka.config import PublicationConfig
 from dataforge_kafka_dagster.kafka.connection import Connection
 from dataforge_kafka_dagster.kafka.errors import Remedy
 from dataforge_kafka_dagster.kafka.publication import PublicationWriter, publish
-from dataforge_kafka_dagster.kafka.topics import check_topic_exists, end_offsets
+from dataforge_kafka_dagster.kafka.topics import ask_end_offsets, check_topic_exists, end_offsets
 from dataforge_kafka_dagster.local import LocalKafka
 
 
@@ -289,6 +291,55 @@ def test_the_ends_are_asked_for_again_when_the_client_has_looked_who_leads(monke
     answers.append(confluent_kafka.KafkaException(refused))
     with pytest.raises(KafkaError, match="TOPIC_AUTHORIZATION_FAILED"):
         end_offsets(connection, "t", 2, 10)
+
+
+NOT_YET = confluent_kafka.KafkaException(
+    confluent_kafka.KafkaError(confluent_kafka.KafkaError.NOT_LEADER_FOR_PARTITION)
+)
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("creator", ["publication", "LocalKafka", "kafka_topic"])
+def test_a_new_topic_is_there_once_its_leaders_take_requests(
+    creator, kafka_bootstrap_servers, new_topic, request, monkeypatch
+):
+    """Metadata names a leader a moment before it is one, and what it then refuses librdkafka may take for delivered."""
+    looks = []
+
+    def ask(admin, topic, partitions, timeout):
+        looks.append(topic)
+        if len(looks) < 3:
+            raise NOT_YET
+        return ask_end_offsets(admin, topic, partitions, timeout)
+
+    for module in (topics, local, pytest_plugin):
+        monkeypatch.setattr(module, "ask_end_offsets", ask)
+    if creator == "publication":
+        with _writer(kafka_bootstrap_servers, new_topic, KafkaTopicSpec()):
+            assert looks == [new_topic] * 3
+    elif creator == "LocalKafka":
+        request.getfixturevalue("local_kafka").create_topic(new_topic)
+        assert looks == [new_topic] * 3
+    else:
+        topic = request.getfixturevalue("kafka_topic")()
+        assert looks == [topic] * 3
+
+
+@pytest.mark.kafka
+def test_a_new_topic_is_written_to_when_its_ends_are_not_told(kafka_bootstrap_servers, new_topic, monkeypatch):
+    looks = []
+
+    def ask(admin, topic, partitions, timeout):
+        looks.append(topic)
+        raise confluent_kafka.KafkaException(
+            confluent_kafka.KafkaError(confluent_kafka.KafkaError.TOPIC_AUTHORIZATION_FAILED)
+        )
+
+    monkeypatch.setattr(topics, "ask_end_offsets", ask)
+    with _writer(kafka_bootstrap_servers, new_topic, KafkaTopicSpec()) as writer:
+        writer.send({"i": 1})
+    assert looks == [new_topic]
+    assert writer.publication.records == 1
 
 
 @pytest.mark.kafka

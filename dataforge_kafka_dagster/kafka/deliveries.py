@@ -216,7 +216,7 @@ class Track:
                 offset = msg.offset()
                 if following.get(partition, -1) != offset:
                     if offset is None or offset < 0:
-                        return  # the broker has it, and does not know where: the commit finds one too few
+                        return  # the broker has it without knowing where, or has lost it: the commit finds one too few
                     self._begin(partition, offset)
                 following[partition] = offset + 1
             else:

@@ -215,6 +215,10 @@ _FIXES: Final[dict[str, str]] = {
     ),
     "_INVALID_ARG": "Correct the option that the message names",
     "_QUEUE_FULL": "Raise buffer_memory, or send more slowly",
+    "_INCONSISTENT": (
+        "Try again, with a new producer if this one has failed; 'max.in.flight.requests.per.connection': 1 in"
+        " librdkafka_config rules this out, and is slower"
+    ),
     "_STATE": "Make a new producer: this one was closed or has failed",
     "_PURGE_QUEUE": "Call flush() before close() and give it time enough",
     "_PURGE_INFLIGHT": "Call flush() before close() and give it time enough",

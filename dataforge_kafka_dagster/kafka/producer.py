@@ -23,7 +23,7 @@ from typing import Any, Final
 import confluent_kafka
 from typing_extensions import Self
 
-from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig, check_topic, producer_options
+from dataforge_kafka_dagster.kafka.config import ACKS, KafkaProducerConfig, check_topic, producer_options
 from dataforge_kafka_dagster.kafka.connection import SLICE, Connection, logger, timed_out
 from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError, KafkaTimeoutError
 from dataforge_kafka_dagster.kafka.records import Extra, KafkaRecord, as_record, encode_record
@@ -34,6 +34,9 @@ _Report = Callable[["confluent_kafka.KafkaError | None", confluent_kafka.Message
 
 # How long close waits for a delivery callback that does not return.
 _TOLD_SECONDS: Final = 1.0
+# librdkafka takes a batch that a broker refused for delivered when the next one is, which was on its way already: a
+# broker that has just become a Kafka partition's leader takes any first batch (confluent-kafka-go issue 921).
+_NOT_ACKNOWLEDGED: Final = "a broker has taken later records, but said of this one only that it refused it, or nothing"
 # How long the end of a process waits for what was not flushed.
 _EXIT_SECONDS: Final = 5.0
 _alive: Final[weakref.WeakSet[DataForgeKafkaProducer]] = weakref.WeakSet()
@@ -181,7 +184,8 @@ class DataForgeKafkaProducer:
             partition: See value.
             timestamp: See value.
             callback: Called with ``(err, msg)`` from a thread of the producer when the record is delivered (``err`` is
-                None; ``msg.topic()``, ``msg.partition()``, ``msg.offset()``) or has failed. What it raises is logged.
+                None; ``msg.topic()``, ``msg.partition()``, ``msg.offset()``) or has failed, or may be lost
+                (``_INCONSISTENT``). What it raises is logged.
 
         Returns:
             A future of the `RecordMetadata`, or of the `KafkaError`.
@@ -273,12 +277,14 @@ class DataForgeKafkaProducer:
                 self._reporting.now = outer
 
         def settle(err: confluent_kafka.KafkaError | None, msg: Any, taken: object) -> None:
+            offset = msg.offset() if err is None else None
+            known_offset = -1 if offset is None or offset < 0 else offset
+            if err is None and known_offset < 0 and ACKS[str(self.config.acks)] != "0":
+                err = confluent_kafka.KafkaError(confluent_kafka.KafkaError._INCONSISTENT, _NOT_ACKNOWLEDGED)  # noqa: SLF001
             if err is None:
                 self._connection.connected()
                 kind, timestamp = msg.timestamp()
                 known = timestamp if kind else None
-                offset = msg.offset()
-                known_offset = -1 if offset is None or offset < 0 else offset
                 future.set_result(RecordMetadata(topic, msg.partition(), known_offset, known))
             else:
                 error = self._connection.cause(self._connection.fatal or err, f"topic {topic!r}")

@@ -835,7 +835,11 @@ class PublicationWriter:
             )
         delivered = sum(offsets.records for track in self._all_tracks for offsets in track.offsets)
         if delivered != self._position:
-            unseen = "" if self._ends_before is None else ": Kafka partitions may have been added meanwhile"
+            unseen = (
+                ": a broker may have refused some of them and taken later ones, as one that has just become leader does"
+                if self._ends_before is None
+                else ": Kafka partitions may have been added meanwhile"
+            )
             raise KafkaError(
                 f"publication to {', '.join(self._tracks)!r}",
                 f"{self._position} records were sent, but {delivered} acknowledged{unseen}",

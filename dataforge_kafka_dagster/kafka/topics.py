@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import time
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import confluent_kafka
 from confluent_kafka.cimpl import NewTopic
@@ -12,6 +13,9 @@ from confluent_kafka.cimpl import NewTopic
 from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec
 from dataforge_kafka_dagster.kafka.connection import Connection, logger
 from dataforge_kafka_dagster.kafka.errors import KafkaError, fix_for
+
+if TYPE_CHECKING:
+    from confluent_kafka.admin import AdminClient
 
 _UNKNOWN: Final = "UNKNOWN_TOPIC_OR_PART"
 # Brokers hear of a new topic one after the other.
@@ -79,6 +83,8 @@ def check_topic_exists(
             raise KafkaError(error.culprit, error.cause, _how_to_create(connection, topic), code=_UNKNOWN) from None
         _create(connection, topic, spec, deadline)
         found = _look_for(connection, topic, deadline, timeout)
+        with contextlib.suppress(KafkaError):
+            end_offsets(connection, topic, found.partitions, max(0.1, deadline - time.monotonic()))
     unreadable = ledger and not found.readable
     if unreadable or not found.writable:
         culprit, code = f"topic {topic!r}, {connection.name}", "TOPIC_AUTHORIZATION_FAILED"
@@ -180,32 +186,42 @@ def end_offsets(connection: Connection, topic: str, partitions: int, timeout: fl
     Raises:
         KafkaError: A leader does not answer in time, or refuses.
     """
+    seconds = min(timeout, _LOOK_SECONDS)
+
+    def ask() -> list[int]:
+        return ask_end_offsets(connection.admin, topic, partitions, seconds)
+
+    return connection.in_thread(ask, timeout, f"topic {topic!r}, {connection.name}")
+
+
+def ask_end_offsets(admin: AdminClient, topic: str, partitions: int, timeout: float) -> list[int]:
+    """As `end_offsets`, asked once: of a new topic, whether each leader takes requests already.
+
+    Brokers name a leader a moment before it is one (KRaft), and then it refuses what is sent to it.
+
+    Raises:
+        confluent_kafka.KafkaException: A leader does not answer in time, or is none yet.
+    """
     from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]  # noqa: PLC0415  (slow to import)
 
     latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]
     asked = {confluent_kafka.TopicPartition(topic, partition): latest for partition in range(partitions)}
-
-    seconds = min(timeout, _LOOK_SECONDS)
-
-    def ask() -> list[int]:
-        try:
-            found = connection.admin.list_offsets(asked, request_timeout=seconds)
-            offsets = [found[partition].result(2 * seconds).offset for partition in asked]
-        except confluent_kafka.KafkaException as exception:
-            error = exception.args[0]
-        except concurrent.futures.TimeoutError:
-            error = confluent_kafka.KafkaError(confluent_kafka.KafkaError.REQUEST_TIMED_OUT)
-        else:
-            if min(offsets) >= 0:
-                return offsets
-            error = None
-        # The client goes by the leaders that it has seen until it looks again; without any, it does not ask at all.
-        connection.admin.list_topics(topic, timeout=seconds)
-        if error is None or error.name() == "_NOENT":
-            error = confluent_kafka.KafkaError(confluent_kafka.KafkaError.LEADER_NOT_AVAILABLE)
-        raise confluent_kafka.KafkaException(error)
-
-    return connection.in_thread(ask, timeout, f"topic {topic!r}, {connection.name}")
+    try:
+        found = admin.list_offsets(asked, request_timeout=timeout)
+        offsets = [found[partition].result(2 * timeout).offset for partition in asked]
+    except confluent_kafka.KafkaException as exception:
+        error = exception.args[0]
+    except concurrent.futures.TimeoutError:
+        error = confluent_kafka.KafkaError(confluent_kafka.KafkaError.REQUEST_TIMED_OUT)
+    else:
+        if min(offsets) >= 0:
+            return offsets
+        error = None
+    # The client goes by the leaders that it has seen until it looks again; without any, it does not ask at all.
+    admin.list_topics(topic, timeout=timeout)
+    if error is None or error.name() == "_NOENT":
+        error = confluent_kafka.KafkaError(confluent_kafka.KafkaError.LEADER_NOT_AVAILABLE)
+    raise confluent_kafka.KafkaException(error)
 
 
 def _how_to_create(connection: Connection, topic: str) -> str:
