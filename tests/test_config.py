@@ -376,6 +376,7 @@ def test_security_options_are_librdkafkas_with_dots(tmp_path):
         "security.protocol": "SASL_SSL",
         "log.connection.close": "false",
         "reconnect.backoff.ms": "1",
+        "allow.auto.create.topics": "false",
         "sasl.mechanism": "SCRAM-SHA-512",
         "sasl.username": "u",
         "sasl.password": CANARY,

@@ -113,7 +113,23 @@ def test_a_fenced_producer_says_so_and_is_not_repeated(request_kind, code, clust
         writer.send_all({"i": i} for i in range(500))
     assert caught.value.remedy is Remedy.FAIL
     assert "another attempt" in caught.value.cause
+    at_the_commit = request_kind == END_TXN
+    assert ("whether it was committed is not known" in caught.value.cause) is at_the_commit
+    assert ("Nothing of this attempt is visible" in caught.value.fix) is not at_the_commit
     assert time.monotonic() - began < 15
+
+
+@pytest.mark.parametrize("code", [Code._UNKNOWN_PARTITION, Code._UNKNOWN_TOPIC, Code.UNKNOWN_TOPIC_OR_PART])
+@pytest.mark.parametrize("trouble", [None, "the topic does not exist any more"])
+def test_a_topic_that_was_there_and_is_not_known_any_more_is_tried_again(code, trouble, cluster, monkeypatch):
+    """By a broker that is behind the others (librdkafka 4401), or because it is gone: no record is at fault."""
+    monkeypatch.setattr(publication, "topic_trouble", lambda *_: trouble)
+    with pytest.raises(KafkaError) as caught, _writer(cluster) as writer:
+        writer.send({"i": 1})
+        writer._tracks["t"].reporter(Span(0, 1))(Code(code), mock.Mock())
+    assert caught.value.remedy is Remedy.RETRY
+    assert (trouble or "a broker did not know the topic for a moment") in caught.value.cause
+    assert caught.value.fix == "Try again"
 
 
 def test_too_few_replicas_for_good_ends_at_the_deadline(cluster):

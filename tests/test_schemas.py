@@ -703,7 +703,8 @@ def test_well_known_types_come_back_as_what_a_message_is_made_of(registry):
     (data,) = encode([row])
     decoded = SchemaDecoder(registry)(data, "protobuf")
     assert decoded == row
-    assert encode([decoded]) == [data]
+    # Not its bytes: Protobuf writes the entries of a map in any order.
+    assert SchemaDecoder(registry)(encode([decoded])[0], "protobuf") == row
     absent = SchemaDecoder(registry)(encode([{}])[0], "protobuf")
     assert absent == {"st": None, "n": None, "du": None, "by": {}, "any": []}
 

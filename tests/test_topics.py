@@ -54,10 +54,12 @@ def _settings(servers, topic):
     return {name: entry.value for name, entry in admin.describe_configs([asked])[asked].result(30).items()}
 
 
-def _writer(servers, topic, spec=None, **options):
+def _writer(servers, topic, spec=None, *, reports=True, **options):
     name = f"topics-{uuid.uuid4().hex}"
     config = PublicationConfig(producer=KafkaProducerConfig(bootstrap_servers=servers, connect_timeout=30, **options))
-    return PublicationWriter(config, transactional_id=name, publication_id=name, topic=topic, create_topic=spec)
+    return PublicationWriter(
+        config, transactional_id=name, publication_id=name, topic=topic, create_topic=spec, reports=reports
+    )
 
 
 WRONG = [{"partitions": 0}, {"replication_factor": 0}, {"partitions": "many"}, {"configs": {"a": 1}}, {"partition": 6}]
@@ -361,6 +363,10 @@ def test_a_broker_that_creates_topics_by_itself_creates_none_for_us(instance):
             writer.send("x")
             with pytest.raises(KafkaError, match="misspelt"):
                 writer.send("x", topic="misspelt")
+        connection = Connection(KafkaProducerConfig(bootstrap_servers=servers))
+        with pytest.raises(KafkaError):
+            end_offsets(connection, "gone", 1, 1)
+        connection.close()
         assert {name for name in _topics(servers) if not name.startswith("__")} == {"made-by-the-broker"}
 
 
@@ -424,6 +430,17 @@ def test_a_topic_that_is_deleted_in_mid_publication_is_told(kafka_bootstrap_serv
         writer.send_all([{"i": 0}])
         admin.delete_topics([new_topic], operation_timeout=30)[new_topic].result(30)
         writer.send_all([{"i": 1}])
+
+
+@pytest.mark.kafka
+def test_a_topic_that_is_deleted_before_a_commit_without_delivery_reports_is_told(kafka_bootstrap_servers, new_topic):
+    admin = AdminClient({"bootstrap.servers": kafka_bootstrap_servers})
+    writer = _writer(kafka_bootstrap_servers, new_topic, KafkaTopicSpec(), reports=False, delivery_timeout=2)
+    with pytest.raises(KafkaError, match="the topic was deleted or made anew meanwhile") as caught, writer:
+        writer.send_all([{"i": i} for i in range(100)])
+        assert writer._producer.flush(10) == 0
+        admin.delete_topics([new_topic], operation_timeout=30)[new_topic].result(30)
+    assert caught.value.remedy is Remedy.RETRY
 
 
 @pytest.mark.parametrize("spec", [None, KafkaTopicSpec()])

@@ -710,6 +710,9 @@ def client_options(config: KafkaProducerConfig) -> dict[str, Any]:
         "log.connection.close": "false",
         # It doubles with each attempt. librdkafka's 100 ms delay the first connection to a broker by its own name.
         "reconnect.backoff.ms": "1",
+        # A topic that is misspelt or gone is an error, also where the brokers would create it. For what is no consumer,
+        # and so for a client that only asks, librdkafka's default is true.
+        "allow.auto.create.topics": "false",
     }
     if config.sasl_mechanism is not None:
         options["sasl.mechanism"] = "OAUTHBEARER" if config.sasl_mechanism == "AWS_MSK_IAM" else config.sasl_mechanism
@@ -736,8 +739,6 @@ def producer_options(config: KafkaProducerConfig) -> dict[str, Any]:
         "partitioner": "murmur2_random",
         # How long a topic may be unknown to a broker before its records fail; librdkafka waits 30 s.
         "topic.metadata.propagation.max.ms": 5000,
-        # A topic that somebody misspells is an error, also where the brokers would create it.
-        "allow.auto.create.topics": "false",
     } | client_options(config)
 
 

@@ -80,6 +80,8 @@ _STATISTICS_MS: Final = 1_000
 _THROTTLED_MS: Final = 1_000
 # What `produce` raises of what it has learned of the topic or producer, not of the record.
 _NOT_OF_RECORD: Final = frozenset({"_FATAL", "_STATE", "_UNKNOWN_TOPIC", "TOPIC_AUTHORIZATION_FAILED"})
+# A topic that was there when it was looked at is gone, or a broker did not know it for a moment (librdkafka 4401).
+_TOPIC_GONE: Final = frozenset({"_UNKNOWN_PARTITION", "_UNKNOWN_TOPIC", "UNKNOWN_TOPIC_OR_PART"})
 # To look why records were not delivered; part of what a failure may take longer than its deadline.
 _DIAGNOSIS_SECONDS: Final = 0.5
 _ABORT_SECONDS: Final = 5.0
@@ -662,8 +664,11 @@ class PublicationWriter:
                 "Lower buffer_memory to what the quota lets through within delivery_timeout, or raise delivery_timeout"
                 " (and transaction_timeout), or the quota",
             )
-        if failure.code == "_MSG_TIMED_OUT":
+        if failure.code == "_MSG_TIMED_OUT" or failure.code in _TOPIC_GONE:
             trouble = topic_trouble(self._connection, track.topic, _DIAGNOSIS_SECONDS)
+            if failure.code in _TOPIC_GONE:
+                failure.remedy, failure.fix = Remedy.RETRY, "Try again"
+                trouble = trouble or "a broker did not know the topic for a moment"
             if trouble is not None:
                 failure.add(trouble)
         if failure.code == "MSG_SIZE_TOO_LARGE" and track.max_bytes is not None:
@@ -797,7 +802,10 @@ class PublicationWriter:
         had under way may only widen the range: if it is as long as what was sent, it holds exactly that.
         """
         track = self._tracks[self.topic]
-        before, after = self._ends_before or [], self._ends(track)
+        try:
+            before, after = self._ends_before or [], self._ends(track)
+        except KafkaError as error:
+            raise _made_anew(track) if self._is_gone(track) else error from None
         written = sum(after) - sum(before)
         if written > self._records:
             # If it was an attempt that has taken over, the broker says so now; a new producer would fence that one.
@@ -821,9 +829,9 @@ class PublicationWriter:
             if time.monotonic() > deadline:
                 raise timed_out(f"{len(producer)} records not yet delivered", self._config.producer.delivery_timeout)
         self._check()
+        self._check_topics()
         if self._ends_before is not None:
             self._find_offsets()
-        self._check_topics()
         if self.keeps_places and any(
             offsets.partition >= track.partitions for track in self._all_tracks for offsets in track.offsets
         ):
@@ -847,29 +855,26 @@ class PublicationWriter:
                 remedy=Remedy.REBUILD,
             )
 
+    def _is_gone(self, track: Track) -> bool:
+        """Whether the topic was deleted, or made anew, as far as the brokers tell."""
+        try:
+            now = current_id(self._connection, track.topic, self._config.producer.connect_timeout)
+        except KafkaError as error:
+            if error.code != "UNKNOWN_TOPIC_OR_PART" and error.remedy is not Remedy.RETRY:
+                raise
+            # If nobody answers, the commit has more time to wait for that.
+            return error.code == "UNKNOWN_TOPIC_OR_PART"
+        return are_different(track.topic_id, now)
+
     def _check_topics(self) -> None:
         """Refuse to commit records of a topic that was deleted, and perhaps made anew, since they were sent.
 
         In a long publication the topic is looked at once more; in a short one only what its offsets tell is seen.
         """
         for track in self._all_tracks:
-            gone = track.moved_back
-            if not gone and self._transaction_seconds > _LOOK_AGAIN_SECONDS:
-                try:
-                    now = current_id(self._connection, track.topic, self._config.producer.connect_timeout)
-                    gone = are_different(track.topic_id, now)
-                except KafkaError as error:
-                    gone = error.code == "UNKNOWN_TOPIC_OR_PART"
-                    if not gone and error.remedy is not Remedy.RETRY:
-                        raise
-                    # If nobody answers, the commit has more time to wait for that.
+            gone = track.moved_back or (self._transaction_seconds > _LOOK_AGAIN_SECONDS and self._is_gone(track))
             if gone:
-                raise KafkaError(
-                    f"publication to {track.topic!r}",
-                    "the topic was deleted or made anew meanwhile, and what had been sent is gone with it",
-                    "Try again",
-                    remedy=Remedy.RETRY,
-                )
+                raise _made_anew(track)
 
     def _commit_transaction(self, producer: confluent_kafka.Producer, publication: Publication) -> None:
         timeout = self._config.producer.delivery_timeout
@@ -884,15 +889,23 @@ class PublicationWriter:
 
     def _commit_error(self, error: KafkaError, name: str) -> KafkaError:
         fatal = self._connection.fatal
-        if fatal is not None:
-            return self._explain(fatal, name)
-        failure = self._failure()
-        if failure is not None:
-            return failure
-        if self._committing and error.remedy is Remedy.RETRY:
-            error.add(
-                "whether it was committed is not known", "Try again: the next attempt reads the outcome from the ledger"
+        failure = self._failure() if fatal is None else self._explain(fatal, name)
+        error = failure or error
+        if not self._committing:
+            return error
+        unknown = "whether it was committed is not known"
+        if isinstance(error, FencedError):
+            # It may be, before the other attempt began: the broker's answer was lost.
+            return FencedError(
+                error.culprit,
+                f"{error.cause}; {unknown}",
+                "Look at the run of the other attempt; to learn the outcome, re-execute this run from failure: it reads"
+                " the ledger",
+                code=error.code,
+                remedy=Remedy.FAIL,
             )
+        if failure is None and error.remedy is Remedy.RETRY:
+            error.add(unknown, "Try again: the next attempt reads the outcome from the ledger")
         return error
 
     def abort(self, timeout: float = _ABORT_SECONDS) -> None:
@@ -952,6 +965,15 @@ class PublicationWriter:
             KafkaError: The broker does not answer.
         """
         return self._ledger.other_than((self._publication_id, *known))
+
+
+def _made_anew(track: Track) -> KafkaError:
+    return KafkaError(
+        f"publication to {track.topic!r}",
+        "the topic was deleted or made anew meanwhile, and what had been sent is gone with it",
+        "Try again",
+        remedy=Remedy.RETRY,
+    )
 
 
 def find_published(
