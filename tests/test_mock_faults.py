@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 def cluster(monkeypatch):
     # It does not know the request that the look at a topic makes.
     monkeypatch.setattr(publication, "check_topic_exists", lambda *_, **__: Topic(2, None))
-    monkeypatch.setattr(publication, "current_id", lambda *_: None)
+    monkeypatch.setattr(publication, "current", lambda *_: Topic(2, None))
     with MockCluster() as cluster:
         cluster.create_topic("t", partitions=2)
         yield cluster

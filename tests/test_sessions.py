@@ -10,6 +10,7 @@ import time
 import uuid
 
 import dagster as dg
+import polars as pl
 import pytest
 from dagster._core.definitions.job_base import InMemoryJob
 from dagster._core.execution.api import execute_run
@@ -178,7 +179,46 @@ def test_records_that_were_sent_by_half_are_not_committed_if_their_error_is_caug
     if fails == "bad record":
         assert "record 700" in _failure(result, "work")
     elif fails == "generator":
-        assert "they ended with ZeroDivisionError" in _failure(result, "work")
+        assert "with ZeroDivisionError" in _failure(result, "work")
+
+
+def _ends(error, after):
+    yield from ({"i": i} for i in range(after))
+    raise error
+
+
+THREADS = {
+    "error": lambda began: _ends(ZeroDivisionError(), 300),
+    "error before the first record": lambda began: _ends(ZeroDivisionError(), 0),
+    "exit": lambda began: _ends(SystemExit("no"), 300),
+    "slow first record": lambda began: (began.set() or time.sleep(1.5) or {"i": i} for i in range(1)),
+    "slow frame": lambda began: pl.LazyFrame({"i": [1]}).map_batches(
+        lambda frame: began.set() or time.sleep(1.5) or frame
+    ),
+}
+
+
+@pytest.mark.parametrize("what", THREADS)
+def test_what_another_thread_could_not_send_is_not_left_out(what, kafka, kafka_topic, read, instance):
+    """Its error is in a future that nobody may look at."""
+    topic, began = kafka_topic(), threading.Event()
+
+    @dg.asset
+    def threads(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, kafka.publishing(context, topic=topic) as publication:
+            publication.send({"i": -1})
+            sent = pool.submit(publication.send_all, THREADS[what](began))
+            if "slow" in what:
+                assert began.wait(10)
+            else:
+                concurrent.futures.wait([sent], 10)
+        return publication.materialize_result()
+
+    result = dg.materialize([threads], resources={"kafka": kafka}, instance=instance, raise_on_error=False)
+    assert not result.success
+    assert ("still sending" if "slow" in what else "a send_all ended") in _failure(result, "threads")
+    assert result.get_asset_materialization_events() == []
+    assert read(topic) == []
 
 
 def test_records_that_come_one_by_one_are_not_committed_by_half_either(kafka, kafka_topic, read, instance):

@@ -197,6 +197,19 @@ def test_a_topic_made_anew_holds_nothing_to_delete(publish, kafka_bootstrap_serv
         admin.delete_topics([topic])[topic].result(30)
 
 
+def test_an_asset_that_moves_to_another_topic_leaves_the_old_one_alone(
+    publish, kafka_bootstrap_servers, kafka_topic, read
+):
+    admin, old = AdminClient({"bootstrap.servers": kafka_bootstrap_servers}), f"old-{uuid.uuid4().hex[:8]}"
+    make_anew(admin, old)
+    publish(old, _rows("a", "b"))
+    admin.delete_topics([old], operation_timeout=30)[old].result(30)
+    topic = kafka_topic()
+    assert "kafka/tombstones" not in publish(topic, _rows("b", "c"))
+    assert publish(topic, _rows("c", v=2))["kafka/tombstones"] == 1
+    assert _table(read(topic)) == {"c": 2}
+
+
 @pytest.mark.parametrize("when", ["before", "after", "always"])
 def test_brokers_that_tell_no_topic_ids_have_the_same_topic(when, publish, kafka_topic, read, monkeypatch):
     """As those before 2.8, until they are upgraded."""
@@ -212,8 +225,9 @@ def test_brokers_that_tell_no_topic_ids_have_the_same_topic(when, publish, kafka
     assert _table(read(topic)) == {"b": 2}
 
 
+@pytest.mark.parametrize("noticed", [True, False])
 def test_kafka_partitions_that_are_added_meanwhile_end_it(
-    publish, kafka_bootstrap_servers, kafka_topic, read, eventually
+    noticed, publish, kafka_bootstrap_servers, kafka_topic, read, eventually
 ):
     topic, attempts = kafka_topic(partitions=2), []
     keys = [str(i) for i in range(20)]
@@ -222,10 +236,11 @@ def test_kafka_partitions_that_are_added_meanwhile_end_it(
     def grow():
         attempts.append(1)
         for i, row in enumerate(_rows(*keys, v=len(attempts) + 1)):
-            if i == 10 and len(attempts) == 1:
+            if i == (10 if noticed else 19) and len(attempts) == 1:
                 admin.create_partitions([NewPartitions(topic, 7)])[topic].result(30)
                 eventually(lambda: len(admin.list_topics(topic).topics[topic].partitions) == 7)
-                time.sleep(1)  # for the producer to look again
+                if noticed:
+                    time.sleep(1)  # for the producer to look again, and use them
             yield row
 
     publish(topic, _rows(*keys))

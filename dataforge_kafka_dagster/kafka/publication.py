@@ -66,7 +66,7 @@ from dataforge_kafka_dagster.kafka.telemetry import PublicationSpan
 from dataforge_kafka_dagster.kafka.topics import (
     are_different,
     check_topic_exists,
-    current_id,
+    current,
     end_offsets,
     lost_since,
     topic_trouble,
@@ -211,6 +211,7 @@ class PublicationWriter:
         self._lock = threading.RLock()
         # Each `send_all` that has not returned yet.
         self._under_way: set[object] = set()
+        self._thread = threading.get_ident()
 
     def _dead_topic_of(self, on_bad_record: str) -> str | None:
         if on_bad_record == "fail":
@@ -395,8 +396,10 @@ class PublicationWriter:
         if not self.replayed:
             fields = self._key if key is None else key
             on_bad = self.on_bad and functools.partial(self._bury, topic=topic)
-            with contextlib.closing(chunks(output, fields, self._position, self.encoders(topic), on_bad)) as encoded:
-                self.send_chunks(encoded, topic=topic)
+            with self._whole():  # also while the first record is being made
+                encoded = chunks(output, fields, self._position, self.encoders(topic), on_bad)
+                with contextlib.closing(encoded):
+                    self.send_chunks(encoded, topic=topic)
 
     def send_chunks(self, encoded: Iterable[Chunk], *, topic: str | None = None) -> None:
         """Add records that are encoded already, as `chunks` does.
@@ -406,11 +409,11 @@ class PublicationWriter:
         """
         if self.replayed:
             return
-        if topic:  # before a record of it is made
-            with self._lock:
-                self._live_producer()
-                self._add_topic(check_topic(topic), self._config.producer.connect_timeout)
         with self._whole():
+            if topic:  # before a record of it is made
+                with self._lock:
+                    self._live_producer()
+                    self._add_topic(check_topic(topic), self._config.producer.connect_timeout)
             for chunk in encoded:
                 with self._lock:
                     self._write(chunk, topic or self.topic)
@@ -419,20 +422,21 @@ class PublicationWriter:
     def _whole(self) -> Iterator[None]:
         """If not all records inside can be sent, nothing is committed even if somebody catches the error.
 
-        Who catches it does not know which records were sent.
+        Who catches it does not know which records were sent; and what ends another thread's call, nobody may look at.
         """
         before, call = self._position, object()
         self._under_way.add(call)
         try:
             yield
-        except Exception as error:
-            if self._position > before:
+        except BaseException as error:
+            if self._position > before or threading.get_ident() != self._thread:
+                at = f"after record {self._position - 1}" if self._position > before else "before its first record"
                 self._broken = self._broken or (
                     error
                     if isinstance(error, KafkaError)
                     else KafkaError(
                         f"publication to {self.topic!r}",
-                        f"after record {self._position - 1} they ended with {type(error).__name__}: {error}",
+                        f"a send_all ended {at} with {type(error).__name__}: {error}",
                         "Let that error end the with block, or catch it where the records are made",
                     )
                 )
@@ -832,9 +836,7 @@ class PublicationWriter:
         self._check_topics()
         if self._ends_before is not None:
             self._find_offsets()
-        if self.keeps_places and any(
-            offsets.partition >= track.partitions for track in self._all_tracks for offsets in track.offsets
-        ):
+        if self.keeps_places and any(map(self._has_grown, self._tracks.values())):
             raise KafkaError(
                 f"publication to {', '.join(self._tracks)!r}",
                 "Kafka partitions were added to the topic meanwhile, so that keys went to others than before",
@@ -855,10 +857,15 @@ class PublicationWriter:
                 remedy=Remedy.REBUILD,
             )
 
+    def _has_grown(self, track: Track) -> bool:
+        """Whether Kafka partitions were added to the topic, of which the client may have learnt at any time."""
+        timeout = self._config.producer.connect_timeout
+        return current(self._connection, track.topic, timeout).partitions != track.partitions
+
     def _is_gone(self, track: Track) -> bool:
         """Whether the topic was deleted, or made anew, as far as the brokers tell."""
         try:
-            now = current_id(self._connection, track.topic, self._config.producer.connect_timeout)
+            now = current(self._connection, track.topic, self._config.producer.connect_timeout).id
         except KafkaError as error:
             if error.code != "UNKNOWN_TOPIC_OR_PART" and error.remedy is not Remedy.RETRY:
                 raise
@@ -996,7 +1003,7 @@ def find_published(
 
     try:
         # To see within connect_timeout whether a broker is there.
-        ids = {topic: current_id(connection, topic, config.connect_timeout)}
+        ids = {topic: current(connection, topic, config.connect_timeout).id}
     except KafkaError as error:
         if error.code != "UNKNOWN_TOPIC_OR_PART":
             raise

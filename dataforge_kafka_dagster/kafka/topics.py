@@ -278,14 +278,14 @@ def topic_trouble(connection: Connection, topic: str, timeout: float) -> str | N
     return None
 
 
-def current_id(connection: Connection, topic: str, timeout: float) -> str | None:
-    """Kafka's id of a topic as it is now, to see whether it is still the same one; None from brokers before 2.8.
+def current(connection: Connection, topic: str, timeout: float) -> Topic:
+    """A topic as it is now, without its settings, to see whether it is still the same one.
 
     Raises:
         NoBrokersAvailable: No broker answered in time, or none let us in.
         KafkaError: It does not exist, also not a second later.
     """
-    return _look_for(connection, topic, time.monotonic() + timeout, _NEW_TOPIC_SECONDS, settings=False).id
+    return _look_for(connection, topic, time.monotonic() + timeout, _NEW_TOPIC_SECONDS, settings=False)
 
 
 def lost_since(connection: Connection, topic: str, known: str | None, timeout: float) -> str | None:
@@ -295,7 +295,7 @@ def lost_since(connection: Connection, topic: str, known: str | None, timeout: f
         KafkaError: The brokers do not answer.
     """
     try:
-        now = current_id(connection, topic, timeout)
+        now = current(connection, topic, timeout).id
     except KafkaError as error:
         if error.code != _UNKNOWN:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -79,8 +80,10 @@ class Upsert:
         topic = self._topic
         moved: list[Publication] = []
         stayed: list[Publication] = []
-        for publication in (*self._previous, *more):
-            if not are_different(publication.topic_ids.get(topic), topic_ids.get(topic)):
+        for previous in (*self._previous, *more):
+            here = tuple(offsets for offsets in previous.offsets if offsets.topic == topic)
+            publication = dataclasses.replace(previous, offsets=here)
+            if here and not are_different(publication.topic_ids.get(topic), topic_ids.get(topic)):
                 same = publication.partition_counts.get(topic) == partition_counts.get(topic)
                 (stayed if same else moved).append(publication)
         return moved, stayed
@@ -117,7 +120,7 @@ class Upsert:
         """Each record's key and Kafka partition."""
         for publication in publications:
             for record in read_publication(self._config, publication, self._timeout, partial=True):
-                if record.key is not None and record.value is not None and record.message.topic() == self._topic:
+                if record.key is not None and record.value is not None:
                     yield record.key, record.message.partition() or 0
 
 
