@@ -166,7 +166,13 @@ def session_identity(
         assets_def = op_context.assets_def
         # All keys, not those that this run selects, which may be fewer in a retry; and so with Dagster partitions.
         keys = sorted(assets_def.node_keys_by_output_name.values())
-        kind, path = (f"asset-{kind}", keys[0].path) if keys else (f"check-{kind}", [assets_def.node_def.name])
+        if keys:
+            kind, path = f"asset-{kind}", list(keys[0].path)
+        else:
+            # Another code location may have a function of the same name, for another asset.
+            checks = assets_def.node_check_specs_by_output_name.values()
+            first = min([*check.asset_key.path, check.name] for check in checks)
+            kind, path = f"check-{kind}", [assets_def.node_def.name, *first]
         # A graph has several steps, and a dynamic one many of a kind.
         _, graph, inside = step.key.partition(".")
         name = (f"step-of-{kind}", inside, *path, session) if graph else (kind, *path, session)

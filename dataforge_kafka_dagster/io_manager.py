@@ -202,13 +202,13 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         if obj is None:
             in_body = context.has_asset_key and has_sessions(context)
             with self.kafka.errors_in_dagster(context, topic):
-                if self._write_mode_of(context) == "upsert" and not in_body:
+                done = self.kafka.published(identity, topic) if is_again(context, identity) else None
+                if done is None and self._write_mode_of(context) == "upsert" and not in_body:
                     raise InvalidRecordError(
                         "output None",
                         "an upsert would forget the keys that are there",
                         "Return an empty list to delete them all; or raise, and nothing changes",
                     )
-                done = self.kafka.published(identity, topic) if is_again(context, identity) else None
             if done is None and in_body:
                 context.log.warning(
                     "The output is None, and the body had sessions of kafka.publishing(): this materialization says"

@@ -318,3 +318,16 @@ def test_a_record_that_librdkafka_takes_for_delivered_though_a_broker_refused_it
         assert "refused it" in error.cause
         assert "'max.in.flight.requests.per.connection': 1" in error.fix
         assert [result.offset for result in later] == [1, 2, 3]
+
+
+def test_a_producer_whose_last_record_was_late_is_to_be_replaced(cluster, monkeypatch):
+    """It may know a topic that was made anew by its old leader for ever (librdkafka 4898)."""
+    monkeypatch.setattr(Connection, "answer", lambda *_: None)
+    config = KafkaProducerConfig(bootstrap_servers=cluster.bootstrap_servers, delivery_timeout=1, retries=1000)
+    with DataForgeKafkaProducer(config) as producer:
+        producer.send_sync("t", "fine")
+        assert not producer.failed
+        cluster.fail_next(PRODUCE, *[Code.NOT_ENOUGH_REPLICAS] * 100)
+        with pytest.raises(KafkaTimeoutError, match="made anew.* Try a new producer"):
+            producer.send_sync("t", "late")
+        assert producer.failed

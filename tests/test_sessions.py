@@ -422,6 +422,26 @@ def test_a_check_publishes(kafka, kafka_topic, read, instance):
     assert _values(read(topic)) == ["checked"]
 
 
+def test_checks_of_one_name_in_two_code_locations_are_two_publishers(kafka, kafka_topic, instance):
+    topic, publishers = kafka_topic(), []
+    for name in ("orders", "customers"):
+
+        @dg.asset(name=name)
+        def checked():
+            return 1
+
+        @dg.multi_asset_check(specs=[dg.AssetCheckSpec("ok", asset=name)])
+        def quality(context: dg.AssetCheckExecutionContext, kafka: KafkaProducerResource):
+            with kafka.publishing(context, topic=topic) as publication:
+                publication.send("checked")
+            publishers.append(publication.result.transactional_id)
+            return dg.AssetCheckResult(passed=True)
+
+        definitions = dg.Definitions([checked], asset_checks=[quality], resources={"kafka": kafka})
+        assert definitions.resolve_implicit_global_asset_job_def().execute_in_process(instance=instance).success
+    assert len(set(publishers)) == 2
+
+
 @pytest.mark.skipif(
     "partitions_def" not in inspect.signature(dg.asset_check).parameters, reason="checks had no Dagster partitions yet"
 )

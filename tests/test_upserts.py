@@ -144,6 +144,24 @@ def test_an_empty_output_deletes_all_and_none_is_refused(publish, kafka_topic, r
     assert publish(topic, [])["kafka/records"] == 0
 
 
+def test_a_retry_that_returns_none_tells_what_was_published(publish, kafka_topic, read, monkeypatch):
+    topic, attempts, handle = kafka_topic(), [], KafkaIOManager.handle_output
+
+    def lost_after_the_commit(*arguments):
+        handle(*arguments)
+        if len(attempts) == 1:
+            raise dg.RetryRequested
+
+    def rows():
+        attempts.append(1)
+        return _rows("a") if len(attempts) == 1 else None
+
+    monkeypatch.setattr(KafkaIOManager, "handle_output", lost_after_the_commit)
+    assert publish(topic, rows)["kafka/records"] == 1
+    assert len(attempts) == 2
+    assert _table(read(topic)) == {"a": 1}
+
+
 def test_each_dagster_partition_replaces_its_own_keys_only(publish, kafka_topic, read):
     topic = kafka_topic()
     publish(topic, _rows("a", "shared"), partition_key="mon")

@@ -98,6 +98,7 @@ class DataForgeKafkaProducer:
         self._lock = threading.RLock()  # a signal handler may send, too
         self._poller: threading.Thread | None = None
         self._closing = False
+        self._late = False
         self._closed = threading.Event()
         self._users = 0
         """How many calls of librdkafka that wait are under way, those of close left out."""
@@ -122,8 +123,11 @@ class DataForgeKafkaProducer:
 
     @property
     def failed(self) -> bool:
-        """Whether an error has ended it: every further record fails, until somebody makes a new producer."""
-        return self._connection.fatal is not None
+        """Whether to make a new producer: an error has ended this one, or what was sent last was late.
+
+        A client never finds a topic again that it knew and that was made anew with another leader (librdkafka 4898).
+        """
+        return self._connection.fatal is not None or (self._late and not self._left())
 
     def send_sync(
         self,
@@ -277,17 +281,15 @@ class DataForgeKafkaProducer:
                 self._reporting.now = outer
 
         def settle(err: confluent_kafka.KafkaError | None, msg: Any, taken: object) -> None:
-            offset = msg.offset() if err is None else None
-            known_offset = -1 if offset is None or offset < 0 else offset
-            if err is None and known_offset < 0 and ACKS[str(self.config.acks)] != "0":
+            place: Any = _place(topic, msg) if err is None else None
+            if place is not None and place.offset < 0 and ACKS[str(self.config.acks)] != "0":
                 err = confluent_kafka.KafkaError(confluent_kafka.KafkaError._INCONSISTENT, _NOT_ACKNOWLEDGED)  # noqa: SLF001
             if err is None:
+                self._late = False
                 self._connection.connected()
-                kind, timestamp = msg.timestamp()
-                known = timestamp if kind else None
-                future.set_result(RecordMetadata(topic, msg.partition(), known_offset, known))
+                future.set_result(place)
             else:
-                error = self._connection.cause(self._connection.fatal or err, f"topic {topic!r}")
+                error = self._explain(err, topic)
                 if callback is _count_only:
                     self._failures[err.name()] += 1
                     self._first_failure = self._first_failure or error
@@ -310,6 +312,13 @@ class DataForgeKafkaProducer:
             self._unreported.pop(on_delivery, None)
             raise
         return future
+
+    def _explain(self, err: confluent_kafka.KafkaError, topic: str) -> KafkaError:
+        error = self._connection.cause(self._connection.fatal or err, f"topic {topic!r}")
+        if error.code == "_MSG_TIMED_OUT":
+            self._late = True
+            error.add("or the topic was made anew, which this client does not see", "Try a new producer")
+        return error
 
     def _queue(self, topic: str, value: bytes | None, key: bytes | None, extra: Extra, on_delivery: _Report) -> None:
         deadline = time.monotonic() + self.config.delivery_timeout
@@ -478,6 +487,13 @@ def _deliver_at_exit() -> None:
         left = producer._left()  # noqa: SLF001
         if left:
             logger.error("The process ends, and %d records are lost. Call flush() or close() before its end", left)
+
+
+def _place(topic: str, msg: Any) -> RecordMetadata:
+    offset = msg.offset()
+    kind, timestamp = msg.timestamp()
+    known = -1 if offset is None or offset < 0 else offset
+    return RecordMetadata(topic, msg.partition(), known, timestamp if kind else None)
 
 
 def _count_only(_err: object, _msg: object) -> None:
