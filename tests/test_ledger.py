@@ -25,6 +25,7 @@ from dataforge_kafka_dagster.kafka.ledger import (
 )
 from dataforge_kafka_dagster.kafka.publication import PublicationWriter, find_published, publish
 from dataforge_kafka_dagster.kafka.reader import read_publication
+from dataforge_kafka_dagster.kafka.schemas import RegisteredSchema
 
 LARGEST_METADATA = 4096
 """What a broker takes of an offset's metadata: its offset.metadata.max.bytes."""
@@ -69,6 +70,39 @@ def test_any_ledger_comes_back(places):
     assert decode_ledger(key, header, entries, "id", "run/asset") == publication
     assert key != ledger_key("another run/asset")
     assert decode_ledger(ledger_key("another"), header, entries, "id", "run/asset").offsets == ()
+
+
+def test_a_ledger_of_many_kafka_partitions_with_many_runs_is_written_in_several_batches():
+    """A broker writes a group's entries in one batch, which is refused above 1 MB or so."""
+    publication = _publication([_offsets("t", partition, [(100, 7)] * 300) for partition in range(600)])
+    groups = encode_ledger(publication)
+    assert max(sum(len(entry.metadata) + 100 for entry in group) for group in groups) < 600_000
+    key, header = next(find_headers(groups[0]))
+    entries = [entry for group in groups for entry in group]
+    assert decode_ledger(key, header, entries, "id", "run/asset") == publication
+
+
+@pytest.mark.parametrize("count", [1, 14, 30])
+def test_a_replay_knows_the_formats_of_its_own_topic_however_many_others_there_are(count):
+    schemas = [
+        RegisteredSchema(part, "avro", f"topic-{number}-{part}", number, 1)
+        for number in range(count)
+        for part in ("value", "key")
+    ]
+    topics = {f"topic-{number}": "A" * 22 for number in range(count)}
+    publication = dataclasses.replace(
+        _publication([_offsets("t", 0, [(10**6, 10**6)] * 200)]),
+        schemas=tuple(schemas),
+        partition_counts=dict.fromkeys(topics, 600),
+        topic_ids=topics,
+    )
+    groups = encode_ledger(publication, [ledger_key(str(number)) for number in range(10)])
+    entries = [entry for group in groups for entry in group]
+    assert max(len(entry.metadata.encode()) for entry in entries) < LARGEST_METADATA
+    key, header = next(find_headers(groups[0]))
+    found = decode_ledger(key, header, entries, "id", "run/asset")
+    assert found.schemas == publication.schemas[: len(found.schemas)]
+    assert (found.key_format, found.offsets) == ("avro", publication.offsets)
 
 
 def test_a_ledger_of_another_version_is_none():

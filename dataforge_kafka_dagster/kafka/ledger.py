@@ -32,6 +32,10 @@ _LARGEST: Final = 4096
 _LEDGER_BYTES: Final = 3500
 _LEDGER_SCHEMA_BYTES: Final = 800
 _LEDGER_HEADER_BYTES: Final = 1000
+# Brokers write a group in one batch, which __consumer_offsets takes up to about 1 MB; and what each entry has there
+# beside its runs and names.
+_GROUP_BYTES: Final = 500_000
+_ENTRY_BYTES: Final = 150
 # So many publications before the last one are known by their keys.
 _EARLIER: Final = 10
 _ID_BYTES: Final = 180
@@ -192,7 +196,7 @@ def ledger_key(publication_id: str) -> str:
 
 
 def encode_ledger(publication: Publication, earlier: Sequence[str] = ()) -> list[list[TopicPartition]]:
-    """The ledger as offsets to commit, a list per consumer group; more than one only for thousands of runs.
+    """The ledger as offsets to commit, a list per consumer group; more than one only for hundreds of runs.
 
     Args:
         publication: The last publication.
@@ -200,18 +204,11 @@ def encode_ledger(publication: Publication, earlier: Sequence[str] = ()) -> list
     """
     # The same publication may be written again, when it is not among the earlier ones any more, and to other places.
     key = f"{ledger_key(publication.publication_id)}.{secrets.token_hex(3)}"
-    groups: list[dict[tuple[str, int], dict[str, Any]]] = [{(publication.topic, 0): {"p": key}}]
-    ends = {(publication.topic, 0): 0}
-    for offsets in publication.offsets:
-        place = (offsets.topic, offsets.partition)
-        ends[place] = offsets.last + 1
-        for number, some in enumerate(_split(offsets.runs)):
-            if number == len(groups):
-                groups.append({})
-            groups[number].setdefault(place, {"p": key})["r"] = _pack(some)
-    groups[0][publication.topic, 0]["h"] = {
+    head = (publication.topic, 0)
+    ends = {head: 0} | {(offsets.topic, offsets.partition): offsets.last + 1 for offsets in publication.offsets}
+    header: dict[str, Any] = {
         "v": _LEDGER_VERSION,
-        "groups": len(groups),
+        "groups": 1,
         "topics": {
             topic: [
                 1 + max((p for t, p in ends if t == topic), default=-1),
@@ -228,10 +225,28 @@ def encode_ledger(publication: Publication, earlier: Sequence[str] = ()) -> list
         "tombstones": publication.tombstones,
         "earlier": list(earlier),
     }
-    schemas = [dataclasses.astuple(schema) for schema in publication.schemas]
-    # What a replay then does not tell, the ids in the records do.
-    if len(orjson.dumps(schemas)) < _LEDGER_SCHEMA_BYTES:
-        groups[0][publication.topic, 0]["h"]["schemas"] = schemas
+    is_long = len(orjson.dumps(header)) > _LEDGER_HEADER_BYTES
+    # The first are those of its own topic. What a replay then does not tell of others, the ids in the records do.
+    header["schemas"] = schemas = [dataclasses.astuple(schema) for schema in publication.schemas]
+    while len(orjson.dumps(schemas)) > _LEDGER_SCHEMA_BYTES or (schemas and len(orjson.dumps(header)) > _LEDGER_BYTES):
+        schemas.pop()
+    groups: list[dict[tuple[str, int], dict[str, Any]]] = [{head: {"p": key, "h": header}}]
+    sizes = [_LEDGER_BYTES]
+    for offsets in publication.offsets:
+        place = (offsets.topic, offsets.partition)
+        number = 0 if place == head and is_long else -1
+        for some in _split(offsets.runs):
+            packed = _pack(some)
+            size = len(orjson.dumps(packed)) + len(offsets.topic) + len(publication.transactional_id) + _ENTRY_BYTES
+            number += 1
+            while number < len(groups) and sizes[number] + size > _GROUP_BYTES:
+                number += 1
+            if number == len(groups):
+                groups.append({})
+                sizes.append(0)
+            groups[number].setdefault(place, {"p": key})["r"] = packed
+            sizes[number] += size
+    header["groups"] = len(groups)
     return [
         [
             TopicPartition(topic, partition, ends[topic, partition], orjson.dumps(entry).decode())
