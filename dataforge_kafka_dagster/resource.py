@@ -497,7 +497,7 @@ class PublishingSession:
         """The asset's result, with the publication's metadata and any of your own.
 
         Args:
-            asset_key: Which asset of a multi-asset.
+            asset_key: Which asset of a multi-asset; each tells the whole publication, also of several topics.
             metadata: More metadata, by name.
         """
         said = publication_metadata(self.result, self._partitions)

@@ -149,6 +149,30 @@ def test_a_timestamp_that_the_topic_does_not_take_is_named(days, which, publish,
     assert publish(topic, rows, kafka_topic()).dead_letters == 1
 
 
+@pytest.mark.parametrize(
+    ("config", "age", "warned"),
+    [
+        ({"retention.ms": "60000"}, 3600, True),
+        ({"retention.ms": "60000"}, 1, False),
+        ({"retention.ms": "-1"}, 3600, False),
+        ({"retention.ms": "60000", "cleanup.policy": "compact"}, 3600, False),
+        ({"retention.ms": "60000", "message.timestamp.type": "LogAppendTime"}, 3600, False),
+    ],
+)
+def test_records_that_are_older_than_the_topic_keeps_them_are_warned_of(
+    config, age, warned, publish, kafka_topic, caplog
+):
+    topic, now = kafka_topic(config=config), round(time.time())
+    rows = [KafkaRecord("x", key="k", timestamp=1000 * (now - back)) for back in (0, age, 0)]
+    assert publish(topic, rows).records == 3
+    said = [record.getMessage() for record in caplog.records if "retention.ms" in record.getMessage()]
+    assert bool(said) is warned
+    if warned:
+        assert (
+            f"deletes records 60 s after their timestamps (retention.ms), and timestamp={1000 * (now - age)}" in said[0]
+        )
+
+
 def test_a_topic_that_stamps_records_itself_takes_any_timestamp(publish, kafka_topic):
     topic = kafka_topic(config={"message.timestamp.type": "LogAppendTime"})
     assert publish(topic, [KafkaRecord(b"old", timestamp=5)]).records == 1

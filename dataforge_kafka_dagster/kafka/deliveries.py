@@ -87,6 +87,8 @@ class Track:
         max_bytes: The largest batch that it takes, after compression; None if that is not known.
         compacted: Whether it takes only records with a key.
         timestamps: How old and how far ahead a timestamp may be, milliseconds; None if it may be anything.
+        retention: After how long the topic deletes records, milliseconds; None if it does not, or that is not known.
+        oldest: The first timestamp that was given, milliseconds since the epoch; None if none was.
         failures: Records that failed, by error code.
         first_failure: The first of them, or the first that was at fault.
         moved_back: Whether an offset came that is before those of earlier records: the topic was made anew.
@@ -103,6 +105,8 @@ class Track:
         self.max_bytes = found.max_bytes
         self.compacted = found.compacted
         self.timestamps = found.timestamps
+        self.retention = found.retention
+        self.oldest: int | None = None
         self._blameless = False
         self.first_failure: Failure | None = None
         self.given_up = False
@@ -120,6 +124,8 @@ class Track:
         if chunk.extras is not None:
             all_headers, partitions, timestamps = zip(*chunk.extras, strict=True)
             given = [timestamp for timestamp in timestamps if timestamp]
+            if given and self.retention is not None:
+                self.oldest = min(given if self.oldest is None else [self.oldest, *given])
             if given and not (self.age_fits(min(given)) and self.age_fits(max(given))):
                 return True
             if max(partitions) >= self.partitions:
@@ -196,6 +202,18 @@ class Track:
         shortest = len(packer.compress(b"".join(filter(None, parts)))) + len(packer.flush())
         most = round(by_zlib * shortest + by_size * size) + overhead
         return f"up to {most} bytes compressed by {self._codec}" if most > self.max_bytes else None
+
+    @property
+    def expired(self) -> str | None:
+        """What is to be said if a record's timestamp is older than what the topic keeps."""
+        age = 0 if self.oldest is None else time.time() * 1000 - self.oldest
+        if self.retention is None or age <= self.retention:
+            return None
+        return (
+            f"topic {self.topic!r} deletes records {self.retention / 1000:.0f} s after their timestamps (retention.ms),"
+            f" and timestamp={self.oldest} of one of these was {age / 1000:.0f} s ago: Kafka may delete it at any time."
+            " Timestamps are milliseconds since the epoch; give none for the time of sending, or raise retention.ms"
+        )
 
     def age_fits(self, timestamp: int) -> bool:
         """Whether the topic takes a timestamp, in milliseconds."""

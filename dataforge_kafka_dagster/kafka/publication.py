@@ -757,6 +757,9 @@ class PublicationWriter:
                 "Wait for its threads inside the with block",
             )
         self._flush(producer)
+        for track in self._tracks.values():
+            if track.expired is not None:
+                logger.warning("%s", track.expired)
         offsets = tuple(itertools.chain.from_iterable(track.offsets for track in self._tracks.values()))
         publication = Publication(
             self._publication_id,

@@ -36,6 +36,8 @@ class Topic(NamedTuple):
         compacted: Whether its cleanup.policy is known to compact it: then it takes no record without a key.
         timestamps: How much older and how much newer than the broker's clock a record's timestamp may be, milliseconds;
             None if it may be anything, or that is not known.
+        retention: How long after its timestamp it deletes a record, milliseconds; None if it does not, or that is not
+            known.
         writable: Whether this user may write to it; true if the brokers do not tell.
         readable: Whether this user may read it, the same way.
     """
@@ -45,6 +47,7 @@ class Topic(NamedTuple):
     max_bytes: int | None = None
     compacted: bool = False
     timestamps: tuple[int, int] | None = None
+    retention: int | None = None
     writable: bool = True
     readable: bool = True
 
@@ -141,6 +144,7 @@ def look_at_topic(connection: Connection, topic: str, timeout: float, *, setting
         None if size is None else int(size),
         "compact" in known.get("cleanup.policy", ""),
         _timestamps(known),
+        _retention(known),
         not allowed or "WRITE" in allowed,
         not allowed or "READ" in allowed,
     )
@@ -153,6 +157,13 @@ def _timestamps(known: dict[str, str]) -> tuple[int, int] | None:
     both = known.get("message.timestamp.difference.max.ms", str(2**63))
     before, after = (known.get(f"message.timestamp.{which}.max.ms", both) for which in ("before", "after"))
     return int(before), int(after)
+
+
+def _retention(known: dict[str, str]) -> int | None:
+    if "delete" not in known.get("cleanup.policy", "") or known.get("message.timestamp.type") != "CreateTime":
+        return None
+    milliseconds = int(known.get("retention.ms", "-1"))
+    return None if milliseconds < 0 else milliseconds
 
 
 def _ask_for_settings(connection: Connection, topic: str, timeout: float) -> concurrent.futures.Future[Any]:
