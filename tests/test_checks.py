@@ -1,4 +1,7 @@
+import _thread
 import datetime as dt
+import threading
+import time
 import uuid
 
 import dagster as dg
@@ -9,10 +12,16 @@ from conftest import make_anew
 
 from dataforge_kafka_dagster import (
     KafkaIOManager,
+    KafkaProducerConfig,
     KafkaProducerResource,
     KafkaRecord,
+    Publication,
     build_publication_checks,
 )
+from dataforge_kafka_dagster.kafka import verification
+from dataforge_kafka_dagster.kafka.connection import Connection
+from dataforge_kafka_dagster.kafka.ledger import PartitionOffsets
+from dataforge_kafka_dagster.kafka.topics import Topic
 
 pytestmark = pytest.mark.kafka
 
@@ -223,3 +232,32 @@ def test_somebody_elses_open_transaction_is_not_taken_for_the_end(
         assert _evaluate([asset], build_publication_checks([asset]), resources, instance).passed
     finally:
         other.abort_transaction(30)
+
+
+def test_an_interrupt_ends_the_look_for_missing_records_at_once(monkeypatch):
+    """Also where a broker does not answer, in whose time-out closing the reader would wait."""
+    publication = Publication(
+        "p", "t", "t", 1, 1, "json", (PartitionOffsets("t", 0, ((0, 0),)),), replayed=False, seconds=0.0
+    )
+    asked, done = threading.Event(), threading.Event()
+
+    class Reader:
+        def get_watermark_offsets(self, *_, **__):
+            asked.set()
+            done.wait(10)
+
+        def close(self):
+            pytest.fail("it is in use")
+
+    def interrupt():
+        asked.wait(10)
+        _thread.interrupt_main()
+
+    monkeypatch.setattr(verification, "look_at_topic", lambda *_: Topic(1, None))
+    monkeypatch.setattr(Connection, "reader", lambda *_: Reader())
+    threading.Thread(target=interrupt).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        verification.find_missing(KafkaProducerConfig(bootstrap_servers="localhost:1"), publication, timeout=8)
+    done.set()
+    assert time.monotonic() - began < 2

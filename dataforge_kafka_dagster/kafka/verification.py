@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
+import confluent_kafka
 from confluent_kafka import TopicPartition
 
 from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig
@@ -81,19 +82,31 @@ def _missing_of_topic(
     if are_different(publication.topic_ids.get(topic), found.id):
         yield Missing(topic, None, records, "the topic was deleted and made anew, or this is another cluster's")
         return
-    with contextlib.closing(connection.reader()) as c:
-        for offsets in places:
-            ask = functools.partial(
-                c.get_watermark_offsets, TopicPartition(topic, offsets.partition), timeout, cached=False
-            )
-            low, high = connection.in_thread(ask, timeout, f"topic {topic!r}, Kafka partition {offsets.partition}")
-            before = _records_before(offsets, low)
-            if before:
-                cause = f"it begins at offset {low} now: retention or somebody deleted what was before"
-                yield Missing(topic, offsets.partition, before, cause)
-            elif high <= offsets.last:
-                cause = f"it ends at offset {high} now: it was made anew, or lost records that were not replicated"
-                yield Missing(topic, offsets.partition, offsets.records - _records_before(offsets, high), cause)
+    reader = connection.reader()
+    try:
+        yield from _compare(connection, reader, places, timeout)
+    except BaseException:
+        connection.close(reader)  # a call may still be waiting in it
+        raise
+    reader.close()
+
+
+def _compare(
+    connection: Connection, reader: confluent_kafka.Consumer, places: Sequence[PartitionOffsets], timeout: float
+) -> Iterator[Missing]:
+    for offsets in places:
+        topic = offsets.topic
+        ask = functools.partial(
+            reader.get_watermark_offsets, TopicPartition(topic, offsets.partition), timeout, cached=False
+        )
+        low, high = connection.in_thread(ask, timeout, f"topic {topic!r}, Kafka partition {offsets.partition}")
+        before = _records_before(offsets, low)
+        if before:
+            cause = f"it begins at offset {low} now: retention or somebody deleted what was before"
+            yield Missing(topic, offsets.partition, before, cause)
+        elif high <= offsets.last:
+            cause = f"it ends at offset {high} now: it was made anew, or lost records that were not replicated"
+            yield Missing(topic, offsets.partition, offsets.records - _records_before(offsets, high), cause)
 
 
 def _records_before(offsets: PartitionOffsets, end: int) -> int:
