@@ -48,10 +48,12 @@ def last_published(instance: dg.DagsterInstance, asset_key: dg.AssetKey, partiti
     limit, cursor = 1, None
     while True:
         page = instance.fetch_materializations(filters, limit=limit, cursor=cursor)
-        # What somebody has reported by hand, in the UI for instance, was published before that.
+        # What somebody has reported by hand, in the UI for instance, was published before that; what a failed step had
+        # published is of no run either.
         for record in page.records:
             materialization = record.asset_materialization
-            if materialization is not None and (record.run_id or PUBLICATION_METADATA in materialization.metadata):
+            said_here = {PUBLICATION_METADATA, "kafka/run"}
+            if materialization is not None and (record.run_id or said_here & materialization.metadata.keys()):
                 said = published(materialization.metadata, name_of(asset_key, partition))
                 return said._replace(partition=materialization.partition)
         if not page.has_more or page.cursor is None:

@@ -53,7 +53,7 @@ _NAMES: Final = (
 _SAID: Final[dict[str, str | None]] = {
     **dict.fromkeys(("records", "bytes", "seconds", "records_per_second", "replayed", "offsets", "publication")),
     **dict.fromkeys(("latency_p50_ms", "latency_p99_ms", "request_retries", "most_queued_records", "throttled_ms")),
-    **dict.fromkeys(("tombstones", "mapping_key")),
+    **dict.fromkeys(("tombstones", "mapping_key", "run")),
     **dict.fromkeys(("dead_letter_topic", "dead_letter_records"), "on_bad_record"),
     **dict.fromkeys(("value_format", "value_subject", "value_schema_id", "value_schema_version"), "value_schema"),
     **dict.fromkeys(("key_format", "key_subject", "key_schema_id", "key_schema_version"), "key_schema"),
@@ -159,7 +159,12 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         with self.kafka.errors_in_dagster(context):
             _check_names(context)
             if obj is None and _metadata(context, PUBLICATION_METADATA) is not None:
-                return  # the body has published by itself, and hands on what it says
+                # The body has published by itself, and hands on what it says.
+                if not context.has_asset_key:
+                    handed = {n: v for n, v in (context.output_metadata or {}).items() if n.startswith("kafka/")}
+                    mapped = {"kafka/mapping_key": context.mapping_key} if context.mapping_key else {}
+                    context.add_output_metadata(handed | mapped)
+                return
             target = _Target(
                 self._topic_of(context),
                 self._key_of(context),
@@ -488,17 +493,19 @@ def _tell_at_once(context: dg.OutputContext, done: Mapping[str, dict[str, Any]])
     """Tell Dagster of the Dagster partitions that a step has published before it failed.
 
     Dagster tells nothing of a step that fails: a new run of what seems to be missing would publish them again. Also if
-    there is to be another attempt, which may fail before it comes here.
+    there is to be another attempt, which may fail before it comes here. As events of no run: one of this run would tell
+    a re-execution "from asset failure" that the asset is done, whichever Dagster partitions are missing.
     """
     step, key = context.step_context, context.asset_key
     for partition in context.asset_partition_keys:
         if str(partition) in done and not _is_told(step.instance, key, str(partition), done[str(partition)]):
             added = _added_metadata(context, [str(partition)])
             metadata = {**added.get(None, {}), **added.get(str(partition), {}), **done[str(partition)]}
+            metadata["kafka/run"] = dg.MetadataValue.dagster_run(step.run_id)
             parts = partition.keys_by_dimension if isinstance(partition, dg.MultiPartitionKey) else {}
             tags = {f"dagster/partition/{dimension}": part for dimension, part in parts.items()}
             event = dg.AssetMaterialization(key, partition=partition, metadata=metadata, tags=tags)
-            dg.DagsterEvent.asset_materialization(step, event)
+            step.instance.report_runless_asset_event(event)
 
 
 def _is_told(instance: dg.DagsterInstance, key: dg.AssetKey, partition: str, said: Mapping[str, Any]) -> bool:

@@ -245,3 +245,43 @@ def test_several_outputs_of_one_step_are_published_once_each(manager, kafka_topi
         ("last", 7, False),
     ]
     assert len({said["kafka/publication"].value["transactional_id"] for _, said in records}) == 3
+
+
+@pytest.mark.kafka
+def test_what_a_failed_run_has_published_of_a_range_is_told_but_not_as_done_by_that_run(
+    manager, kafka_topic, read, instance
+):
+    """A re-execution "from asset failure" leaves out each asset of which its run has materialized any partition."""
+    letters = dg.StaticPartitionsDefinition(list("abcd"))
+    topic = kafka_topic()
+
+    def rows(letter):
+        yield {"letter": letter}
+        if letter == "c":
+            raise ZeroDivisionError
+
+    @dg.asset(partitions_def=letters, backfill_policy=dg.BackfillPolicy.single_run(), metadata={"kafka/topic": topic})
+    def ranged(context: dg.AssetExecutionContext):
+        return {letter: rows(letter) if letter != "b" else [] for letter in context.partition_keys}
+
+    def told(letter):
+        records = dg.AssetRecordsFilter(asset_key=ranged.key, asset_partitions=[letter])
+        return [event.asset_materialization for event in instance.fetch_materializations(records, limit=9).records]
+
+    tags = {"dagster/asset_partition_range_start": "a", "dagster/asset_partition_range_end": "d"}
+    run = {"resources": {"io_manager": manager}, "instance": instance, "tags": tags}
+    failed = dg.materialize([ranged], raise_on_error=False, **run)
+    assert instance.all_logs(failed.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION) == []
+    assert [len(told(letter)) for letter in "abcd"] == [1, 1, 0, 0]
+    assert told("a")[0].metadata["kafka/run"].value == failed.run_id
+    assert told("b")[0].metadata["kafka/records"].value == 0
+
+    @dg.asset(partitions_def=letters)
+    def reader(ranged: list) -> None:
+        assert ranged in ([], [{"letter": "a"}])
+
+    for letter in "ab":
+        assert dg.materialize(
+            [ranged, reader], selection=[reader], partition_key=letter, resources=run["resources"], instance=instance
+        ).success
+    assert [json.loads(record.value)["letter"] for record in read(topic)] == ["a"]

@@ -621,3 +621,38 @@ def test_what_the_body_hands_on_is_what_the_materialization_says(kafka, kafka_to
         assert told.metadata["kafka/records"].value == len(topics)
         assert set(told.metadata["kafka/topic"].value.split(", ")) == set(topics)
     assert not [entry for entry in instance.all_logs(result.run_id) if entry.level == logging.WARNING]
+
+
+def test_what_an_op_has_published_by_itself_is_read_by_the_next_op(kafka, kafka_topic, instance):
+    topic, got = kafka_topic(), {}
+    manager = KafkaIOManager(kafka=kafka)
+
+    def publish(context, session, value):
+        with context.resources.kafka.publishing(context, topic=topic, name=session) as publication:
+            publication.send({"i": value})
+        return publication.materialize_result().metadata
+
+    @dg.op(required_resource_keys={"kafka"})
+    def one(context):
+        return dg.Output(None, metadata=publish(context, "one", 1))
+
+    @dg.op(out=dg.DynamicOut(), required_resource_keys={"kafka"})
+    def many(context):
+        for i in (2, 3):
+            yield dg.DynamicOutput(None, f"m{i}", metadata=publish(context, f"m{i}", i))
+
+    @dg.op
+    def reads(one: list) -> None:
+        got["one"] = one
+
+    @dg.op
+    def collects(found: list) -> None:
+        got["many"] = sorted(row["i"] for rows in found for row in rows)
+
+    @dg.job(resource_defs={"kafka": kafka, "io_manager": manager})
+    def job():
+        reads(one())
+        collects(many().collect())
+
+    assert job.execute_in_process(instance=instance).success
+    assert got == {"one": [{"i": 1}], "many": [2, 3]}
