@@ -13,6 +13,8 @@ from dataforge_kafka_dagster.resource import PUBLICATION_METADATA, unpack_partit
 
 _PAGE: Final = 100
 _EVENTS: Final = 1_000
+# A materialization of no run that has one of these is ours.
+_SAID_HERE: Final = frozenset({PUBLICATION_METADATA, "kafka/run"})
 
 
 class Published(NamedTuple):
@@ -52,8 +54,7 @@ def last_published(instance: dg.DagsterInstance, asset_key: dg.AssetKey, partiti
         # published is of no run either.
         for record in page.records:
             materialization = record.asset_materialization
-            said_here = {PUBLICATION_METADATA, "kafka/run"}
-            if materialization is not None and (record.run_id or said_here & materialization.metadata.keys()):
+            if materialization is not None and (record.run_id or _SAID_HERE & materialization.metadata.keys()):
                 said = published(materialization.metadata, name_of(asset_key, partition))
                 return said._replace(partition=materialization.partition)
         if not page.has_more or page.cursor is None:

@@ -161,7 +161,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
             if obj is None and _metadata(context, PUBLICATION_METADATA) is not None:
                 # The body has published by itself, and hands on what it says.
                 if not context.has_asset_key:
-                    handed = {n: v for n, v in (context.output_metadata or {}).items() if n.startswith("kafka/")}
+                    handed = {n: v for n, v in (context.output_metadata or {}).items() if n.startswith(_PREFIX)}
                     mapped = {"kafka/mapping_key": context.mapping_key} if context.mapping_key else {}
                     context.add_output_metadata(handed | mapped)
                 return

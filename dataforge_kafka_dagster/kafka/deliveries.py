@@ -124,10 +124,11 @@ class Track:
         if chunk.extras is not None:
             all_headers, partitions, timestamps = zip(*chunk.extras, strict=True)
             given = [timestamp for timestamp in timestamps if timestamp]
-            if given and self.retention is not None:
-                self.oldest = min(given if self.oldest is None else [self.oldest, *given])
-            if given and not (self.age_fits(min(given)) and self.age_fits(max(given))):
-                return True
+            if given:
+                oldest = min(given)
+                self.oldest = oldest if self.oldest is None else min(oldest, self.oldest)
+                if not (self.age_fits(oldest) and self.age_fits(max(given))):
+                    return True
             if max(partitions) >= self.partitions:
                 return True
             # Of all records together, which is less work than to find the most that one has.

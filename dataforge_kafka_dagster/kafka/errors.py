@@ -140,6 +140,9 @@ FENCED_CODES: Final = frozenset({"_FENCED", "PRODUCER_FENCED", "INVALID_PRODUCER
 LATCHED_CODES: Final = frozenset({"_AUTHENTICATION", "_SSL", "_RESOLVE", "SASL_AUTHENTICATION_FAILED"})
 """Codes that only the error callback sees: the request itself just times out."""
 
+UNKNOWN_TOPIC_CODES: Final = frozenset({"UNKNOWN_TOPIC_OR_PART", "_UNKNOWN_TOPIC", "_UNKNOWN_PARTITION"})
+"""Codes of a topic, or a Kafka partition of it, that is not there, or that a broker does not know."""
+
 NO_ANSWER_CODES: Final = frozenset(
     {"_MSG_TIMED_OUT", "_TIMED_OUT", "_TIMED_OUT_QUEUE", "_TRANSPORT", "_ALL_BROKERS_DOWN", "_RESOLVE"}
 )

@@ -37,6 +37,7 @@ from dataforge_kafka_dagster.kafka.dead_letters import dead_letter
 from dataforge_kafka_dagster.kafka.deliveries import PURGED, Failure, Span, Track, as_bytes, shown
 from dataforge_kafka_dagster.kafka.errors import (
     FENCED_CODES,
+    UNKNOWN_TOPIC_CODES,
     FencedError,
     InvalidRecordError,
     KafkaConfigError,
@@ -80,8 +81,6 @@ _STATISTICS_MS: Final = 1_000
 _THROTTLED_MS: Final = 1_000
 # What `produce` raises of what it has learned of the topic or producer, not of the record.
 _NOT_OF_RECORD: Final = frozenset({"_FATAL", "_STATE", "_UNKNOWN_TOPIC", "TOPIC_AUTHORIZATION_FAILED"})
-# A topic that was there when it was looked at is gone, or a broker did not know it for a moment (librdkafka 4401).
-_TOPIC_GONE: Final = frozenset({"_UNKNOWN_PARTITION", "_UNKNOWN_TOPIC", "UNKNOWN_TOPIC_OR_PART"})
 # To look why records were not delivered; part of what a failure may take longer than its deadline.
 _DIAGNOSIS_SECONDS: Final = 0.5
 _ABORT_SECONDS: Final = 5.0
@@ -399,7 +398,7 @@ class PublicationWriter:
             with self._whole():  # also while the first record is being made
                 encoded = chunks(output, fields, self._position, self.encoders(topic), on_bad)
                 with contextlib.closing(encoded):
-                    self.send_chunks(encoded, topic=topic)
+                    self._send_chunks(encoded, topic)
 
     def send_chunks(self, encoded: Iterable[Chunk], *, topic: str | None = None) -> None:
         """Add records that are encoded already, as `chunks` does.
@@ -410,13 +409,16 @@ class PublicationWriter:
         if self.replayed:
             return
         with self._whole():
-            if topic:  # before a record of it is made
-                with self._lock:
-                    self._live_producer()
-                    self._add_topic(check_topic(topic), self._config.producer.connect_timeout)
-            for chunk in encoded:
-                with self._lock:
-                    self._write(chunk, topic or self.topic)
+            self._send_chunks(encoded, topic)
+
+    def _send_chunks(self, encoded: Iterable[Chunk], topic: str | None) -> None:
+        if topic:  # before a record of it is made
+            with self._lock:
+                self._live_producer()
+                self._add_topic(check_topic(topic), self._config.producer.connect_timeout)
+        for chunk in encoded:
+            with self._lock:
+                self._write(chunk, topic or self.topic)
 
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:
@@ -668,9 +670,10 @@ class PublicationWriter:
                 "Lower buffer_memory to what the quota lets through within delivery_timeout, or raise delivery_timeout"
                 " (and transaction_timeout), or the quota",
             )
-        if failure.code == "_MSG_TIMED_OUT" or failure.code in _TOPIC_GONE:
+        if failure.code == "_MSG_TIMED_OUT" or failure.code in UNKNOWN_TOPIC_CODES:
             trouble = topic_trouble(self._connection, track.topic, _DIAGNOSIS_SECONDS)
-            if failure.code in _TOPIC_GONE:
+            if failure.code in UNKNOWN_TOPIC_CODES:
+                # It was there when it was looked at, and may be for all but one broker (librdkafka 4401).
                 failure.remedy, failure.fix = Remedy.RETRY, "Try again"
                 trouble = trouble or "a broker did not know the topic for a moment"
             if trouble is not None:
@@ -757,9 +760,8 @@ class PublicationWriter:
                 "Wait for its threads inside the with block",
             )
         self._flush(producer)
-        for track in self._tracks.values():
-            if track.expired is not None:
-                logger.warning("%s", track.expired)
+        for expired in filter(None, (track.expired for track in self._tracks.values())):
+            logger.warning("%s", expired)
         offsets = tuple(itertools.chain.from_iterable(track.offsets for track in self._tracks.values()))
         publication = Publication(
             self._publication_id,
@@ -811,8 +813,9 @@ class PublicationWriter:
         track = self._tracks[self.topic]
         try:
             before, after = self._ends_before or [], self._ends(track)
-        except KafkaError as error:
-            raise _made_anew(track) if self._is_gone(track) else error from None
+        except KafkaError:
+            self._look_again(track)
+            raise
         written = sum(after) - sum(before)
         if written > self._records:
             # If it was an attempt that has taken over, the broker says so now; a new producer would fence that one.
@@ -839,13 +842,6 @@ class PublicationWriter:
         self._check_topics()
         if self._ends_before is not None:
             self._find_offsets()
-        if self.keeps_places and any(map(self._has_grown, self._tracks.values())):
-            raise KafkaError(
-                f"publication to {', '.join(self._tracks)!r}",
-                "Kafka partitions were added to the topic meanwhile, so that keys went to others than before",
-                "Try again",
-                remedy=Remedy.RETRY,
-            )
         delivered = sum(offsets.records for track in self._all_tracks for offsets in track.offsets)
         if delivered != self._position:
             unseen = (
@@ -860,31 +856,41 @@ class PublicationWriter:
                 remedy=Remedy.REBUILD,
             )
 
-    def _has_grown(self, track: Track) -> bool:
-        """Whether Kafka partitions were added to the topic, of which the client may have learnt at any time."""
-        timeout = self._config.producer.connect_timeout
-        return current(self._connection, track.topic, timeout).partitions != track.partitions
-
-    def _is_gone(self, track: Track) -> bool:
-        """Whether the topic was deleted, or made anew, as far as the brokers tell."""
-        try:
-            now = current(self._connection, track.topic, self._config.producer.connect_timeout).id
-        except KafkaError as error:
-            if error.code != "UNKNOWN_TOPIC_OR_PART" and error.remedy is not Remedy.RETRY:
-                raise
-            # If nobody answers, the commit has more time to wait for that.
-            return error.code == "UNKNOWN_TOPIC_OR_PART"
-        return are_different(track.topic_id, now)
-
     def _check_topics(self) -> None:
-        """Refuse to commit records of a topic that was deleted, and perhaps made anew, since they were sent.
+        """Refuse to commit records of a topic that has changed since they were sent.
 
-        In a long publication the topic is looked at once more; in a short one only what its offsets tell is seen.
+        In a long publication, and where keys are to stay in their Kafka partitions, the topic is looked at once more;
+        in others only what its offsets tell is seen.
         """
         for track in self._all_tracks:
-            gone = track.moved_back or (self._transaction_seconds > _LOOK_AGAIN_SECONDS and self._is_gone(track))
-            if gone:
+            if track.moved_back:
                 raise _made_anew(track)
+            if self.keeps_places or self._transaction_seconds > _LOOK_AGAIN_SECONDS:
+                self._look_again(track)
+
+    def _look_again(self, track: Track) -> None:
+        """Look whether a topic was deleted, and perhaps made anew, or has more Kafka partitions where that matters.
+
+        Raises:
+            KafkaError: It was, or has; or the brokers do not say, and that cannot wait for the commit.
+        """
+        try:
+            now = current(self._connection, track.topic, self._config.producer.connect_timeout)
+        except KafkaError as error:
+            if error.code == "UNKNOWN_TOPIC_OR_PART":
+                raise _made_anew(track) from None
+            if error.remedy is not Remedy.RETRY or self.keeps_places:
+                raise
+            return  # If nobody answers, the commit has more time to wait for that.
+        if are_different(track.topic_id, now.id):
+            raise _made_anew(track)
+        if self.keeps_places and now.partitions != track.partitions:
+            raise KafkaError(
+                f"publication to {', '.join(self._tracks)!r}",
+                "Kafka partitions were added to the topic meanwhile, so that keys went to others than before",
+                "Try again",
+                remedy=Remedy.RETRY,
+            )
 
     def _commit_transaction(self, producer: confluent_kafka.Producer, publication: Publication) -> None:
         timeout = self._config.producer.delivery_timeout

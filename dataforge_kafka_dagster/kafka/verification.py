@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import confluent_kafka
 from confluent_kafka import TopicPartition
 
 from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig
 from dataforge_kafka_dagster.kafka.connection import Connection
-from dataforge_kafka_dagster.kafka.errors import KafkaError
+from dataforge_kafka_dagster.kafka.errors import UNKNOWN_TOPIC_CODES, KafkaError
 from dataforge_kafka_dagster.kafka.ledger import PartitionOffsets, Publication
 from dataforge_kafka_dagster.kafka.reader import read_publication
 from dataforge_kafka_dagster.kafka.topics import are_different, look_at_topic
-
-_UNKNOWN: Final = frozenset({"UNKNOWN_TOPIC_OR_PART", "_UNKNOWN_TOPIC", "_UNKNOWN_PARTITION"})
 
 
 class Missing(NamedTuple):
@@ -56,46 +53,43 @@ def find_missing(
     Raises:
         KafkaError: The brokers could not be asked.
     """
-    with contextlib.closing(Connection(config)) as connection:
-        missing = [
-            found
-            for topic in dict.fromkeys(offsets.topic for offsets in publication.offsets)
-            for found in _missing_of_topic(connection, topic, publication, timeout)
-        ]
+    missing = _missing_by_offsets(config, publication, timeout)
     if thorough and not missing:
         missing = list(_missing_when_read(config, publication, timeout))
     return missing
 
 
+def _missing_by_offsets(config: KafkaProducerConfig, publication: Publication, timeout: float) -> list[Missing]:
+    topics = dict.fromkeys(offsets.topic for offsets in publication.offsets)
+    if not topics:
+        return []
+    connection = Connection(config)
+    reader = connection.reader()
+    try:
+        return [
+            found for topic in topics for found in _missing_of_topic(connection, reader, topic, publication, timeout)
+        ]
+    finally:
+        # Let go of, not closed: after an interrupt a call is still waiting in it.
+        connection.close(reader)
+
+
 def _missing_of_topic(
-    connection: Connection, topic: str, publication: Publication, timeout: float
+    connection: Connection, reader: confluent_kafka.Consumer, topic: str, publication: Publication, timeout: float
 ) -> Iterator[Missing]:
     places = [offsets for offsets in publication.offsets if offsets.topic == topic]
     records = sum(offsets.records for offsets in places)
     try:
         found = look_at_topic(connection, topic, timeout)
     except KafkaError as error:
-        if error.code not in _UNKNOWN:
+        if error.code not in UNKNOWN_TOPIC_CODES:
             raise
         yield Missing(topic, None, records, "the topic was deleted")
         return
     if are_different(publication.topic_ids.get(topic), found.id):
         yield Missing(topic, None, records, "the topic was deleted and made anew, or this is another cluster's")
         return
-    reader = connection.reader()
-    try:
-        yield from _compare(connection, reader, places, timeout)
-    except BaseException:
-        connection.close(reader)  # a call may still be waiting in it
-        raise
-    reader.close()
-
-
-def _compare(
-    connection: Connection, reader: confluent_kafka.Consumer, places: Sequence[PartitionOffsets], timeout: float
-) -> Iterator[Missing]:
     for offsets in places:
-        topic = offsets.topic
         ask = functools.partial(
             reader.get_watermark_offsets, TopicPartition(topic, offsets.partition), timeout, cached=False
         )
