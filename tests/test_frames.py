@@ -82,7 +82,7 @@ def columns(monkeypatch):
     )
 )
 def test_any_polars_frame_is_the_json_of_its_rows(frame):
-    expected = json_lines(frame.rows(named=True))
+    expected = json_lines(frame.rows(named=True)).texts
     assert [value for value, _ in encoded(frame)] == expected
 
 

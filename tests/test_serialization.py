@@ -24,12 +24,12 @@ from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
 from dataforge_kafka_dagster.kafka.serialization import (
     deserialize,
     format_of,
+    json_lines,
     serialize_headers,
     serialize_key,
     serialize_value,
     to_json,
     to_protobuf_json,
-    with_null,
 )
 from dataforge_kafka_dagster.kafka.sources import chunks
 
@@ -327,9 +327,39 @@ def test_what_a_model_makes_of_its_fields_is_refused_if_it_is_not_finite(value, 
     assert serialize_value(Fare(price=INF)) == b'{"leg":null,"price":0.0}'
 
 
-@given(st.lists(st.sampled_from([b'{"a":null}', b'{"a":[1,null,null]}', b'{"a":1}', b'{"null":2}', b"{}"])))
-def test_texts_with_null_are_found_by_position(values):
-    assert with_null(values, b"".join(values)) == [i for i, value in enumerate(values) if b"null" in value]
+def nested(levels):
+    value = {}
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
+# What stands between two values of the array that they are written as, and what looks like it.
+MARKS = ["\0", ["a", "\0", "b"], ["\0", "\0"], ',"\\u0000",', [",", "\0"], {"\0": ["\0", 1]}, "null", None, NAN]
+
+
+@given(
+    st.lists(
+        st.dictionaries(
+            st.sampled_from(["a", "\0", "null"]), st.sampled_from([*MARKS, 1, Point(1, NAN), nested(252)]), max_size=2
+        )
+    )
+)
+def test_values_are_written_together_as_each_alone(values):
+    texts = list(map(to_json, values))
+    with_null = [i for i, text in enumerate(texts) if b"null" in text]
+    assert json_lines(values) == (texts, with_null, sum(map(len, texts)))
+
+
+@pytest.mark.parametrize("value", [MARKS, ["\0"], "\0", None, 1, [], {}], ids=repr)
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_values_that_are_no_mappings_are_written_together_too(value, count):
+    assert json_lines([value] * count).texts == [to_json(value)] * count
+
+
+def test_of_many_values_a_wrong_one_is_an_error():
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        json_lines([{"a": 1}, {"a": object()}])
 
 
 class Tenant(enum.Enum):

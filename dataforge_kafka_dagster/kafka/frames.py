@@ -28,7 +28,6 @@ from dataforge_kafka_dagster.kafka.serialization import (
     serialize_value,
     text_size,
     to_json,
-    with_null,
 )
 
 if TYPE_CHECKING:
@@ -193,15 +192,14 @@ class FrameEncoder:
     def _values(rows: Sequence[dict[str, Any]], start: int) -> tuple[list[bytes], int]:
         """The bytes of each value, and their size together."""
         try:
-            values = json_lines(rows)
+            lines = json_lines(rows)
         except (TypeError, ValueError):
             for i, row in enumerate(rows):
                 serialize_value(row, start + i)
             raise
-        joined = b"".join(values)
-        for i in with_null(values, joined):
+        for i in lines.with_null:
             refuse_infinite(rows[i], start + i)
-        return values, len(joined)
+        return lines.texts, lines.size
 
     @staticmethod
     def _key(value: Any, index: int, field: str) -> bytes | None:

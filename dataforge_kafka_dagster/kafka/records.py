@@ -24,7 +24,6 @@ from dataforge_kafka_dagster.kafka.serialization import (
     serialize_key,
     serialize_value,
     text_size,
-    with_null,
 )
 
 ACCEPTED: Final = (
@@ -195,10 +194,9 @@ class RowEncoder:
             for i, row in enumerate(rows):
                 serialize_value(row, start + i)
             raise
-        joined = b"".join(lines)
-        for i in with_null(lines, joined):
+        for i in lines.with_null:
             refuse_non_finite(rows[i], start + i)
-        return lines, len(joined)
+        return lines.texts, lines.size
 
     def _check_types(self, rows: Sequence[Any], start: int, types: set[type]) -> None:
         if self._encoders.value and type(None) not in types:
