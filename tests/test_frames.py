@@ -4,6 +4,8 @@ import datetime as dt
 import decimal
 import json
 import math
+import threading
+import time
 import uuid
 
 import narwhals as nw
@@ -398,3 +400,75 @@ def test_python_has_the_texts_of_some_hundred_rows_of_a_frame_at_a_time():
     assert [text for chunk in found for text in encoded(chunk.values)] == list(map(to_json, frame.to_dicts()))
     for chunk in found:
         assert chunk.size == sum(map(len, encoded((*chunk.values, *chunk.keys))))
+
+
+# Large frames, whose next slice another thread encodes.
+
+
+def large(rows=60_000, bad=()):
+    """A frame of many slices, with infinity in some rows."""
+    numbers = [math.inf if i in bad else i / 2 for i in range(rows)]
+    return pl.DataFrame({"i": range(rows), "x": numbers, "text": [f"é{i}" for i in range(rows)]})
+
+
+def encoders():
+    """The threads that encode slices."""
+    return [thread for thread in threading.enumerate() if thread.name.startswith("encode")]
+
+
+@pytest.mark.parametrize("library", ["polars", "pandas", "pyarrow"])
+def test_a_large_frame_has_all_rows_in_order(library):
+    frame = large()
+    native = {"polars": lambda: frame, "pandas": frame.to_pandas, "pyarrow": frame.to_arrow}[library]()
+    expected = [(to_json(row), str(row["i"]).encode()) for row in frame.iter_rows(named=True)]
+    assert encoded(native, "i") == expected
+    assert not encoders()
+
+
+def test_the_next_slice_is_encoded_while_one_is_sent(monkeypatch):
+    begun = []
+    to_columns = frames.FrameEncoder._by_column
+
+    def by_column(self, frame, start):
+        begun.append(start)
+        return to_columns(self, frame, start)
+
+    monkeypatch.setattr(frames.FrameEncoder, "_by_column", by_column)
+    position = 0
+    for chunk in chunks(large()):
+        position += len(chunk.values)
+        if 25_000 < position < 26_000:
+            break
+    deadline = time.monotonic() + 30
+    while max(begun) < position and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert max(begun) > position
+
+
+@pytest.mark.parametrize("at", [0, 100, 30_000, 59_999])
+def test_a_bad_row_of_a_large_frame_ends_it_after_those_slices_before_it(at):
+    sent = 0
+    with pytest.raises(InvalidRecordError, match=rf"record {at}, field 'x'"):
+        for chunk in chunks(large(bad=[at])):
+            sent += len(chunk.values)
+    assert sent <= at
+    assert sent >= at - 20_000
+    assert not encoders()
+
+
+def test_bad_rows_of_a_large_frame_are_left_out_and_told():
+    bad, told = [5, 24_999, 25_000, 59_999], []
+    made = chunks(large(bad=bad), on_bad=lambda row, index, _: told.append((row["i"], index)))
+    assert [json.loads(value)["i"] for chunk in made for value in chunk.values] == [
+        i for i in range(60_000) if i not in bad
+    ]
+    assert told == [(i, i) for i in bad]
+    assert not encoders()
+
+
+def test_a_large_frame_that_nobody_takes_leaves_no_thread():
+    made = chunks(large())
+    while not encoders():
+        next(made)
+    del made
+    assert not encoders()

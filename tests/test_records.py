@@ -4,6 +4,7 @@ import datetime as dt
 import gc
 import itertools
 import json
+import math
 import time
 import weakref
 
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field, field_serializer
 
 from dataforge_kafka_dagster import KafkaRecord
+from dataforge_kafka_dagster.kafka import frames
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
 from dataforge_kafka_dagster.kafka.records import encode_record
 from dataforge_kafka_dagster.kafka.serialization import to_json
@@ -535,3 +537,44 @@ def test_any_text_column_comes_back(texts):
 @given(st.lists(st.fixed_dictionaries({"k": st.text(min_size=1), "v": LEAVES}), max_size=30))
 def test_any_key_field_comes_back(rows):
     assert [key.decode() for key, _ in _records(iter(rows), "k")] == [row["k"] for row in rows]
+
+
+# Records that cannot be published among others that can be.
+
+GOOD, BAD = {"a": 1}, {"a": math.nan}
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=300), st.booleans())
+def test_those_records_are_left_out_that_cannot_be_published(good, listed):
+    rows = [{"i": i, **(GOOD if is_good else BAD)} for i, is_good in enumerate(good)]
+    told = []
+    made = chunks(
+        rows if listed else iter(rows), on_bad=lambda row, index, error: told.append((row["i"], index, error.index))
+    )
+    assert [json.loads(value)["i"] for chunk in made for value in chunk.values] == [
+        i for i, well in enumerate(good) if well
+    ]
+    assert told == [(i, i, i) for i, well in enumerate(good) if not well]
+
+
+@pytest.mark.parametrize("bad", [object(), None, 1.5, [{"a": 1}]], ids=repr)
+@pytest.mark.parametrize("good", [{"a": 1}, "text", b"bytes", KafkaRecord({"a": 1})], ids=repr)
+def test_what_is_no_record_does_not_say_of_what_kind_the_others_are(bad, good):
+    told = []
+    made = chunks(
+        [bad, good, good, "x" if isinstance(good, dict) else {}, good],
+        on_bad=lambda _, index, error: told.append((index, str(error))),
+    )
+    assert sum(len(chunk.values) for chunk in made) == 3
+    assert [index for index, _ in told] == [0, 3]
+    with pytest.raises(InvalidRecordError, match="record 0: "):
+        list(chunks([bad, good]))
+
+
+def test_few_bad_rows_of_a_frame_cost_few_encodings(monkeypatch):
+    calls = []
+    encode = frames.FrameEncoder.__call__
+    monkeypatch.setattr(frames.FrameEncoder, "__call__", lambda *args: calls.append(1) or encode(*args))
+    frame = pl.DataFrame({"x": [math.inf if i in {7, 30_000} else 0.5 for i in range(60_000)]})
+    assert sum(len(chunk.values) for chunk in chunks(frame, on_bad=lambda *_: None)) == 59_998
+    assert len(calls) < 60

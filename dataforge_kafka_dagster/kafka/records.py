@@ -167,14 +167,19 @@ class RowEncoder:
         Raises:
             InvalidRecordError: A row cannot be published.
         """
-        self._first = self._first or type(rows[0])
+        first = self._first or type(rows[0])
         types = set(map(type, rows))
-        wrapped = issubclass(self._first, KafkaRecord)
+        wrapped = issubclass(first, KafkaRecord)
         if any(issubclass(cls, KafkaRecord) != wrapped for cls in types):
+            if not (self._first or wrapped):
+                self._check_types(rows[:1], start, {first})
             raise self._odd_one_out(rows, start, lambda row: isinstance(row, KafkaRecord) != wrapped)
+        if not wrapped:
+            self._check_types(rows, start, types)
+        # Only now: what is no record at all does not say of what kind the others are.
+        self._first = first
         if wrapped:
             return self._records(rows, start)
-        self._check_types(rows, start, types)
         values, size = self._values(rows, start)
         keys = self._keys(rows, start) if self._fields else None
         return Chunk(values, keys, None, size + text_size(keys), self._encoders.form or self._form)
@@ -201,9 +206,8 @@ class RowEncoder:
     def _check_types(self, rows: Sequence[Any], start: int, types: set[type]) -> None:
         if self._encoders.value and type(None) not in types:
             return
-        self._form = self._form or format_of(type(rows[0]))
-        for cls in types:
-            form = format_of(cls)
+        expected = self._form or format_of(type(rows[0]))
+        for form, cls in sorted(((format_of(cls), cls) for cls in types), key=lambda known: known[0] is not None):
             if form is None:
                 i = next(i for i, row in enumerate(rows) if type(row) is cls)
                 fix = f"Publish {ACCEPTED.partition(';')[0]}"
@@ -214,9 +218,8 @@ class RowEncoder:
                 raise InvalidRecordError(
                     f"record {start + i}", f"its value is of type {cls.__qualname__}", fix, index=start + i
                 )
-            self._form = self._form or form
-            if form != self._form:
-                raise self._odd_one_out(rows, start, lambda row: format_of(type(row)) != self._form)
+            if form != expected:
+                raise self._odd_one_out(rows, start, lambda row: format_of(type(row)) != expected)
             if self._fields and form != "json":
                 raise InvalidRecordError(
                     f"key {', '.join(self._fields)!r}",
@@ -224,9 +227,10 @@ class RowEncoder:
                     "Leave the key out, or publish KafkaRecord(value, key=...)",
                     field=self._fields[0],
                 )
+        self._form = expected
 
     def _odd_one_out(self, rows: Sequence[Any], start: int, odd: Callable[[Any], bool]) -> InvalidRecordError:
-        first = self._first.__qualname__ if self._first else "?"
+        first = (self._first or type(rows[0])).__qualname__
         i = next(i for i, row in enumerate(rows) if odd(row))
         return InvalidRecordError(
             f"record {start + i}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +24,9 @@ _ITERATED: Final = (128, 65_536)
 _LISTED: Final = (512, 65_536)
 _FRAME: Final = (20_000, 8_000_000)
 _CHUNK_SECONDS: Final = 0.5
+
+# Rows of a frame that are worth another thread.
+_MANY: Final = 4_096
 
 E = TypeVar("E", bound="Chunk | Columns")
 
@@ -145,15 +150,16 @@ def _peeked(parts: Iterator[Any]) -> Iterator[Any]:
 def _slices(
     frames: Iterable[Any], encode: Callable[[Any, int], E], start: int, on_bad: BadRecordTaker | None
 ) -> Iterator[E]:
-    """Slices of frames, encoded."""
-    # narwhals slices an Arrow table without columns into as many rows as are asked for.
-    for frame in filter(len, frames):
+    """Slices of frames, encoded; of each frame the next one by another thread while one is sent."""
+    with concurrent.futures.ThreadPoolExecutor(1, "encode") as thread:
+        # narwhals slices an Arrow table without columns into as many rows as are asked for.
+        for frame in filter(len, frames):
 
-        def take(start: int, size: int, frame: Any = frame) -> Any:
-            return frame[start : start + size]
+            def take(start: int, size: int, frame: Any = frame) -> Any:
+                return frame[start : start + size]
 
-        yield from _paced(take, encode, start, on_bad, _FRAME)
-        start += len(frame)
+            yield from _paced(take, encode, start, on_bad, _FRAME, thread)
+            start += len(frame)
 
 
 def _paced(
@@ -162,34 +168,54 @@ def _paced(
     first: int,
     on_bad: BadRecordTaker | None,
     most: tuple[int, int],
+    thread: concurrent.futures.Executor | None = None,
 ) -> Iterator[E]:
-    """Take rows and encode them, as many at a time as make the most bytes, going by those before."""
-    start, size = 0, 64
+    """Take rows and encode them, as many at a time as make the most bytes, going by those before.
+
+    With a thread, the next rows are taken before those encoded are given, and encoded by it meanwhile: where they are
+    many, and need no Python for each row, which one thread runs at a time.
+    """
+    start, size, by_column = 0, 64, False
+    ready: Iterable[E] = ()
     while count := len(rows := take(start, size)):
+        encoded: Callable[[], E] = functools.partial(encode, rows, first + start)
+        if thread is not None and by_column and count >= _MANY:
+            encoded = thread.submit(encoded).result
+        yield from ready
         try:
-            chunk = encode(rows, first + start)
+            chunk = encoded()
         except InvalidRecordError as error:
             # Without an index it is the output as a whole that cannot be published.
             if on_bad is None or error.index is None:
                 raise
-            yield from _one_by_one(rows, encode, first + start, on_bad)
-            start += count
-            continue
-        yield chunk
+            ready = _in_halves(rows, encode, first + start, on_bad)
+        else:
+            ready = (chunk,)
+            by_column = not isinstance(chunk, Chunk)
+            fitting = most[1] * count // max(chunk.size, 1)
+            size = max(1, min(most[0], fitting, size * 8))
+        if thread is None:
+            yield from ready
+            ready = ()
         start += count
-        fitting = most[1] * count // max(chunk.size, 1)
-        size = max(1, min(most[0], fitting, size * 8))
+    yield from ready
 
 
-def _one_by_one(rows: Any, encode: Callable[[Any, int], E], start: int, on_bad: BadRecordTaker) -> Iterator[E]:
-    for i in range(len(rows)):
-        row = rows[i : i + 1]
+def _in_halves(rows: Any, encode: Callable[[Any, int], E], start: int, on_bad: BadRecordTaker) -> Iterator[E]:
+    """Encode rows among which are such that cannot be published: by halves, down to each of those."""
+    half = len(rows) // 2
+    for part, at in ((rows[:half], start), (rows[half:], start + half)):
+        if not len(part):
+            continue
         try:
-            chunk = encode(row, start + i)
+            chunk = encode(part, at)
         except InvalidRecordError as error:
             if error.index is None:
                 raise
-            on_bad(row[0] if isinstance(row, (list, tuple)) else _row_of(row), start + i, error)
+            if len(part) > 1:
+                yield from _in_halves(part, encode, at, on_bad)
+            else:
+                on_bad(part[0] if isinstance(part, (list, tuple)) else _row_of(part), at, error)
         else:
             yield chunk
 
