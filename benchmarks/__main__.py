@@ -17,15 +17,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds of the part speed; default: 5")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, not how fast it is")
     parser.add_argument("--out", type=Path, help="folder for the figures; default: docs, and none with --quick")
+    parser.add_argument("--files", type=Path, help="folder for the broker's files; default: one in memory, if there is")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(names):
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     folder = options.out or (None if options.quick else report.DOCS)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an orderly end: broker and files go too
-    with speed.start_kafka() as kafka:
+    files = options.files or speed.folder_for_files()
+    with speed.start_kafka(files) as kafka:
         for name in options.parts or names:
             began = time.monotonic()
-            measured = report.machine()
+            measured = report.machine(files)
             if name == "speed":
                 part = speed.run(kafka, 1 if options.quick else options.rounds, quick=options.quick)
             else:

@@ -28,8 +28,8 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> dict[str, An
     return {"title": title, "columns": columns, "rows": rows}
 
 
-def machine() -> dict[str, str]:
-    """Where and with what it was measured."""
+def machine(files: Path) -> dict[str, str]:
+    """Where and with what it was measured, and where the broker had its files."""
     cpu = (
         re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
     )
@@ -42,9 +42,11 @@ def machine() -> dict[str, str]:
             continue
     from dataforge_kafka_dagster.local import KAFKA_VERSION  # noqa: PLC0415
 
+    where = "in memory" if files.is_relative_to("/dev/shm") else "on a disk"
     return {
         "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {cpu[1] if cpu else platform.processor()}, {platform.system()}",
+        "machine": f"{os.cpu_count()} cores, {cpu[1] if cpu else platform.processor()}, {platform.system()}, "
+        f"the broker's files {where}",
         "load": f"{os.getloadavg()[0]:.1f} when it began",
         "versions": f"Python {platform.python_version()}, Apache Kafka {KAFKA_VERSION}, {', '.join(versions)}",
     }

@@ -2,6 +2,8 @@
 
 import shutil
 import sys
+import tempfile
+from pathlib import Path
 
 import orjson
 import pytest
@@ -17,7 +19,7 @@ def part():
         "dict rows": {"ours": True, "records": 20, "per_second": [9000.0, 6000.0, 8000.0]},
     }
     sets = {"flights": {"record_bytes": 300.0, "results": results}}
-    return {"measured": report.machine(), "sets": sets, "tables": speed.tables(sets, 3)}
+    return {"measured": report.machine(Path(tempfile.gettempdir())), "sets": sets, "tables": speed.tables(sets, 3)}
 
 
 def test_a_ratio_is_taken_between_figures_of_the_same_round(part):
@@ -30,7 +32,10 @@ def test_figures_are_kept_by_part_and_shown_between_the_page_s_markers(part, tmp
     page.write_text(
         "Before\n<!-- benchmark speed -->\nold\n<!-- end -->\n<!-- benchmark read -->\nold\n<!-- end -->\nAfter\n"
     )
-    other = {"measured": report.machine(), "tables": [report.table("Others", ["what", "n"], [["a", "1"]])]}
+    other = {
+        "measured": report.machine(Path(tempfile.gettempdir())),
+        "tables": [report.table("Others", ["what", "n"], [["a", "1"]])],
+    }
     report.write("other", other, tmp_path)
     report.write("speed", part, tmp_path)
     figures = orjson.loads((tmp_path / report.FIGURES).read_bytes())
