@@ -75,7 +75,7 @@ class Columns(NamedTuple):
     """Rows of a frame, encoded by column and not yet in Python.
 
     Attributes:
-        texts: The JSON of each.
+        texts: The JSON of each, as binary: a str of Python would be encoded again.
         keys: As many, or None if no record has a key.
         size: Bytes of all texts and keys.
     """
@@ -91,7 +91,7 @@ def in_pieces(found: Chunk | Columns) -> Iterator[Chunk]:
         yield found
         return
     texts, keys, _ = found
-    sizes = texts.str.len_bytes()
+    sizes = texts.bin.size()
     for i in range(0, len(texts), _PIECE):
         part = slice(i, i + _PIECE)
         some_keys = None if keys is None else keys[part]
@@ -155,7 +155,7 @@ class FrameEncoder:
             for i, row in enumerate(frame.rows(named=True), start):
                 refuse_infinite(row, i)
         values = _json_of(frame)
-        size = int(values.str.len_bytes().sum())
+        size = int(values.bin.size().sum())
         if not self._fields:
             return Columns(values, None, size)
         if len(self._fields) > 1:
@@ -486,4 +486,4 @@ def _has_infinity(series: pl.Series) -> bool:
 def _json_of(frame: pl.DataFrame) -> pl.Series:
     import polars as pl  # noqa: PLC0415  (optional, and slow to import)
 
-    return frame.select(pl.struct(pl.all()).struct.json_encode()).to_series().alias("json")
+    return frame.select(pl.struct(pl.all()).struct.json_encode().cast(pl.Binary)).to_series().alias("json")
