@@ -198,6 +198,22 @@ def test_single_records_go_there_too_and_later_positions_count_them(writer, topi
 
 
 @pytest.mark.kafka
+def test_tombstones_among_records_of_another_format_are_published(writer, topics, read):
+    with writer() as publication:
+        publication.send({"i": 0}, key="a")
+        publication.send_all(
+            [KafkaRecord("text", "b"), KafkaRecord(None, "c", headers={"h": "v"}), KafkaRecord("more", "d")]
+        )
+    done = publication.publication
+    assert (done.records, done.tombstones, done.dead_letters, done.bytes) == (2, 1, 2, len(b'{"i":0}' + b"a" + b"c"))
+    assert sorted((record.key, record.value, record.headers) for record in read(topics[0])) == [
+        (b"a", b'{"i":0}', []),
+        (b"c", None, [("h", b"v")]),
+    ]
+    assert _letters(read(topics[1])) == [(1, BAD, b"text"), (3, BAD, b"more")]
+
+
+@pytest.mark.kafka
 def test_dead_letters_are_in_the_transaction(writer, topics, read):
     with pytest.raises(ZeroDivisionError), writer() as publication:
         publication.send_all([{"i": 0}, {"i": {1}}])

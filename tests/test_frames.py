@@ -466,9 +466,9 @@ def test_bad_rows_of_a_large_frame_are_left_out_and_told():
     assert not encoders()
 
 
-def test_a_large_frame_that_nobody_takes_leaves_no_thread():
+def test_a_large_frame_that_is_not_taken_to_its_end_leaves_no_thread():
     made = chunks(large())
     while not encoders():
         next(made)
-    del made
+    made.close()
     assert not encoders()

@@ -562,8 +562,12 @@ class PublicationWriter:
         self._tombstones -= value is None
 
     def _bury_all(self, chunk: Chunk, topic: str) -> None:
-        """Treat records of another format than those before as bad."""
-        for value, key in zip(chunk.values, chunk.keys or itertools.repeat(None), strict=False):
+        """Treat records of another format than those before as bad; tombstones have none."""
+        keys, extras = chunk.keys or itertools.repeat(None), chunk.extras or itertools.repeat(PLAIN)
+        for value, key, extra in zip(chunk.values, keys, extras, strict=False):
+            if value is None:
+                self._write(Chunk([None], [key], [extra], text_size([key]), None, 1), topic)
+                continue
             index = self._position
             error = InvalidRecordError(
                 f"record {index}",

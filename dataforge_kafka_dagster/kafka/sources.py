@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
@@ -42,7 +43,7 @@ class Chunks(Iterator[Chunk]):
         stream: What they are read from bit by bit, if so.
     """
 
-    def __init__(self, made: Iterator[Chunk], stream: Stream | None) -> None:
+    def __init__(self, made: Generator[Chunk, None, None], stream: Stream | None) -> None:
         self._made = made
         self._stream = stream
 
@@ -50,7 +51,8 @@ class Chunks(Iterator[Chunk]):
         return next(self._made)
 
     def close(self) -> None:
-        """Read no more: a file or a database's connection is free for the next attempt, whoever still holds these."""
+        """Read and encode no more: a file or a database's connection is free for the next attempt, a thread ends."""
+        self._made.close()
         if self._stream is not None:
             self._stream.parts.close()
 
@@ -98,7 +100,7 @@ def _chunks(
     start: int,
     encoders: Encoders,
     on_bad: BadRecordTaker | None,
-) -> Iterator[Chunk]:
+) -> Generator[Chunk, None, None]:
     if stream is None or not stream.of_frames:
         if stream is not None:
             output = _peeked(stream.parts)
@@ -126,7 +128,7 @@ def _chunks(
     encode = FrameEncoder(fields, encoders)
     # The first part is read now: a query that fails, or a missing column, is refused before anything is connected.
     frames = _peeked(map(opened, [output] if stream is None else stream.parts))
-    return itertools.chain.from_iterable(map(in_pieces, _slices(frames, encode, start, on_bad)))
+    return _pieces(_slices(frames, encode, start, on_bad), in_pieces)
 
 
 def is_repeatable(output: Any) -> bool:
@@ -147,9 +149,18 @@ def _peeked(parts: Iterator[Any]) -> Iterator[Any]:
     return all_of_them()
 
 
+def _pieces(
+    slices: Generator[E, None, None], in_pieces: Callable[[E], Iterator[Chunk]]
+) -> Generator[Chunk, None, None]:
+    """The chunks of slices, which are closed with them."""
+    with contextlib.closing(slices):
+        for part in slices:
+            yield from in_pieces(part)
+
+
 def _slices(
     frames: Iterable[Any], encode: Callable[[Any, int], E], start: int, on_bad: BadRecordTaker | None
-) -> Iterator[E]:
+) -> Generator[E, None, None]:
     """Slices of frames, encoded; of each frame the next one by another thread while one is sent."""
     with concurrent.futures.ThreadPoolExecutor(1, "encode") as thread:
         # narwhals slices an Arrow table without columns into as many rows as are asked for.
@@ -169,7 +180,7 @@ def _paced(
     on_bad: BadRecordTaker | None,
     most: tuple[int, int],
     thread: concurrent.futures.Executor | None = None,
-) -> Iterator[E]:
+) -> Generator[E, None, None]:
     """Take rows and encode them, as many at a time as make the most bytes, going by those before.
 
     With a thread, the next rows are taken before those encoded are given, and encoded by it meanwhile: where they are
