@@ -322,6 +322,16 @@ def _has_bytes(value: Any) -> bool:
     return any(map(_has_bytes, value))
 
 
+def plain_models(values: Sequence[Any]) -> Sequence[Any]:
+    """Where all values are pydantic models, what `to_json` writes of each; else the values.
+
+    So each is dumped once, also where it is looked through for NaN.
+    """
+    if not all(issubclass(cls, BaseModel) for cls in set(map(type, values))):
+        return values
+    return [model.model_dump(mode="json") for model in values]
+
+
 class JsonLines(NamedTuple):
     """Some values as JSON.
 
