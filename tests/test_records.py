@@ -557,8 +557,10 @@ def test_those_records_are_left_out_that_cannot_be_published(good, listed):
     assert told == [(i, i, i) for i, well in enumerate(good) if not well]
 
 
-@pytest.mark.parametrize("bad", [object(), None, 1.5, [{"a": 1}]], ids=repr)
-@pytest.mark.parametrize("good", [{"a": 1}, "text", b"bytes", KafkaRecord({"a": 1})], ids=repr)
+@pytest.mark.parametrize("bad", [object(), None, 1.5, [{"a": 1}]], ids=["object", "None", "float", "list"])
+@pytest.mark.parametrize(
+    "good", [{"a": 1}, "text", b"bytes", KafkaRecord({"a": 1})], ids=["dict", "text", "bytes", "record"]
+)
 def test_what_is_no_record_does_not_say_of_what_kind_the_others_are(bad, good):
     told = []
     made = chunks(
