@@ -207,7 +207,7 @@ def test_tombstones_among_records_of_another_format_are_published(writer, topics
     done = publication.publication
     assert (done.records, done.tombstones, done.dead_letters, done.bytes) == (2, 1, 2, len(b'{"i":0}' + b"a" + b"c"))
     assert sorted((record.key, record.value, record.headers) for record in read(topics[0])) == [
-        (b"a", b'{"i":0}', []),
+        (b"a", b'{"i":0}', None),
         (b"c", None, [("h", b"v")]),
     ]
     assert _letters(read(topics[1])) == [(1, BAD, b"text"), (3, BAD, b"more")]

@@ -311,7 +311,7 @@ def test_a_record_that_librdkafka_takes_for_delivered_though_a_broker_refused_it
     results = [future.exception(5) or future.result() for future in sent]
     if in_flight == 1:
         assert [result.offset for result in results] == [1, 2, 3, 4]
-        assert told == [(None, 2), (None, 3), (None, 4)]
+        assert sorted(told) == [(None, 2), (None, 3), (None, 4)]
     else:
         error, *later = results
         assert (error.code, error.remedy) == ("_INCONSISTENT", Remedy.REBUILD)
