@@ -9,17 +9,19 @@ import types
 import typing
 import uuid
 import zoneinfo
-from collections import OrderedDict
+from collections import OrderedDict, deque
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 import pytz
+from dagster._core.errors import DagsterExecutionInterruptedError
 from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel, computed_field, field_serializer
 
+from dataforge_kafka_dagster import KafkaRecord
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
 from dataforge_kafka_dagster.kafka.serialization import (
     deserialize,
@@ -355,6 +357,56 @@ def test_values_are_written_together_as_each_alone(values):
 @pytest.mark.parametrize("count", [1, 2, 9])
 def test_values_that_are_no_mappings_are_written_together_too(value, count):
     assert json_lines([value] * count).texts == [to_json(value)] * count
+
+
+class Interrupted(typing.Mapping):
+    """A mapping that is written when somebody cancels the run."""
+
+    def __init__(self, interrupt):
+        self.interrupt = interrupt
+
+    def __getitem__(self, key):
+        raise KeyError(key)
+
+    def __len__(self):
+        return 1
+
+    def __iter__(self):
+        raise self.interrupt
+
+
+class Cancelled(BaseModel):
+    it: typing.Any
+
+    @field_serializer("it")
+    def write(self, it):
+        raise it
+
+
+@pytest.mark.parametrize(
+    "interrupt", [KeyboardInterrupt(), DagsterExecutionInterruptedError(), SystemExit(3)], ids=repr
+)
+@pytest.mark.parametrize("make", [Interrupted, lambda it: {"a": [Interrupted(it)]}, lambda it: Cancelled(it=it)])
+def test_an_interrupt_while_a_value_is_written_is_no_error_of_the_value(interrupt, make):
+    value = make(interrupt)
+    for write in (to_json, to_protobuf_json, serialize_value):
+        with pytest.raises(type(interrupt)):
+            write(value)
+    for rows in ([{"a": 1}, value, {"a": 2}], [KafkaRecord(value)]):
+        with pytest.raises(type(interrupt)):
+            list(chunks(rows, on_bad=lambda *_: None))
+
+
+class Measured(BaseModel):
+    it: set[float] | frozenset[float] | deque[float]
+
+
+@pytest.mark.parametrize("kind", [set, frozenset, deque])
+def test_what_is_not_finite_in_a_set_of_a_model_is_refused(kind):
+    with pytest.raises(InvalidRecordError, match="record 1, field 'it.0': JSON has neither"):
+        list(chunks([Measured(it=kind([1.0])), Measured(it=kind([INF]))]))
+    with pytest.raises(InvalidRecordError, match="field 'it.0'"):
+        serialize_value(Measured(it=kind([NAN])))
 
 
 def test_of_many_values_a_wrong_one_is_an_error():

@@ -18,7 +18,6 @@ from dataforge_kafka_dagster.kafka.serialization import (
     format_of,
     is_of_pydantic,
     json_lines,
-    plain_models,
     record_name,
     refuse_non_finite,
     serialize_headers,
@@ -195,14 +194,13 @@ class RowEncoder:
             if self._form != "json":
                 values = [bytes(row) if self._form == "bytes" else row.encode() for row in rows]
                 return values, text_size(values)
-            plain = plain_models(rows)
-            lines = json_lines(plain)
+            lines = json_lines(rows)
         except (TypeError, ValueError, RecursionError):
             for i, row in enumerate(rows):
                 serialize_value(row, start + i)
             raise
         for i in lines.with_null:
-            refuse_non_finite(plain[i], start + i)
+            refuse_non_finite(rows[i], start + i)
         return lines.texts, lines.size
 
     def _check_types(self, rows: Sequence[Any], start: int, types: set[type]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import bisect
+import collections
 import contextlib
 import dataclasses
 import datetime as dt
@@ -60,6 +61,9 @@ _BETWEEN_JSON: Final = b',"\\u0000",'
 # Types whose values are neither NaN nor infinity; and all that have nothing inside.
 _FINITE: Final = frozenset({str, int, bool, type(None), dt.datetime, dt.date, dt.time, uuid.UUID})
 _LEAVES: Final = _FINITE | {float, decimal.Decimal}
+
+# What is written as an array; of these, sets and deques only in models.
+_LISTS: Final = (list, tuple, set, frozenset, collections.deque)
 
 RowsEncoder = Callable[[Sequence[Any], int], "list[bytes | None]"]
 """Takes values or keys, and the position of the first; returns the bytes of each, or raises `InvalidRecordError`."""
@@ -292,7 +296,7 @@ def to_json(value: Any) -> bytes:
     Raises:
         TypeError: Something in it has no JSON form.
     """
-    return orjson.dumps(value, _jsonable, _OPTIONS)
+    return _dumps(value, _jsonable)
 
 
 def to_protobuf_json(value: Any) -> bytes:
@@ -301,7 +305,20 @@ def to_protobuf_json(value: Any) -> bytes:
     Raises:
         TypeError: Something in it has no JSON form.
     """
-    return orjson.dumps(value, _protobuf_jsonable, _OPTIONS)
+    return _dumps(value, _protobuf_jsonable)
+
+
+def _dumps(value: Any, default: Callable[[Any], Any]) -> bytes:
+    """JSON by orjson, which makes a TypeError also of an interrupt in a function that it calls."""
+    try:
+        return orjson.dumps(value, default, _OPTIONS)
+    except TypeError as error:
+        cause = error.__cause__
+        while cause is not None:
+            if not isinstance(cause, Exception):
+                raise cause from None
+            cause = cause.__cause__
+        raise
 
 
 def _protobuf_jsonable(value: Any) -> Any:
@@ -320,16 +337,6 @@ def _has_bytes(value: Any) -> bool:
     elif not isinstance(value, (list, tuple)):
         return isinstance(value, (bytes, bytearray, memoryview))
     return any(map(_has_bytes, value))
-
-
-def plain_models(values: Sequence[Any]) -> Sequence[Any]:
-    """Where all values are pydantic models, what `to_json` writes of each; else the values.
-
-    So each is dumped once, also where it is looked through for NaN.
-    """
-    if not all(issubclass(cls, BaseModel) for cls in set(map(type, values))):
-        return values
-    return [model.model_dump(mode="json") for model in values]
 
 
 class JsonLines(NamedTuple):
@@ -360,13 +367,13 @@ def json_lines(values: Sequence[Any]) -> JsonLines:
     array[::2] = values
     # Of one value alone: what is nested as deep as orjson writes is too deep in an array.
     with contextlib.suppress(TypeError):
-        joined = orjson.dumps(array, _jsonable, _OPTIONS)
+        joined = to_json(array)
         texts = joined.split(_BETWEEN_JSON)
         if len(texts) == len(values):
             texts[0] = texts[0][1:]
             texts[-1] = texts[-1][:-1]
             return _json_lines(texts, joined[1:-1], len(_BETWEEN_JSON))
-    texts = list(map(orjson.dumps, values, itertools.repeat(_jsonable), itertools.repeat(_OPTIONS)))
+    texts = list(map(to_json, values))
     return _json_lines(texts, b"".join(texts))
 
 
@@ -514,7 +521,7 @@ def _is_or_has_number(value: Any, wrong: Callable[[Any], bool]) -> bool:
         return _has_number(plain, wrong)
     if isinstance(value, Mapping):
         return _has_number(dict(value), wrong)
-    return _has_number(list(value), wrong) if isinstance(value, (list, tuple)) else wrong(value)
+    return _has_number(list(value), wrong) if isinstance(value, _LISTS) else wrong(value)
 
 
 def no_json_form(
@@ -558,12 +565,12 @@ def _find(value: Any, wrong: Any, opened: Any = None, path: str = "", depth: int
             if found is not None:
                 return found
         return None
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, _LISTS) and (opened is _plain or isinstance(value, (list, tuple))):
         for i, item in enumerate(value):
             found = _find(item, wrong, opened, f"{path}{i}.", depth + 1)
             if found is not None:
                 return found
-        if type(value) in {list, tuple}:
+        if type(value) in _LISTS:
             return None
     return path.rstrip(".") if wrong(value) else None
 
