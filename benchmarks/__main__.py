@@ -23,7 +23,7 @@ def main() -> None:
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     folder = options.out or (None if options.quick else report.DOCS)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an orderly end: broker and files go too
-    files = options.files or speed.folder_for_files()
+    files = options.files.resolve() if options.files else speed.folder_for_files()
     with speed.start_kafka(files) as kafka:
         for name in options.parts or names:
             began = time.monotonic()

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, computed_field, field_serializer
 
 from dataforge_kafka_dagster import KafkaRecord
+from dataforge_kafka_dagster.kafka import serialization
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
 from dataforge_kafka_dagster.kafka.serialization import (
     deserialize,
@@ -337,13 +338,14 @@ def nested(levels):
 
 
 # What stands between two values of the array that they are written as, and what looks like it.
-MARKS = ["\0", ["a", "\0", "b"], ["\0", "\0"], ',"\\u0000",', [",", "\0"], {"\0": ["\0", 1]}, "null", None, NAN]
+MARK = serialization._BETWEEN
+MARKS = [MARK, ["a", MARK, "b"], [MARK, MARK], f',"{MARK}",', [",", MARK], {MARK: [MARK, 1]}, "null", None, NAN]
 
 
 @given(
     st.lists(
         st.dictionaries(
-            st.sampled_from(["a", "\0", "null"]), st.sampled_from([*MARKS, 1, Point(1, NAN), nested(252)]), max_size=2
+            st.sampled_from(["a", MARK, "null"]), st.sampled_from([*MARKS, 1, Point(1, NAN), nested(252)]), max_size=2
         )
     )
 )
@@ -353,7 +355,9 @@ def test_values_are_written_together_as_each_alone(values):
     assert json_lines(values) == (texts, with_null, sum(map(len, texts)))
 
 
-@pytest.mark.parametrize("value", [MARKS, ["\0"], "\0", None, 1, [], {}], ids=repr)
+@pytest.mark.parametrize(
+    "value", [MARKS, [MARK], MARK, None, 1, [], {}], ids=["many", "list", "mark", "None", "int", "[]", "{}"]
+)
 @pytest.mark.parametrize("count", [1, 2, 9])
 def test_values_that_are_no_mappings_are_written_together_too(value, count):
     assert json_lines([value] * count).texts == [to_json(value)] * count

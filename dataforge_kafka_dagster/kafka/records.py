@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime as dt
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError
@@ -173,7 +173,8 @@ class RowEncoder:
         if any(issubclass(cls, KafkaRecord) != wrapped for cls in types):
             if not (self._first or wrapped):
                 self._check_types(rows[:1], start, {first})
-            raise self._odd_one_out(rows, start, lambda row: isinstance(row, KafkaRecord) != wrapped)
+            odd = next(i for i, row in enumerate(rows) if isinstance(row, KafkaRecord) != wrapped)
+            raise self._odd_one_out(rows, start, odd)
         if not wrapped:
             self._check_types(rows, start, types)
         # Only now: what is no record at all does not say of what kind the others are.
@@ -207,31 +208,29 @@ class RowEncoder:
         if self._encoders.value and type(None) not in types:
             return
         expected = self._form or format_of(type(rows[0]))
-        for form, cls in sorted(((format_of(cls), cls) for cls in types), key=lambda known: known[0] is not None):
-            if form is None:
-                i = next(i for i, row in enumerate(rows) if type(row) is cls)
-                fix = f"Publish {ACCEPTED.partition(';')[0]}"
-                if rows[i] is None:
-                    fix = "Use KafkaRecord(value=None, key=...) for a tombstone"
-                elif _is_frame(rows[i]):
-                    fix = "Concatenate the frames to one; or, to hold one at a time, return a LazyFrame or Arrow stream"
-                raise InvalidRecordError(
-                    f"record {start + i}", f"its value is of type {cls.__qualname__}", fix, index=start + i
-                )
-            if form != expected:
-                raise self._odd_one_out(rows, start, lambda row: format_of(type(row)) != expected)
-            if self._fields and form != "json":
-                raise InvalidRecordError(
-                    f"key {', '.join(self._fields)!r}",
-                    f"a {cls.__qualname__} has no fields to take it from",
-                    "Leave the key out, or publish KafkaRecord(value, key=...)",
-                    field=self._fields[0],
-                )
+        if expected is None or any(format_of(cls) != expected for cls in types):
+            i = next(i for i, row in enumerate(rows) if expected is None or format_of(type(row)) != expected)
+            if format_of(type(rows[i])) is not None:
+                raise self._odd_one_out(rows, start, i)
+            fix = f"Publish {ACCEPTED.partition(';')[0]}"
+            if rows[i] is None:
+                fix = "Use KafkaRecord(value=None, key=...) for a tombstone"
+            elif _is_frame(rows[i]):
+                fix = "Concatenate the frames to one; or, to hold one at a time, return a LazyFrame or Arrow stream"
+            raise InvalidRecordError(
+                f"record {start + i}", f"its value is of type {type(rows[i]).__qualname__}", fix, index=start + i
+            )
+        if self._fields and expected != "json":
+            raise InvalidRecordError(
+                f"key {', '.join(self._fields)!r}",
+                f"a {type(rows[0]).__qualname__} has no fields to take it from",
+                "Leave the key out, or publish KafkaRecord(value, key=...)",
+                field=self._fields[0],
+            )
         self._form = expected
 
-    def _odd_one_out(self, rows: Sequence[Any], start: int, odd: Callable[[Any], bool]) -> InvalidRecordError:
+    def _odd_one_out(self, rows: Sequence[Any], start: int, i: int) -> InvalidRecordError:
         first = (self._first or type(rows[0])).__qualname__
-        i = next(i for i, row in enumerate(rows) if odd(row))
         return InvalidRecordError(
             f"record {start + i}",
             f"its type {type(rows[i]).__qualname__} is of another kind than the first record's, {first}",

@@ -28,6 +28,8 @@ _CHUNK_SECONDS: Final = 0.5
 
 # Rows of a frame that are worth another thread.
 _MANY: Final = 4_096
+# Rows that cost less one by one than by halves where half of them are bad.
+_FEW: Final = 8
 
 E = TypeVar("E", bound="Chunk | Columns")
 
@@ -191,7 +193,8 @@ def _paced(
     while count := len(rows := take(start, size)):
         encoded: Callable[[], E] = functools.partial(encode, rows, first + start)
         if thread is not None and by_column and count >= _MANY:
-            encoded = thread.submit(encoded).result
+            with contextlib.suppress(RuntimeError):  # the process ends, and takes no more work for other threads
+                encoded = thread.submit(encoded).result
         yield from ready
         try:
             chunk = encoded()
@@ -205,6 +208,8 @@ def _paced(
             by_column = not isinstance(chunk, Chunk)
             fitting = most[1] * count // max(chunk.size, 1)
             size = max(1, min(most[0], fitting, size * 8))
+        finally:
+            del encoded  # what it has raised holds this function's variables
         if thread is None:
             yield from ready
             ready = ()
@@ -213,11 +218,10 @@ def _paced(
 
 
 def _in_halves(rows: Any, encode: Callable[[Any, int], E], start: int, on_bad: BadRecordTaker) -> Iterator[E]:
-    """Encode rows among which are such that cannot be published: by halves, down to each of those."""
-    half = len(rows) // 2
-    for part, at in ((rows[:half], start), (rows[half:], start + half)):
-        if not len(part):
-            continue
+    """Encode rows among which are such that cannot be published: by halves, and few of them one by one."""
+    size = -(-len(rows) // 2) if len(rows) > _FEW else 1
+    for at in range(start, start + len(rows), size):
+        part = rows[at - start : at - start + size]
         try:
             chunk = encode(part, at)
         except InvalidRecordError as error:
