@@ -13,10 +13,13 @@ _LONGEST_DELAY = 300.0
 _LONGEST_KEY = 200
 
 
-def failure_of(error: KafkaError, *, topic: str | None = None, brokers: str | None = None) -> dg.Failure:
+def failure_of(
+    error: KafkaError, *, topic: str | None = None, brokers: str | None = None, partition: str | None = None
+) -> dg.Failure:
     """The Dagster failure for an error, with metadata that says what happened and what to do."""
     said: dict[str, Any] = {
         "kafka/topic": topic,
+        "kafka/dagster_partition": partition,
         "kafka/brokers": brokers,
         "kafka/error_code": error.code,
         "kafka/culprit": error.culprit,
@@ -30,10 +33,14 @@ def failure_of(error: KafkaError, *, topic: str | None = None, brokers: str | No
         "kafka/field": error.field if isinstance(error, InvalidRecordError) else None,
     }
     return dg.Failure(
-        description=str(error),
+        description=_described(error, partition),
         metadata={name: value for name, value in said.items() if value is not None},
         allow_retries=error.remedy is not Remedy.FAIL,
     )
+
+
+def _described(error: KafkaError, partition: str | None) -> str:
+    return str(error) if partition is None else f"Dagster partition {partition!r}: {error}"
 
 
 def raise_in_dagster(
@@ -45,6 +52,7 @@ def raise_in_dagster(
     retry_delay: float,
     topic: str | None = None,
     brokers: str | None = None,
+    partition: str | None = None,
 ) -> None:
     """Raise what makes Dagster retry or fail the step; never returns.
 
@@ -59,15 +67,16 @@ def raise_in_dagster(
             more by chance so that steps that failed together do not come back together.
         topic: The topic, for the metadata.
         brokers: The brokers, for the metadata.
+        partition: The Dagster partition whose publication failed: its run may have others.
 
     Raises:
         dagster.RetryRequested: The error may pass, and there is no policy.
         dagster.Failure: Else; with ``allow_retries=False`` if trying again cannot help.
     """
-    failure = failure_of(error, topic=topic, brokers=brokers)
+    failure = failure_of(error, topic=topic, brokers=brokers, partition=partition)
     if error.remedy is Remedy.FAIL or has_retry_policy or attempt >= max_retries:
         raise failure from error
     delay = min(retry_delay * 2 ** min(attempt, 30), _LONGEST_DELAY) * random.uniform(1.0, 1.25)  # noqa: S311  (not a secret)
     request = dg.RetryRequested(max_retries=max_retries, seconds_to_wait=delay)
-    request.args = (str(error),)  # for those who log it by itself
+    request.args = (_described(error, partition),)  # for those who log it by itself
     raise request from failure

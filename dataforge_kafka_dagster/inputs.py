@@ -77,7 +77,7 @@ def in_form(form: Any, records: Iterable[tuple[ReadRecord, ValueFormat | None]])
     elif _is_model(item):
         values = _models(item, records)
     else:
-        values = [_value(record, value_format) for record, value_format in records]
+        values = [_value(record, value_format) for record, value_format in records if record.value is not None]
     if not single:
         return values
     if optional and not values:

@@ -202,11 +202,11 @@ class KafkaIOManager(dg.ConfigurableIOManager):
     def _publish(self, context: dg.OutputContext, obj: Any, target: "_Target", identity: Identity) -> dict[str, Any]:
         """Publish one output and return what its materialization says."""
         topic = target.topic
-        with self.kafka.errors_in_dagster(context, topic):
+        with self.kafka.errors_in_dagster(context, topic, identity.partition):
             _refuse_own(obj)
         if obj is None:
             in_body = context.has_asset_key and has_sessions(context)
-            with self.kafka.errors_in_dagster(context, topic):
+            with self.kafka.errors_in_dagster(context, topic, identity.partition):
                 done = self.kafka.published(identity, topic) if is_again(context, identity) else None
                 if done is None and self._write_mode_of(context) == "upsert" and not in_body:
                     raise InvalidRecordError(
@@ -254,7 +254,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                     writer.send_chunks(upsert.delete_others(stayed))
             return writer.commit()
 
-        with self.kafka.errors_in_dagster(context, topic):
+        with self.kafka.errors_in_dagster(context, topic, identity.partition):
             publication = settle(obj, attempt)
         context.log.info(describe(publication, identity.partition))
         return publication_metadata(publication, identity.partition)

@@ -425,8 +425,10 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
         return find_published(config.producer, _transactional_id(config, identity), identity.publication_id, topic)
 
     @contextlib.contextmanager
-    def errors_in_dagster(self, context: Any, topic: str | None = None) -> Iterator[None]:
-        """Kafka's errors inside become Dagster's.
+    def errors_in_dagster(
+        self, context: Any, topic: str | None = None, partitions: Sequence[str] = ()
+    ) -> Iterator[None]:
+        """Kafka's errors inside become Dagster's, which name the topic, and the Dagster partition if it is one.
 
         Raises:
             dagster.RetryRequested: The error may pass, and the step has no RetryPolicy of its own.
@@ -445,6 +447,7 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
                 retry_delay=self.step_retry_delay,
                 topic=topic,
                 brokers=self.producer_config().servers,
+                partition=partitions[0] if len(partitions) == 1 else None,
             )
 
 

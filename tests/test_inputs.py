@@ -338,3 +338,28 @@ def test_a_lazy_frame_is_lazy():
 )
 def test_a_mapping_to_lists_or_frames_is_by_dagster_partition(form, expected):
     assert inputs.form_of_each(form) == expected
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        (list[dict], [{"n": 1}, {"n": 2}]),
+        (list, [{"n": 1}, {"n": 2}]),
+        (None, [{"n": 1}, {"n": 2}]),
+        (
+            list[KafkaRecord],
+            [
+                KafkaRecord({"n": 1}, b"k", None, 3, 5),
+                KafkaRecord(None, b"k", None, 3, 5),
+                KafkaRecord({"n": 2}, b"k", None, 3, 5),
+            ],
+        ),
+    ],
+)
+def test_only_kafka_records_have_tombstones(form, expected):
+    assert inputs.in_form(form, _published([{"n": 1}, None, {"n": 2}])) == expected
+
+
+def test_the_only_row_beside_tombstones_is_the_only_one():
+    assert inputs.in_form(dict, _published([None, {"n": 1}, None])) == {"n": 1}
+    assert inputs.in_form(dict | None, _published([None])) is None

@@ -248,6 +248,25 @@ def test_several_outputs_of_one_step_are_published_once_each(manager, kafka_topi
 
 
 @pytest.mark.kafka
+def test_a_failure_in_a_range_names_its_dagster_partition(manager, kafka_topic, instance):
+    letters = dg.StaticPartitionsDefinition(list("abc"))
+
+    @dg.asset(
+        partitions_def=letters, backfill_policy=dg.BackfillPolicy.single_run(), metadata={"kafka/topic": kafka_topic()}
+    )
+    def ranged(context: dg.AssetExecutionContext):
+        return {letter: [{"x": object() if letter == "b" else 1}] for letter in context.partition_keys}
+
+    tags = {"dagster/asset_partition_range_start": "a", "dagster/asset_partition_range_end": "c"}
+    resources = {"io_manager": manager}
+    failed = dg.materialize([ranged], raise_on_error=False, resources=resources, instance=instance, tags=tags)
+    (failure,) = (event.event_specific_data.user_failure_data for event in failed.get_step_failure_events())
+    assert failure.description.startswith("Dagster partition 'b': record 0, field 'x': ")
+    assert failure.metadata["kafka/dagster_partition"].value == "b"
+    assert failure.metadata["kafka/culprit"].value == "record 0, field 'x'"
+
+
+@pytest.mark.kafka
 def test_what_a_failed_run_has_published_of_a_range_is_told_but_not_as_done_by_that_run(
     manager, kafka_topic, read, instance
 ):
