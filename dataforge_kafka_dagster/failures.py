@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import dagster as dg
@@ -13,13 +14,18 @@ _LONGEST_DELAY = 300.0
 _LONGEST_KEY = 200
 
 
+def log_prefix(partitions: Sequence[str]) -> str:
+    """What begins what is said of a publication of one Dagster partition: its run may have others."""
+    return f"Dagster partition {partitions[0]!r}: " if len(partitions) == 1 else ""
+
+
 def failure_of(
-    error: KafkaError, *, topic: str | None = None, brokers: str | None = None, partition: str | None = None
+    error: KafkaError, *, topic: str | None = None, brokers: str | None = None, partitions: Sequence[str] = ()
 ) -> dg.Failure:
     """The Dagster failure for an error, with metadata that says what happened and what to do."""
     said: dict[str, Any] = {
         "kafka/topic": topic,
-        "kafka/dagster_partition": partition,
+        "kafka/dagster_partition": partitions[0] if len(partitions) == 1 else None,
         "kafka/brokers": brokers,
         "kafka/error_code": error.code,
         "kafka/culprit": error.culprit,
@@ -33,14 +39,10 @@ def failure_of(
         "kafka/field": error.field if isinstance(error, InvalidRecordError) else None,
     }
     return dg.Failure(
-        description=_described(error, partition),
+        description=f"{log_prefix(partitions)}{error}",
         metadata={name: value for name, value in said.items() if value is not None},
         allow_retries=error.remedy is not Remedy.FAIL,
     )
-
-
-def _described(error: KafkaError, partition: str | None) -> str:
-    return str(error) if partition is None else f"Dagster partition {partition!r}: {error}"
 
 
 def raise_in_dagster(
@@ -52,7 +54,7 @@ def raise_in_dagster(
     retry_delay: float,
     topic: str | None = None,
     brokers: str | None = None,
-    partition: str | None = None,
+    partitions: Sequence[str] = (),
 ) -> None:
     """Raise what makes Dagster retry or fail the step; never returns.
 
@@ -67,16 +69,16 @@ def raise_in_dagster(
             more by chance so that steps that failed together do not come back together.
         topic: The topic, for the metadata.
         brokers: The brokers, for the metadata.
-        partition: The Dagster partition whose publication failed: its run may have others.
+        partitions: The Dagster partitions of the publication that failed: if it is one, it is named.
 
     Raises:
         dagster.RetryRequested: The error may pass, and there is no policy.
         dagster.Failure: Else; with ``allow_retries=False`` if trying again cannot help.
     """
-    failure = failure_of(error, topic=topic, brokers=brokers, partition=partition)
+    failure = failure_of(error, topic=topic, brokers=brokers, partitions=partitions)
     if error.remedy is Remedy.FAIL or has_retry_policy or attempt >= max_retries:
         raise failure from error
     delay = min(retry_delay * 2 ** min(attempt, 30), _LONGEST_DELAY) * random.uniform(1.0, 1.25)  # noqa: S311  (not a secret)
     request = dg.RetryRequested(max_retries=max_retries, seconds_to_wait=delay)
-    request.args = (_described(error, partition),)  # for those who log it by itself
+    request.args = (failure.description,)  # for those who log it by itself
     raise request from failure

@@ -67,17 +67,19 @@ def in_form(form: Any, records: Iterable[tuple[ReadRecord, ValueFormat | None]])
     """
     form, optional = _without_none(form)
     origin, arguments = typing.get_origin(form) or form, typing.get_args(form)
-    if _library(form):
-        return _frame(origin, records)
     single = _is_mapping(form) or _is_model(origin) or (isinstance(origin, type) and issubclass(origin, (str, bytes)))
     item: Any = origin if single else arguments[0] if len(arguments) == 1 else None
+    if item is not KafkaRecord:
+        records = ((record, value_format) for record, value_format in records if record.value is not None)
+    if _library(form):
+        return _frame(origin, records)
     values: list[Any]
     if item is KafkaRecord:
         values = [_as_kafka_record(record, value_format) for record, value_format in records]
     elif _is_model(item):
         values = _models(item, records)
     else:
-        values = [_value(record, value_format) for record, value_format in records if record.value is not None]
+        values = [_value(record, value_format) for record, value_format in records]
     if not single:
         return values
     if optional and not values:
@@ -97,7 +99,7 @@ def _is_model(form: Any) -> bool:
 
 
 def _models(model: type, records: Iterable[tuple[ReadRecord, ValueFormat | None]]) -> list[Any]:
-    """The values, which are no tombstones, as objects of a pydantic model or dataclass."""
+    """The values as objects of a pydantic model or dataclass."""
     culprit = f"input annotated with {model.__qualname__}"
     names = functools.cache(lambda by_config: _names_of(model, culprit, by_config=by_config))
     try:
@@ -107,8 +109,6 @@ def _models(model: type, records: Iterable[tuple[ReadRecord, ValueFormat | None]
         raise KafkaError(culprit, cause, "Annotate it as a list or dict") from error
     made = []
     for record, value_format in records:
-        if record.value is None:
-            continue
         # Avro and Protobuf go by the fields' own names.
         options = names(value_format not in {"avro", "protobuf"})
         try:
@@ -177,7 +177,7 @@ def _as_kafka_record(record: ReadRecord, value_format: ValueFormat | None) -> Ka
 
 
 def _frame(cls: type, records: Iterable[tuple[ReadRecord, ValueFormat | None]]) -> Any:
-    """A frame of the values that are no tombstones."""
+    """A frame of the values."""
     library = cls.__module__.partition(".")[0]
     lines = []
     for record, value_format in records:
@@ -187,8 +187,7 @@ def _frame(cls: type, records: Iterable[tuple[ReadRecord, ValueFormat | None]]) 
                 f"its upstream output was published as {value_format}",
                 "Annotate it as a list",
             )
-        if record.value is not None:
-            lines.append(record.value)
+        lines.append(record.value)
     frame = frame_of(library, lines)
     return frame.lazy() if cls.__name__ == "LazyFrame" else frame
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 import dagster as dg
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 
+from dataforge_kafka_dagster.failures import log_prefix
 from dataforge_kafka_dagster.history import HandledOutputs, Published, last_published, name_of, published
 from dataforge_kafka_dagster.identity import Identity, has_sessions, is_again, output_identity, step_context_of
 from dataforge_kafka_dagster.inputs import form_of_each, in_form
@@ -31,7 +32,6 @@ from dataforge_kafka_dagster.resource import (
     PublishingSession,
     describe,
     is_env_var,
-    log_prefix,
     publication_metadata,
 )
 
@@ -156,13 +156,13 @@ class KafkaIOManager(dg.ConfigurableIOManager):
             dagster.RetryRequested: It failed for a cause that may pass.
             dagster.Failure: It failed for good, or the asset's own RetryPolicy is to decide.
         """
+        mapped = {"kafka/mapping_key": context.mapping_key} if context.mapping_key else {}
         with self.kafka.errors_in_dagster(context):
             _check_names(context)
             if obj is None and _metadata(context, PUBLICATION_METADATA) is not None:
                 # The body has published by itself, and hands on what it says.
                 if not context.has_asset_key:
                     handed = {n: v for n, v in (context.output_metadata or {}).items() if n.startswith(_PREFIX)}
-                    mapped = {"kafka/mapping_key": context.mapping_key} if context.mapping_key else {}
                     context.add_output_metadata(handed | mapped)
                 return
             target = _Target(
@@ -189,9 +189,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                 context.step_context.add_asset_metadata(said, context.asset_key, partition)
             return
         (output,) = outputs.values() or (obj,)
-        said = self._publish(context, output, target, identity)
-        if context.mapping_key:
-            said["kafka/mapping_key"] = context.mapping_key
+        said = self._publish(context, output, target, identity) | mapped
         context.add_output_metadata(said)
         # What the asset has added by the same names would be shown instead.
         for of_partition, added in _added_metadata(context, identity.partition).items():

@@ -16,7 +16,7 @@ import dagster as dg
 from pydantic import ConfigDict, Field, PrivateAttr, field_validator
 from typing_extensions import Self
 
-from dataforge_kafka_dagster.failures import raise_in_dagster
+from dataforge_kafka_dagster.failures import log_prefix, raise_in_dagster
 from dataforge_kafka_dagster.identity import Identity, is_again, op_context_of, session_identity, step_context_of
 from dataforge_kafka_dagster.kafka.config import (
     KafkaOptions,
@@ -447,7 +447,7 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
                 retry_delay=self.step_retry_delay,
                 topic=topic,
                 brokers=self.producer_config().servers,
-                partition=partitions[0] if len(partitions) == 1 else None,
+                partitions=partitions,
             )
 
 
@@ -567,11 +567,6 @@ def unpack_partitions(packed: Sequence[str] | Mapping[str, Any]) -> Sequence[str
         return packed
     unpacked: list[str] = json.loads(zlib.decompress(base64.b64decode(packed["zlib"])))
     return unpacked
-
-
-def log_prefix(partitions: Sequence[str]) -> str:
-    """What begins the log lines of a publication of one Dagster partition: its run may have others."""
-    return f"Dagster partition {partitions[0]!r}: " if len(partitions) == 1 else ""
 
 
 def describe(publication: Publication, partitions: Sequence[str] = ()) -> str:

@@ -2,8 +2,6 @@
 
 import shutil
 import sys
-import tempfile
-from pathlib import Path
 
 import orjson
 import pytest
@@ -13,13 +11,13 @@ from benchmarks import report, scenarios, speed
 
 
 @pytest.fixture
-def part():
+def part(tmp_path):
     results = {
         "hand-written loop over dicts": {"ours": False, "records": 5, "per_second": [1000.0, 3000.0, 2000.0]},
         "dict rows": {"ours": True, "records": 20, "per_second": [9000.0, 6000.0, 8000.0]},
     }
     sets = {"flights": {"record_bytes": 300.0, "results": results}}
-    return {"measured": report.machine(Path(tempfile.gettempdir())), "sets": sets, "tables": speed.tables(sets, 3)}
+    return {"measured": report.machine(tmp_path), "sets": sets, "tables": speed.tables(sets, 3)}
 
 
 def test_a_ratio_is_taken_between_figures_of_the_same_round(part):
@@ -32,10 +30,7 @@ def test_figures_are_kept_by_part_and_shown_between_the_page_s_markers(part, tmp
     page.write_text(
         "Before\n<!-- benchmark speed -->\nold\n<!-- end -->\n<!-- benchmark read -->\nold\n<!-- end -->\nAfter\n"
     )
-    other = {
-        "measured": report.machine(Path(tempfile.gettempdir())),
-        "tables": [report.table("Others", ["what", "n"], [["a", "1"]])],
-    }
+    other = {"measured": report.machine(tmp_path), "tables": [report.table("Others", ["what", "n"], [["a", "1"]])]}
     report.write("other", other, tmp_path)
     report.write("speed", part, tmp_path)
     figures = orjson.loads((tmp_path / report.FIGURES).read_bytes())

@@ -520,8 +520,7 @@ class PublicationWriter:
                 return
 
     def _produce_each(self, chunk: Chunk, topic: str, track: Track) -> None:
-        keys, extras = chunk.keys or itertools.repeat(None), chunk.extras or itertools.repeat(PLAIN)
-        for index, (value, key, extra) in enumerate(zip(chunk.values, keys, extras, strict=False), self._position):
+        for index, (value, key, extra) in enumerate(chunk.each(), self._position):
             try:
                 track.check(index, value, key, extra)
                 report = track.reporter(Span(index, index + 1, as_bytes(key)))
@@ -563,8 +562,7 @@ class PublicationWriter:
 
     def _bury_all(self, chunk: Chunk, topic: str) -> None:
         """Treat records of another format than those before as bad; tombstones have none."""
-        keys, extras = chunk.keys or itertools.repeat(None), chunk.extras or itertools.repeat(PLAIN)
-        for value, key, extra in zip(chunk.values, keys, extras, strict=False):
+        for value, key, extra in chunk.each():
             if value is None:
                 self._write(Chunk([None], [key], [extra], text_size([key]), None, 1), topic)
                 continue

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime as dt
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError
@@ -118,6 +119,11 @@ class Chunk(NamedTuple):
     size: int
     form: ValueFormat | None
     tombstones: int = 0
+
+    def each(self) -> Iterator[tuple[bytes | str | None, bytes | str | None, Extra]]:
+        """Value, key and the rest of each record."""
+        keys, extras = self.keys or itertools.repeat(None), self.extras or itertools.repeat(PLAIN)
+        return zip(self.values, keys, extras, strict=False)
 
 
 def key_fields(key: Any) -> tuple[str, ...]:
