@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import threading
 import types
 
 import orjson
@@ -57,6 +58,30 @@ def test_what_the_broker_does_not_tell_is_not_taken_for_an_empty_ledger(monkeypa
     monkeypatch.setattr(connection, "consumer", lambda _: consumer)
     with pytest.raises(KafkaError, match=cause):
         Ledger(connection, "id", "t", 0.3).read("run/asset")
+
+
+def test_a_client_that_is_still_being_made_when_the_ledger_lets_go_is_not_kept(monkeypatch):
+    # So it comes when a run is interrupted as it begins.
+    connection = Connection(KafkaProducerConfig(bootstrap_servers="127.0.0.1:9"))
+    begun, over, made = threading.Event(), threading.Event(), []
+
+    def consumer(_options):
+        begun.set()
+        assert over.wait(10)
+        made.append(types.SimpleNamespace(committed=lambda *_: []))
+        return made[0]
+
+    monkeypatch.setattr(connection, "consumer", consumer)
+    started, aside = [], connection.aside
+    monkeypatch.setattr(connection, "aside", lambda call: started.append(aside(call)))
+    ledger = Ledger(connection, "id", "topic", 1.0)
+    ledger.warm_up()
+    assert begun.wait(10)
+    assert ledger.let_go() == []
+    over.set()
+    assert started[0].result(10) == []
+    assert len(made) == 1
+    assert ledger.let_go() == []
 
 
 @given(st.dictionaries(st.tuples(st.sampled_from(["t", "o" * 249]), st.integers(0, 4)), runs, max_size=4))

@@ -355,6 +355,7 @@ class Ledger:
         self._timeout = timeout
         self._groups: dict[int, confluent_kafka.Consumer] = {}
         self._making = threading.Lock()
+        self._over = False
         self._last: tuple[str, dict[str, Any]] | None = None
 
     def warm_up(self) -> None:
@@ -449,7 +450,8 @@ class Ledger:
             self._connection.in_thread(send, self._timeout, name)
 
     def let_go(self) -> list[confluent_kafka.Consumer]:
-        """Its clients, which it does not use any more."""
+        """Its clients, which it does not use any more; it makes no others."""
+        self._over = True
         clients = list(self._groups.values())
         self._groups.clear()
         return clients
@@ -488,5 +490,9 @@ class Ledger:
         with self._making:
             if number not in self._groups:
                 options = {"group.id": group_id(self._transactional_id, number), "enable.auto.commit": False}
-                self._groups[number] = self._connection.consumer(options)
+                consumer = self._groups[number] = self._connection.consumer(options)
+                # Before an interrupt, `warm_up` may have begun to make it: nobody would let go of it any more.
+                if self._over:
+                    self._groups.clear()
+                return consumer
             return self._groups[number]
