@@ -17,10 +17,11 @@ import pydantic
 
 from dataforge_kafka_dagster.kafka.avro_check import is_exact
 from dataforge_kafka_dagster.kafka.errors import KafkaError
+from dataforge_kafka_dagster.kafka.models import is_model
 from dataforge_kafka_dagster.kafka.reader import ReadRecord
 from dataforge_kafka_dagster.kafka.records import KafkaRecord
 from dataforge_kafka_dagster.kafka.schemas import SCHEMA_FORMATS
-from dataforge_kafka_dagster.kafka.serialization import ValueFormat, deserialize, is_model, to_json
+from dataforge_kafka_dagster.kafka.serialization import ValueFormat, deserialize, to_json
 
 
 def form_of_each(form: Any) -> Any:

@@ -8,18 +8,20 @@ import re
 import types
 import typing
 import uuid
+import warnings
 import zoneinfo
 from collections import OrderedDict, deque
 
 import numpy as np
+import orjson
 import pandas as pd
 import pyarrow as pa
 import pytest
 import pytz
 from dagster._core.errors import DagsterExecutionInterruptedError
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, computed_field, field_serializer
+from pydantic import BaseModel, RootModel, computed_field, field_serializer
 
 from dataforge_kafka_dagster import KafkaRecord
 from dataforge_kafka_dagster.kafka import serialization
@@ -480,6 +482,93 @@ def test_a_row_is_refused_if_and_only_if_nan_or_infinity_is_in_it(marked):
         list(chunks(rows))
     assert caught.value.index == wrong[0]
     assert caught.value.field.startswith("it")
+
+
+class Wide(BaseModel):
+    number: int | float | bool | None
+    text: str
+    when: dt.datetime | dt.date | dt.time | dt.timedelta
+    exact: decimal.Decimal
+    uuid: uuid.UUID
+    raw: bytes
+    grade: Number
+    many: list[float] | set[int] | tuple[str, ...]
+    by_name: dict[str | int, float]
+    inner: Inner | None
+    any: typing.Any
+
+
+class WithConstants(Wide, ser_json_inf_nan="constants"):
+    pass
+
+
+wide = st.fixed_dictionaries(
+    {
+        "number": st.integers() | st.integers(2**62, 2**65) | st.floats() | st.booleans() | st.none(),
+        "text": st.text() | st.sampled_from(["NaN", "null", "9" * 25, MARK]),
+        "when": st.datetimes(timezones=st.none() | st.timezones()) | st.dates() | st.times() | st.timedeltas(),
+        "exact": st.decimals(allow_nan=False),
+        "uuid": st.uuids(),
+        "raw": st.text().map(str.encode),
+        "grade": st.just(Number.ONE),
+        "many": st.lists(st.floats(), max_size=3) | st.sets(st.integers(), max_size=3) | st.tuples(st.text()),
+        "by_name": st.dictionaries(st.text(), st.floats(), max_size=3),
+        "inner": st.none() | st.builds(Inner.model_construct, when=st.dates(), amount=st.decimals(allow_nan=False)),
+        "any": st.recursive(
+            st.none() | st.integers() | st.floats() | st.text() | st.dates(), lambda some: st.lists(some, max_size=2)
+        ),
+    }
+)
+
+
+@settings(max_examples=60)
+@given(st.lists(wide, min_size=1, max_size=4), st.sampled_from([Wide, WithConstants]))
+def test_models_are_written_as_their_values_are(values, cls):
+    # Without validation, so that any of the numbers may be in any field.
+    models = [cls.model_construct(**fields) for fields in values]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            texts = [orjson.dumps(model.model_dump(mode="json")) for model in models]
+            wrong = [i for i, model in enumerate(models) if serialization._find(model, serialization._is_not_finite)]
+            wrong = [i for i in wrong if b"null" in texts[i]]
+        except TypeError:
+            with pytest.raises(TypeError, match="64-bit"):
+                json_lines(models)
+            with pytest.raises(InvalidRecordError):
+                list(chunks(models))
+            return
+        assert json_lines(models).texts == texts == list(map(to_json, models))
+        assert json_lines([{"it": model} for model in models]).texts == [b'{"it":' + text + b"}" for text in texts]
+        if not wrong:
+            assert [len(chunk.values) for chunk in chunks(models)] == [len(models)]
+            return
+        with pytest.raises(InvalidRecordError, match=f"record {wrong[0]}, .*JSON has neither NaN nor infinity"):
+            list(chunks(models))
+
+
+class Once(BaseModel):
+    them: typing.Iterable[int]
+    text: str
+
+
+@pytest.mark.parametrize("text", ["a", "NaN", "1" * 20])
+def test_what_a_model_gives_only_once_is_written(text):
+    model = Once(them=iter([1, 2]), text=text)
+    assert json_lines([model]).texts == [b'{"them":[1,2],"text":"%s"}' % text.encode()]
+
+
+class Open(BaseModel, extra="allow"):
+    a: int
+
+
+@pytest.mark.parametrize(
+    ("model", "field"), [(Open(a=1, b=[None, INF]), "b.1"), (RootModel[list[float]]([1.0, NAN]), "1")]
+)
+def test_what_is_not_finite_beside_a_models_fields_is_refused(model, field):
+    with pytest.raises(InvalidRecordError, match="neither NaN nor infinity") as caught:
+        list(chunks([model]))
+    assert caught.value.field == field
 
 
 class Calm(BaseModel):

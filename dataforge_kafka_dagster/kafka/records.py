@@ -10,14 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError
+from dataforge_kafka_dagster.kafka.models import dumped, is_of_pydantic
 from dataforge_kafka_dagster.kafka.serialization import (
     DEFAULT_ENCODERS,
     Encoders,
     Headers,
     ValueFormat,
-    dumped,
     format_of,
-    is_of_pydantic,
     json_lines,
     record_name,
     refuse_non_finite,

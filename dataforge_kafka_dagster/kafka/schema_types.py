@@ -27,7 +27,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticUndefined
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
-from dataforge_kafka_dagster.kafka.serialization import is_model, pydantic_dataclass
+from dataforge_kafka_dagster.kafka.models import is_model, pydantic_dataclass
 
 if TYPE_CHECKING:
     import narwhals as nw

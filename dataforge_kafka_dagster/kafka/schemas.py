@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dataforge_kafka_dagster.kafka.avro_check import avro_check
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError
+from dataforge_kafka_dagster.kafka.models import dumped, is_model, is_of_pydantic
 from dataforge_kafka_dagster.kafka.protobuf import (
     message_at,
     message_of_text,
@@ -44,10 +45,7 @@ from dataforge_kafka_dagster.kafka.schema_types import (
 )
 from dataforge_kafka_dagster.kafka.serialization import (
     Encoders,
-    dumped,
     is_message,
-    is_model,
-    is_of_pydantic,
     no_json_form,
     refuse_non_finite,
     to_json,

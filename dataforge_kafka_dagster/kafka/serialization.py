@@ -25,10 +25,20 @@ from typing import Any, Final, Literal, NamedTuple, cast
 from zoneinfo import ZoneInfo
 
 import orjson
-from pydantic import BaseModel, TypeAdapter
-from pydantic.dataclasses import is_pydantic_dataclass
+from pydantic import BaseModel
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
+from dataforge_kafka_dagster.kafka.models import (
+    UnsupportedTypeError,
+    dataclass_fields,
+    dumped,
+    has_functions,
+    is_model,
+    is_of_pydantic,
+    models_json,
+    plain_fields,
+    pydantic_dataclass,
+)
 
 ValueFormat = Literal["json", "string", "bytes", "avro", "json_schema", "protobuf"]
 
@@ -98,10 +108,6 @@ class Encoders:
 DEFAULT_ENCODERS: Final = Encoders()
 
 
-class _UnsupportedTypeError(TypeError):
-    """A type that JSON does not know, with what to do."""
-
-
 def format_of(cls: type) -> ValueFormat | None:
     """The format in which values of a type are published; ``None`` if they cannot be."""
     if issubclass(cls, (bytes, bytearray, memoryview)):
@@ -131,11 +137,11 @@ def _writer_of(cls: type) -> Callable[[Any], Any]:
     if cls is dt.datetime:
         return _datetime_json
     if hasattr(cls, "__dataclass_fields__"):
-        return dumped if pydantic_dataclass(cls) else _fields
+        return dumped if pydantic_dataclass(cls) else dataclass_fields
     if issubclass(cls, Mapping):
         return dict
     if issubclass(cls, BaseModel):
-        return lambda model: model.model_dump(mode="json")
+        return _model_json
     if issubclass(cls, decimal.Decimal):
         return lambda number: format(number, "f") if number.is_finite() else None
     if cls is type(None) or cls.__name__ in _MISSING:
@@ -149,8 +155,13 @@ def _writer_of(cls: type) -> Callable[[Any], Any]:
     if issubclass(cls, tuple) and cls.__name__ != "MonthDayNano":  # Arrow's interval
         return list
     if issubclass(cls, (bytes, bytearray, memoryview)):
-        raise _UnsupportedTypeError("bytes inside a JSON value; decode them, or publish the record as bytes")
+        raise UnsupportedTypeError("bytes inside a JSON value; decode them, or publish the record as bytes")
     raise _no_json_form_of(cls)
+
+
+def _model_json(model: BaseModel) -> Any:
+    texts = models_json([model])
+    return orjson.Fragment(texts[0]) if texts else model.model_dump(mode="json")
 
 
 def _datetime_json(moment: dt.datetime) -> orjson.Fragment:
@@ -169,8 +180,8 @@ def _in_whole_minutes(moment: dt.datetime) -> dt.datetime:
     return moment.astimezone(dt.timezone.utc) if offset and offset % _MINUTE else moment
 
 
-def _no_json_form_of(cls: type) -> _UnsupportedTypeError:
-    return _UnsupportedTypeError(f"type {cls.__qualname__} has no JSON form; convert it first")
+def _no_json_form_of(cls: type) -> UnsupportedTypeError:
+    return UnsupportedTypeError(f"type {cls.__qualname__} has no JSON form; convert it first")
 
 
 def _of_numpy(value: Any) -> Any:
@@ -203,66 +214,6 @@ def _from_numpy(value: Any) -> Any:
     if type(found) is type(value):
         raise _no_json_form_of(type(value))
     return found
-
-
-def dumped(value: Any, **options: Any) -> Any:
-    """What pydantic writes of a model, or of a dataclass that is its own: by serializers, without what they exclude.
-
-    Args:
-        value: The model or dataclass.
-        options: As for ``BaseModel.model_dump``.
-    """
-    if isinstance(value, BaseModel):
-        return value.model_dump(**options)
-    return _adapter(pydantic_dataclass(type(value))).dump_python(value, **options)
-
-
-def is_model(cls: type) -> bool:
-    """Whether a class is a dataclass or a pydantic model."""
-    return dataclasses.is_dataclass(cls) or issubclass(cls, BaseModel)
-
-
-def is_of_pydantic(cls: type) -> bool:
-    """Whether pydantic writes a class's objects: its models, and dataclasses of its own."""
-    return _is_of_pydantic(cls)
-
-
-@functools.lru_cache(1024)
-def _is_of_pydantic(cls: type) -> bool:
-    return issubclass(cls, BaseModel) or pydantic_dataclass(cls) is not None
-
-
-def pydantic_dataclass(cls: type) -> type | None:
-    """The dataclass of pydantic's that a class is, or inherits from without being a dataclass itself; else None."""
-    return _pydantic_dataclass(cls)
-
-
-@functools.lru_cache(1024)
-def _pydantic_dataclass(cls: type) -> type | None:
-    found = next((base for base in cls.__mro__ if "__dataclass_fields__" in vars(base)), None)
-    return found if found is not None and is_pydantic_dataclass(found) else None
-
-
-@functools.lru_cache(1024)
-def _adapter(cls: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(cls)
-
-
-def _fields(value: object, *missing: Any) -> dict[str, Any]:
-    """What a dataclass has in its fields; ``missing`` stands for one that it lacks, which is an error without it."""
-    names = _field_names(type(value))  # type: ignore[arg-type]
-    attributes: dict[str, Any] | None = getattr(value, "__dict__", None)
-    if attributes is not None and tuple(attributes) == names:
-        return attributes
-    try:
-        return {name: getattr(value, name, *missing) for name in names}
-    except AttributeError as error:
-        raise _UnsupportedTypeError(f"{error}; give each field a value") from None
-
-
-@functools.lru_cache(1024)
-def _field_names(cls: type) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(cls))
 
 
 def is_missing(value: object) -> bool:
@@ -361,7 +312,11 @@ def json_lines(values: Sequence[Any]) -> JsonLines:
 
     Raises:
         TypeError: Something in one of them has no JSON form.
+        ValueError: Pydantic cannot write a model.
     """
+    texts = models_json(values)
+    if texts is not None:
+        return _json_lines(texts, b"".join(texts), 0, 0)
     array = [_BETWEEN] * (2 * len(values) - 1)
     array[::2] = values
     # Of one value alone: what is nested as deep as orjson writes is too deep in an array.
@@ -484,11 +439,11 @@ def refuse_non_finite(value: Any, index: int | None) -> None:
 
 def _place_of(value: Any, wrong: Callable[[Any], bool]) -> str | None:
     """Dotted path of the first number for which ``wrong`` holds; quick where there is none."""
-    # What is nested too deep for the quick look, `_find` stops at.
-    with contextlib.suppress(RecursionError):
-        if not _has_number(value, wrong):
-            return None
-    return _find(value, wrong)
+    try:  # a with statement would take longer than the look
+        found = _has_number(value, wrong)
+    except RecursionError:  # nested too deep for that; `_find` stops
+        found = True
+    return _find(value, wrong) if found else None
 
 
 def _has_number(value: Any, wrong: Callable[[Any], bool]) -> bool:
@@ -513,15 +468,21 @@ def _has_number(value: Any, wrong: Callable[[Any], bool]) -> bool:
 
 def _is_or_has_number(value: Any, wrong: Callable[[Any], bool]) -> bool:
     """The same for what is no dict, list or tuple of Python's own."""
-    cls = type(value)
+    cls: type = type(value)
     if cls in _LEAVES:
         return wrong(value)
-    plain = _plain(value)
+    opened = _quick_opener_of(cls)
+    plain = opened(value) if opened else value
     if type(plain) is not cls:
         return _has_number(plain, wrong)
     if isinstance(value, Mapping):
         return _has_number(dict(value), wrong)
     return _has_number(list(value), wrong) if isinstance(value, _LISTS) else wrong(value)
+
+
+@functools.lru_cache(1024)
+def _quick_opener_of(cls: type) -> Callable[[Any], Any] | None:
+    return plain_fields if issubclass(cls, BaseModel) and not has_functions(cls) else _opener_of(cls)
 
 
 def no_json_form(
@@ -531,7 +492,7 @@ def no_json_form(
     field = _find(value, lambda v: not _has_json_form(v, write), _written) or None
     cause = error.__cause__ or error  # orjson's own error says only that there was one
     what, fix = str(cause) or type(cause).__name__, ""
-    if isinstance(cause, _UnsupportedTypeError):
+    if isinstance(cause, UnsupportedTypeError):
         what, _, fix = what.partition("; ")
     place = f", field {field!r}" if field else ""
     return InvalidRecordError(
@@ -587,7 +548,7 @@ def _opener_of(cls: type) -> Callable[[Any], Any] | None:
     if is_of_pydantic(cls):
         return _dumped
     if dataclasses.is_dataclass(cls):
-        return lambda value: _fields(value, None)
+        return lambda value: dataclass_fields(value, None)
     if issubclass(cls, enum.Enum):
         return operator.attrgetter("value")
     return cls.tolist if cls.__module__ == "numpy" else None  # type: ignore[attr-defined]
@@ -606,7 +567,7 @@ def _dumped(model: Any) -> Any:
     try:
         return dumped(model)
     except Exception:  # noqa: BLE001  (of any kind: it is told elsewhere)
-        return dict(model if isinstance(model, BaseModel) else _fields(model))
+        return dict(model if isinstance(model, BaseModel) else dataclass_fields(model))
 
 
 def record_name(index: int | None) -> str:
