@@ -203,7 +203,8 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         with self.kafka.errors_in_dagster(context, topic, identity.partition):
             _refuse_own(obj)
         if obj is None:
-            in_body = context.has_asset_key and has_sessions(context)
+            sessions = has_sessions(context)
+            in_body = context.has_asset_key and sessions
             with self.kafka.errors_in_dagster(context, topic, identity.partition):
                 done = self.kafka.published(identity, topic) if is_again(context, identity) else None
                 if done is None and self._write_mode_of(context) == "upsert" and not in_body:
@@ -220,8 +221,8 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                 )
                 return {}
             if done is None:
-                begin = log_prefix(identity.partition)
-                context.log.info(f"{begin}The output is None: nothing was published to {topic!r}")
+                begin, beside = log_prefix(identity.partition), " beside the body's sessions" if sessions else ""
+                context.log.info(f"{begin}The output is None: nothing was published to {topic!r}{beside}")
                 return {"dagster/row_count": 0, "kafka/topic": topic, "kafka/records": 0}
             context.log.info(describe(done, identity.partition))
             return publication_metadata(done, identity.partition)

@@ -594,6 +594,30 @@ def test_an_output_none_denies_nothing_that_the_body_has_published(write_mode, k
     assert "return publication.materialize_result()" in _failure(result, "forgets_publication_is_in_kafka")
 
 
+def test_of_an_op_whose_body_has_published_no_more_than_its_output_is_denied(kafka, kafka_topic, read, instance):
+    topic = kafka_topic()
+
+    @dg.op
+    def publishes(context, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=topic) as publication:
+            publication.send("a")
+
+    @dg.op
+    def does_not():
+        pass
+
+    @dg.job(resource_defs={"kafka": kafka, "io_manager": KafkaIOManager(kafka=kafka, topic=topic)})
+    def both():
+        publishes()
+        does_not()
+
+    result = both.execute_in_process(instance=instance)
+    assert _values(read(topic)) == ["a"]
+    said = {e.step_key: e.user_message for e in instance.all_logs(result.run_id) if "is None" in e.user_message}
+    nothing = f"The output is None: nothing was published to {topic!r}"
+    assert said == {"publishes": f"{nothing} beside the body's sessions", "does_not": nothing}
+
+
 def test_what_the_body_hands_on_is_what_the_materialization_says(kafka, kafka_topic, instance):
     topic, other = kafka_topic(), kafka_topic()
 
