@@ -34,6 +34,29 @@ def test_lists_and_frames_can_be_sent_again_and_generators_cannot():
         assert not is_repeatable(other)
 
 
+@pytest.mark.parametrize(
+    ("sent", "left", "seconds", "is_ahead"),
+    [  # MB that were given, MB of them on their way, and in which time; delivery_timeout is 120 s
+        (16, 16, 0.1, False),
+        (20, 15, 1, False),
+        (20, 19, 1, True),  # brokers are fast, as a quota lets them at first
+        (100, 30, 1, False),  # by a quarter of what they have taken
+        (100, 40, 1, True),
+        (1000, 100, 6000, True),  # 150 kB/s: 9 MB in a minute
+        (1000, 15, 6000, False),
+        (1000, 50, 900, False),  # 1 MB/s
+        (1000, 70, 900, True),
+    ],
+)
+def test_how_far_ahead_records_are_sent(sent, left, seconds, is_ahead, monkeypatch):
+    config = PublicationConfig(producer=KafkaProducerConfig(bootstrap_servers="127.0.0.1:9", delivery_timeout=120))
+    writer = PublicationWriter(config, transactional_id="t", publication_id="p", topic="t")
+    monkeypatch.setattr(writer, "_live_producer", lambda: range(left * 1_000))
+    writer._bytes, writer._records = sent * 1_000_000, sent * 1_000
+    writer._first_sent = time.monotonic() - seconds
+    assert writer._is_far_ahead() is is_ahead
+
+
 @pytest.fixture
 def attempts(monkeypatch):
     """Outputs of this file's size are large; counts attempts, by whether they had reports."""

@@ -14,6 +14,7 @@ from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from dataforge_kafka_dagster import KafkaError, KafkaProducerConfig
+from dataforge_kafka_dagster.kafka import publication
 from dataforge_kafka_dagster.kafka.config import PublicationConfig
 from dataforge_kafka_dagster.kafka.errors import Remedy
 from dataforge_kafka_dagster.kafka.publication import publish
@@ -206,6 +207,29 @@ def test_a_quota_that_lets_too_little_through_in_time_is_named(kafka):
         _bytes_per_second(kafka, None)
     assert caught.value.fix.startswith("Lower buffer_memory")
     assert caught.value.remedy is Remedy.RETRY
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["held back", "all at once"])
+def test_no_more_is_sent_ahead_than_a_quota_lets_through_in_time(held, kafka, monkeypatch):
+    topic = f"slow-{uuid.uuid4().hex[:6]}"
+    kafka.create_topic(topic)
+    producer = KafkaProducerConfig(
+        bootstrap_servers=kafka.bootstrap_servers, delivery_timeout=25, compression_type="none"
+    )
+    config = PublicationConfig(producer=producer)
+    monkeypatch.setattr(publication, "_AHEAD_BYTES", 200_000 if held else 16_000_000)
+    rows = (os.urandom(1_000) for _ in range(6_000))
+    _bytes_per_second(kafka, 100_000)
+    try:
+        if held:
+            done = publish(config, rows, transactional_id=topic, publication_id=topic, topic=topic)
+            assert done.records == 6_000
+            assert done.seconds > producer.delivery_timeout
+        else:
+            with pytest.raises(KafkaError, match="_MSG_TIMED_OUT.* held requests back for .* by a quota"):
+                publish(config, rows, transactional_id=topic, publication_id=topic, topic=topic)
+    finally:
+        _bytes_per_second(kafka, None)
 
 
 @pytest.mark.timeout(1800)

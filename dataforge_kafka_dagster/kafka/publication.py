@@ -76,6 +76,8 @@ from dataforge_kafka_dagster.kafka.topics import (
 _PROGRESS_SECONDS: Final = 5.0
 # Fewer records are not worth the requests that take the place of their delivery reports.
 _MANY: Final = 20_000
+# So many bytes may be on their way before anything is known of how fast brokers take them.
+_AHEAD_BYTES: Final = 16_000_000
 _STATISTICS_MS: Final = 1_000
 # Less does not make records late.
 _THROTTLED_MS: Final = 1_000
@@ -477,6 +479,9 @@ class PublicationWriter:
         self._bytes += chunk.size
         self._poll(0)
         self._check()
+        while self._is_far_ahead():
+            self._poll(SLICE)
+            self._check()
         if not (self._reports or self._alone) and self._records >= _MANY // 2:
             # Rather now than after all of them.
             self._flush(self._live_producer())
@@ -518,6 +523,20 @@ class PublicationWriter:
                     span.end = end
             else:
                 return
+
+    def _is_far_ahead(self) -> bool:
+        """Whether more is on its way than brokers may take in half of delivery_timeout, as fast as they did so far.
+
+        After that time records fail, also where nothing is wrong but a quota or a slow network. To wait for it has an
+        end, since what is on its way is delivered or fails. A quota lets more through at first, for the silence before:
+        so no more than a quarter of what brokers have taken is sent ahead on that account.
+        """
+        if self._bytes <= _AHEAD_BYTES:
+            return False
+        ahead = self._bytes * len(self._live_producer()) / self._records
+        taken = max(0.0, self._bytes - ahead)
+        in_time = taken / (time.monotonic() - self._first_sent) * self._config.producer.delivery_timeout / 2
+        return ahead > max(_AHEAD_BYTES, min(in_time, _AHEAD_BYTES + taken / 4))
 
     def _produce_each(self, chunk: Chunk, topic: str, track: Track) -> None:
         for index, (value, key, extra) in enumerate(chunk.each(), self._position):
