@@ -12,9 +12,9 @@ from typing import Any, Final, NamedTuple
 from pydantic import BaseModel, TypeAdapter
 from pydantic.dataclasses import is_pydantic_dataclass
 
-# Of pydantic's core schemas: validators, which do not write; types, beside numbers, that orjson writes as it does; and
-# what they may tell of a model, its fields together and each of them without a bearing on what is written.
-_VALIDATORS: Final = frozenset({"function-before", "function-after", "function-wrap"})
+# Of pydantic's core schemas: what stands around the schema of a value; types, beside numbers, that orjson writes as it
+# does; and what they may tell of a model, its fields together and each of them without a bearing on what is written.
+_WRAPPERS: Final = frozenset({"function-before", "function-after", "function-wrap", "nullable", "default"})
 _PLAIN_TYPES: Final = frozenset({"str", "bool", "none", "uuid", "date", "datetime"})
 _NUMBERS: Final[Mapping[str, type]] = {"float": float, "int": int}
 _MODEL_KEYS: Final = frozenset(
@@ -156,8 +156,8 @@ def _shape(cls: type[BaseModel], _serializer: object) -> _Shape | None:
         return None
     if cls.model_config.get("extra") == "allow" or any(_is_of_writing(option) for option in cls.model_config):
         return None
-    model = _validated(cls.__pydantic_core_schema__)
-    fields = _validated(model.get("schema", {}))
+    model = _unwrapped(cls.__pydantic_core_schema__)
+    fields = _unwrapped(model.get("schema", {}))
     if model.get("cls") is not cls or not (model.keys() <= _MODEL_KEYS and fields.keys() <= _FIELDS_KEYS):
         return None
     if model.get("root_model") or fields.get("computed_fields"):
@@ -165,13 +165,13 @@ def _shape(cls: type[BaseModel], _serializer: object) -> _Shape | None:
     found: set[str] = set()
     numbers = []
     for name, field in fields["fields"].items():
-        if not field.keys() <= _FIELD_KEYS:
+        inner = _unwrapped(field["schema"])
+        number = _NUMBERS.get(inner["type"])
+        known = "serialization" not in inner if number else _is_known(inner, found)
+        if not (known and field.keys() <= _FIELD_KEYS):
             return None
-        number = _number_of(field["schema"])
-        if number is not None:
+        if number:
             numbers.append((name, frozenset({number, type(None)})))
-        elif not _is_known(field["schema"], found):
-            return None
     # Which of the two types a field has is not known where its value is written.
     if not found <= _PLAIN_TYPES or found >= {"date", "datetime"}:
         return None
@@ -179,33 +179,23 @@ def _shape(cls: type[BaseModel], _serializer: object) -> _Shape | None:
     return _Shape(tuple(fields["fields"]), tuple(numbers), default)
 
 
-def _number_of(schema: Any) -> type | None:
-    """Float or int if a field is one, or None; None if it is anything else."""
-    schema = _validated(schema)
-    while schema["type"] in {"nullable", "default"} and "serialization" not in schema:
-        schema = _validated(schema["schema"])
-    return None if "serialization" in schema else _NUMBERS.get(schema["type"])
-
-
 def _is_of_writing(option: str) -> bool:
     return option.startswith("ser") or option in {"json_encoders", "polymorphic_serialization"}
 
 
-def _validated(schema: Any) -> Any:
-    """The schema of what some validators give."""
-    while schema.get("type") in _VALIDATORS and "serialization" not in schema:
+def _unwrapped(schema: Any) -> Any:
+    """The schema of values behind validators, a default and None, or what writes them by a serializer."""
+    while schema.get("type") in _WRAPPERS and "serialization" not in schema:
         schema = schema["schema"]
     return schema
 
 
 def _is_known(schema: Any, found: set[str]) -> bool:
     """Whether all parts of the schema of a field's values are known; gathers the types that they have."""
-    schema = _validated(schema)
+    schema = _unwrapped(schema)
     kind = schema["type"]
     if "serialization" in schema:
         return False
-    if kind in {"nullable", "default"}:
-        return _is_known(schema["schema"], found)
     if kind == "list":
         return "items_schema" in schema and _is_known(schema["items_schema"], found)
     if kind == "dict":
