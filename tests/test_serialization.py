@@ -653,6 +653,28 @@ def test_what_is_written_of_fields_alone():
     assert not any(map(is_plain, others))
 
 
+class Once(BaseModel):
+    default: int = 1
+    them: dict[str, list[typing.Iterable[float]]]
+
+
+class Within(BaseModel):
+    first: list[Once]
+
+
+@pytest.mark.parametrize(("make", "field"), [(lambda once: once, "them"), (lambda once: Within(first=[once]), "first")])
+def test_what_a_model_gives_only_once_is_refused(make, field):
+    # A chunk with a bad record is written again, and NaN is looked for.
+    rows = [make(Once(them={"a": [iter([NAN])]})), make(Once(them={}))]
+    with pytest.raises(
+        InvalidRecordError, match=f"record 0: .* field '{field}' of {type(rows[0]).__name__} is an iter"
+    ) as caught:
+        list(chunks(rows))
+    assert caught.value.fix == "Annotate it as a list, which pydantic makes of an iterator"
+    with pytest.raises(InvalidRecordError):
+        serialize_value({"it": rows[0]})
+
+
 class Open(BaseModel, extra="allow"):
     a: int
 

@@ -23,6 +23,7 @@ _MODEL_KEYS: Final = frozenset(
 )
 _FIELDS_KEYS: Final = frozenset({"type", "fields", "model_name", "computed_fields", "strict", "ref", "metadata"})
 _FIELD_KEYS: Final = frozenset({"type", "schema", "validation_alias", "frozen", "metadata"})
+_NOT_SCHEMA: Final = frozenset({"cls", "config", "default", "default_factory", "expected", "metadata"})
 
 
 class UnsupportedTypeError(TypeError):
@@ -137,6 +138,23 @@ def plain_models(values: Sequence[Any]) -> PlainModels | None:
 def is_plain(cls: type) -> bool:
     """Whether models of a class may be such as `plain_models` takes."""
     return issubclass(cls, BaseModel) and _shape(cls, cls.__pydantic_serializer__) is not None
+
+
+def iterator_in(cls: type[BaseModel]) -> str | None:
+    """The first field of a model that is, or has inside, what pydantic reads once: an Iterable or Generator."""
+    if not cls.__pydantic_complete__:
+        return None
+    fields = _unwrapped(cls.__pydantic_core_schema__).get("schema", {}).get("fields", {})
+    return next((name for name, field in fields.items() if _has_iterator(field)), None)
+
+
+def _has_iterator(schema: Any) -> bool:
+    if isinstance(schema, Mapping):
+        # Of a part that is a schema, what is somebody's own is left out.
+        own = _NOT_SCHEMA if isinstance(schema.get("type"), str) else ()
+        inside = any(_has_iterator(part) for name, part in schema.items() if name not in own)
+        return inside or schema.get("type") == "generator"
+    return isinstance(schema, (list, tuple)) and any(map(_has_iterator, schema))
 
 
 class _Shape(NamedTuple):

@@ -35,6 +35,7 @@ from dataforge_kafka_dagster.kafka.models import (
     is_model,
     is_of_pydantic,
     is_plain,
+    iterator_in,
     plain_models,
     pydantic_dataclass,
 )
@@ -140,7 +141,7 @@ def _writer_of(cls: type) -> Callable[[Any], Any]:
     if issubclass(cls, Mapping):
         return dict
     if issubclass(cls, BaseModel):
-        return lambda model: model.model_dump(mode="json")
+        return _model_writer(cls)
     if issubclass(cls, decimal.Decimal):
         return lambda number: format(number, "f") if number.is_finite() else None
     if cls is type(None) or cls.__name__ in _MISSING:
@@ -156,6 +157,16 @@ def _writer_of(cls: type) -> Callable[[Any], Any]:
     if issubclass(cls, (bytes, bytearray, memoryview)):
         raise UnsupportedTypeError("bytes inside a JSON value; decode them, or publish the record as bytes")
     raise _no_json_form_of(cls)
+
+
+def _model_writer(cls: type[BaseModel]) -> Callable[[Any], Any]:
+    field = iterator_in(cls)
+    if field is not None:
+        raise UnsupportedTypeError(
+            f"field {field!r} of {cls.__qualname__} is an iterator, which is empty when the record is written again, or"
+            " looked into; annotate it as a list, which pydantic makes of an iterator"
+        )
+    return lambda model: model.model_dump(mode="json")
 
 
 def _datetime_json(moment: dt.datetime) -> orjson.Fragment:
