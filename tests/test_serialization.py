@@ -13,6 +13,7 @@ import zoneinfo
 from collections import OrderedDict, deque
 
 import numpy as np
+import orjson
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -21,6 +22,7 @@ from dagster._core.errors import DagsterExecutionInterruptedError
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import (
+    AfterValidator,
     BaseModel,
     Field,
     PlainSerializer,
@@ -30,6 +32,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import TzInfo
 
 from dataforge_kafka_dagster import KafkaRecord
 from dataforge_kafka_dagster.kafka import serialization
@@ -500,7 +503,6 @@ class Narrow(BaseModel):
     flag: bool
     one: typing.Literal["a", 1]
     uuid: uuid.UUID
-    when: dt.datetime | None
     many: list[bool]
     by_name: dict[str, list[bool | str]]
 
@@ -517,6 +519,9 @@ class Narrow(BaseModel):
 class Dated(BaseModel, frozen=True):
     day: dt.date
     number: float
+    when: dt.datetime | None = None
+    name: str | None = None
+    of: uuid.UUID | None = None
 
 
 class Aliased(Dated):
@@ -547,13 +552,16 @@ valid = {
     "flag": st.booleans(),
     "one": st.sampled_from(["a", 1]),
     "uuid": st.uuids(),
-    "when": st.none()
-    | st.datetimes(timezones=st.none() | st.timezones())
-    | st.datetimes(timezones=st.just(dt.timezone.utc)),
     "many": st.lists(st.booleans(), max_size=3),
     "by_name": st.dictionaries(st.text(), st.lists(st.booleans() | st.text(), max_size=2), max_size=3),
 }
-dated = {"day": st.dates(), "number": st.floats(), "other": st.integers()}
+moments = st.datetimes(
+    timezones=st.sampled_from(
+        [None, dt.timezone.utc, TzInfo(0), TzInfo(5400), TzInfo(61), dt.timezone(dt.timedelta(1) / 9)]
+    )
+)
+dated = {"day": st.dates(), "number": st.floats(), "when": st.none() | moments, "other": st.integers()}
+dated |= {"name": st.none() | st.text(), "of": st.uuids()}
 
 
 def models(cls, fields):
@@ -638,12 +646,42 @@ def used(model):
         (Counted(number=1, when=NOON), b'{"number":1,"share":0.0,"when":"2020-01-01T12:00:00"}'),
         (Counted(share=0, when=NOON), b'{"number":1,"share":0.0,"when":"2020-01-01T12:00:00"}'),
         (used(Counted(number=1, share=1, when=NOON)), b'{"number":1,"share":1.0,"when":"2020-01-01T12:00:00"}'),
-        (Aliased(day=NOON.date(), number=1, second=2), b'{"day":"2020-01-01","number":1.0,"other":2}'),
+        (
+            Aliased(day=NOON.date(), number=1, second=2),
+            b'{"day":"2020-01-01","number":1.0,"when":null,"name":null,"of":null,"other":2}',
+        ),
     ],
 )
 def test_of_a_model_what_pydantic_writes_is_written(model, encoded):
     assert json_lines([model] * 2).texts == [encoded] * 2
     assert to_json(model) == encoded
+
+
+class Listed(BaseModel):
+    many: list[int | float]
+
+
+class DatedList(BaseModel):
+    day: dt.date
+    names: list[str]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        *(Dated(day=NOON.date(), number=1.0, when=NOON.replace(tzinfo=zone)) for zone in (EARLY, BERLIN, TzInfo(61))),
+        Dated(day=NOON.date(), number=1.0, when=NOON.replace(tzinfo=zoneinfo.ZoneInfo("Europe/Berlin"))),
+        Dated(day=NOON.date(), number=1.0, when=NOON.replace(1900, tzinfo=zoneinfo.ZoneInfo("Europe/Amsterdam"))),
+        Listed.model_construct(many=[True, 1]),
+        DatedList.model_construct(day=NOON.date(), names=[dt.time(1, 2, 3, 10_000), NOON.replace(tzinfo=EARLY)]),
+        Dated.model_construct(day=NOON.date(), number=1.0, name=dt.time(1, 2, 3, 10_000)),
+    ],
+    ids=repr,
+)
+def test_values_that_orjson_writes_in_its_own_way_are_written_by_pydantic(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert json_lines([model] * 2).texts == [orjson.dumps(model.model_dump(mode="json"))] * 2
 
 
 def test_what_is_written_of_fields_alone():
@@ -653,26 +691,59 @@ def test_what_is_written_of_fields_alone():
     assert not any(map(is_plain, others))
 
 
+def as_list(values):
+    return list(values)
+
+
 class Once(BaseModel):
     default: int = 1
     them: dict[str, list[typing.Iterable[float]]]
 
 
 class Within(BaseModel):
-    first: list[Once]
+    first: Once
+    again: Once | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def valid(cls, fields):
+        return fields
 
 
-@pytest.mark.parametrize(("make", "field"), [(lambda once: once, "them"), (lambda once: Within(first=[once]), "first")])
-def test_what_a_model_gives_only_once_is_refused(make, field):
+class Settled(BaseModel):
+    here: typing.Annotated[typing.Iterable[int], AfterValidator(as_list)]
+    default: typing.Iterable[int] = [2]
+    unwritten: typing.Iterable[int] = Field(iter([3]), exclude=True, validate_default=True)
+
+
+ONCE = {"them": {"a": [iter([NAN])]}}
+
+
+@pytest.mark.parametrize(
+    ("model", "field"),
+    [(Once(**ONCE), "them"), (Within(first=ONCE), "first"), (RootModel[typing.Iterable[int]]([1]), "root")],
+)
+def test_what_a_model_gives_only_once_is_refused(model, field):
     # A chunk with a bad record is written again, and NaN is looked for.
-    rows = [make(Once(them={"a": [iter([NAN])]})), make(Once(them={}))]
-    with pytest.raises(
-        InvalidRecordError, match=f"record 0: .* field '{field}' of {type(rows[0]).__name__} is an iter"
-    ) as caught:
-        list(chunks(rows))
+    with pytest.raises(InvalidRecordError, match=f"record 0: .* field '{field}' of .* is an iter") as caught:
+        list(chunks([model, model]))
     assert caught.value.fix == "Annotate it as a list, which pydantic makes of an iterator"
     with pytest.raises(InvalidRecordError):
-        serialize_value({"it": rows[0]})
+        serialize_value({"it": model})
+
+
+@pytest.mark.parametrize(
+    ("model", "encoded"),
+    [
+        (Settled(here=iter([1])), b'{"here":[1],"default":[2]}'),
+        (RootModel[Point](Point(1, 2.5)), b'{"x":1,"y":2.5}'),
+        (Within(first=Once(them={})), b'{"first":{"default":1,"them":{}},"again":null}'),
+    ],
+)
+def test_what_only_might_be_an_iterator_is_written(model, encoded):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert [value for chunk in chunks([model] * 2) for value in chunk.values] == [encoded] * 2
 
 
 class Open(BaseModel, extra="allow"):

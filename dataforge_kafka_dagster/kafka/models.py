@@ -6,24 +6,40 @@ import dataclasses
 import datetime as dt
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
+import orjson
 from pydantic import BaseModel, TypeAdapter
 from pydantic.dataclasses import is_pydantic_dataclass
+from pydantic_core import TzInfo
 
-# Of pydantic's core schemas: what stands around the schema of a value; types, beside numbers, that orjson writes as it
-# does; and what they may tell of a model, its fields together and each of them without a bearing on what is written.
+# Of pydantic's core schemas: what stands around the schema of a value; types that orjson writes as pydantic does; and
+# what may be told of a model, its fields together and each of them without a bearing on what is written.
 _WRAPPERS: Final = frozenset({"function-before", "function-after", "function-wrap", "nullable", "default"})
-_PLAIN_TYPES: Final = frozenset({"str", "bool", "none", "uuid", "date", "datetime"})
-_NUMBERS: Final[Mapping[str, type]] = {"float": float, "int": int}
+_NUMBERS: Final = frozenset({"int", "float"})
+_DATES: Final = frozenset({"date", "datetime"})
+_TYPES: Final[Mapping[str, type]] = {
+    "str": str,
+    "bool": bool,
+    "uuid": uuid.UUID,
+    "int": int,
+    "float": float,
+    "date": dt.date,
+    "datetime": dt.datetime,
+}
 _MODEL_KEYS: Final = frozenset(
     {"type", "cls", "schema", "config", "custom_init", "root_model", "post_init", "revalidate_instances", "strict"}
     | {"frozen", "ref", "metadata", "generic_origin", "extra_behavior"}
 )
 _FIELDS_KEYS: Final = frozenset({"type", "fields", "model_name", "computed_fields", "strict", "ref", "metadata"})
 _FIELD_KEYS: Final = frozenset({"type", "schema", "validation_alias", "frozen", "metadata"})
-_NOT_SCHEMA: Final = frozenset({"cls", "config", "default", "default_factory", "expected", "metadata"})
+_NOT_SCHEMA: Final = frozenset(
+    {"cls", "config", "default", "default_factory", "expected", "json_schema_input_schema", "metadata", "serialization"}
+)
+
+_MINUTE: Final = dt.timedelta(minutes=1)
 
 
 class UnsupportedTypeError(TypeError):
@@ -103,18 +119,17 @@ class PlainModels(NamedTuple):
 
     Attributes:
         fields: Of each.
-        default: Writes what orjson does not know, as pydantic does.
+        options: Orjson's, which writes them without a function for what it does not know.
     """
 
     fields: list[dict[str, Any]]
-    default: Callable[[Any], str]
+    options: int
 
 
 def plain_models(values: Sequence[Any]) -> PlainModels | None:
     """What models are written of, where orjson writes of their fields what it would of ``model_dump(mode="json")``.
 
-    To dump them takes several times as long. Values of other types than the fields' come to ``default``, which refuses
-    them; a model may have them that was not validated.
+    To dump them takes several times as long.
 
     Returns:
         None if they are no models, or of several classes; or something else than their fields may be written.
@@ -129,10 +144,22 @@ def plain_models(values: Sequence[Any]) -> PlainModels | None:
     if set(map(tuple, fields)) != {shape.names}:
         return None
     # A default is not validated: pydantic writes the 0 of a float as 0.0, and the True of an int as 1.
-    for name, types in shape.numbers:
+    for name, types in shape.types.items():
         if not types.issuperset(map(type, map(operator.itemgetter(name), fields))):
             return None
-    return PlainModels(fields, shape.default)
+    for name in shape.moments:
+        zones = map(operator.attrgetter("tzinfo"), filter(None, map(operator.itemgetter(name), fields)))
+        if not all(map(_is_plain_zone, set(zones))):
+            return None
+    return PlainModels(fields, shape.options)
+
+
+def _is_plain_zone(zone: dt.tzinfo | None) -> bool:
+    """Whether orjson writes its offset as pydantic does, which is a constant one in whole minutes."""
+    if zone is None or zone is dt.timezone.utc:
+        return True
+    offset = zone.utcoffset(None) if type(zone) in {dt.timezone, TzInfo} else None
+    return offset is not None and not offset % _MINUTE
 
 
 def is_plain(cls: type) -> bool:
@@ -140,32 +167,59 @@ def is_plain(cls: type) -> bool:
     return issubclass(cls, BaseModel) and _shape(cls, cls.__pydantic_serializer__) is not None
 
 
-def iterator_in(cls: type[BaseModel]) -> str | None:
-    """The first field of a model that is, or has inside, what pydantic reads once: an Iterable or Generator."""
-    if not cls.__pydantic_complete__:
+def iterator_in(model: BaseModel) -> str | None:
+    """The first field of a model that holds what gives its items only once, as pydantic makes of an Iterable."""
+    cls = type(model)
+    if not _may_have_iterators(cls):
         return None
-    fields = _unwrapped(cls.__pydantic_core_schema__).get("schema", {}).get("fields", {})
-    return next((name for name, field in fields.items() if _has_iterator(field)), None)
+    written = (name for name, field in cls.model_fields.items() if not field.exclude)
+    return next((name for name in written if _holds_iterator(model.__dict__.get(name))), None)
 
 
-def _has_iterator(schema: Any) -> bool:
+def _holds_iterator(value: Any) -> bool:
+    if isinstance(value, BaseModel):
+        return iterator_in(value) is not None
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return isinstance(value, Iterator)
+    return any(map(_holds_iterator, value))
+
+
+@functools.lru_cache(1024)
+def _may_have_iterators(cls: type[BaseModel]) -> bool:
+    return _has_generator(cls.__pydantic_core_schema__)
+
+
+def _has_generator(schema: Any) -> bool:
+    """Whether there is a part of the type ``generator`` in one of pydantic's core schemas."""
     if isinstance(schema, Mapping):
         # Of a part that is a schema, what is somebody's own is left out.
         own = _NOT_SCHEMA if isinstance(schema.get("type"), str) else ()
-        inside = any(_has_iterator(part) for name, part in schema.items() if name not in own)
+        inside = any(_has_generator(part) for name, part in schema.items() if name not in own)
         return inside or schema.get("type") == "generator"
-    return isinstance(schema, (list, tuple)) and any(map(_has_iterator, schema))
+    return isinstance(schema, (list, tuple)) and any(map(_has_generator, schema))
 
 
 class _Shape(NamedTuple):
+    """How models of a class are written.
+
+    Attributes:
+        names: Of all fields, in order.
+        types: Of some, those that their values are to have.
+        moments: Fields that are a datetime.
+        options: Orjson's.
+    """
+
     names: tuple[str, ...]
-    numbers: tuple[tuple[str, frozenset[type]], ...]
-    default: Callable[[Any], str]
+    types: Mapping[str, frozenset[type]]
+    moments: tuple[str, ...]
+    options: int
 
 
 @functools.lru_cache(1024)
 def _shape(cls: type[BaseModel], _serializer: object) -> _Shape | None:
-    """The fields of models that may be written as they are, and how their dates are; None if they may not.
+    """How models are written as their fields are; None if they may not.
 
     It goes by pydantic's core schema, of which each part has to be known:
     https://docs.pydantic.dev/latest/internals/architecture/. A class that is built anew has another serializer then.
@@ -180,21 +234,21 @@ def _shape(cls: type[BaseModel], _serializer: object) -> _Shape | None:
         return None
     if model.get("root_model") or fields.get("computed_fields"):
         return None
-    found: set[str] = set()
-    numbers = []
+    kinds: dict[str, str] = {}
     for name, field in fields["fields"].items():
-        inner = _unwrapped(field["schema"])
-        number = _NUMBERS.get(inner["type"])
-        known = "serialization" not in inner if number else _is_known(inner, found)
-        if not (known and field.keys() <= _FIELD_KEYS):
+        if not (field.keys() <= _FIELD_KEYS and _is_known(field["schema"], single=True)):
             return None
-        if number:
-            numbers.append((name, frozenset({number, type(None)})))
-    # Which of the two types a field has is not known where its value is written.
-    if not found <= _PLAIN_TYPES or found >= {"date", "datetime"}:
+        kinds[name] = _unwrapped(field["schema"])["type"]
+    names, dated = tuple(kinds), not _DATES.isdisjoint(kinds.values())
+    if not dated:
+        numbers = {name: frozenset({_TYPES[kind], type(None)}) for name, kind in kinds.items() if kind in _NUMBERS}
+        return _Shape(names, numbers, (), orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS)
+    # Orjson writes dates wherever they are, so that each field is to be looked at.
+    if not _TYPES.keys() >= set(kinds.values()):
         return None
-    default = _datetime_text if "datetime" in found else _date_text if "date" in found else _no_text
-    return _Shape(tuple(fields["fields"]), tuple(numbers), default)
+    types = {name: frozenset({_TYPES[kind], type(None)}) for name, kind in kinds.items()}
+    moments = tuple(name for name, kind in kinds.items() if kind == "datetime")
+    return _Shape(names, types, moments, orjson.OPT_UTC_Z | orjson.OPT_PASSTHROUGH_DATACLASS)
 
 
 def _is_of_writing(option: str) -> bool:
@@ -208,41 +262,25 @@ def _unwrapped(schema: Any) -> Any:
     return schema
 
 
-def _is_known(schema: Any, found: set[str]) -> bool:
-    """Whether all parts of the schema of a field's values are known; gathers the types that they have."""
+def _is_known(schema: Any, *, single: bool = False) -> bool:
+    """Whether orjson writes the values of a schema as pydantic does.
+
+    Args:
+        schema: The schema.
+        single: Whether it is that of a field, whose values are looked at.
+    """
     schema = _unwrapped(schema)
     kind = schema["type"]
     if "serialization" in schema:
         return False
     if kind == "list":
-        return "items_schema" in schema and _is_known(schema["items_schema"], found)
+        return "items_schema" in schema and _is_known(schema["items_schema"])
     if kind == "dict":
         keys, values = schema.get("keys_schema", {}), schema.get("values_schema")
         of_text = keys.get("type") == "str" and "serialization" not in keys
-        return of_text and values is not None and _is_known(values, found)
+        return of_text and values is not None and _is_known(values)
     if kind == "union":
-        choices = (choice[0] if isinstance(choice, tuple) else choice for choice in schema["choices"])
-        return all(_is_known(choice, found) for choice in choices)
+        return all(_is_known(choice[0] if isinstance(choice, tuple) else choice) for choice in schema["choices"])
     if kind == "literal":
         return {type(value) for value in schema["expected"]} <= {str, int, bool, type(None)}
-    found.add(kind)
-    return True
-
-
-def _no_text(value: Any) -> str:
-    raise UnsupportedTypeError(f"type {type(value).__qualname__} is not that of a field")
-
-
-def _date_text(value: Any) -> str:
-    return value.isoformat() if type(value) is dt.date else _no_text(value)
-
-
-def _datetime_text(value: Any) -> str:
-    if type(value) is not dt.datetime:
-        return _no_text(value)
-    text = value.isoformat()
-    if value.tzinfo is None:
-        return text
-    if text[-6] not in "+-":  # an offset with seconds
-        return _no_text(value)
-    return f"{text[:-6]}Z" if text.endswith("+00:00") else text
+    return kind == "none" or (kind in _TYPES and (single or kind not in _NUMBERS | _DATES))

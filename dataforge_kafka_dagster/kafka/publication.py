@@ -203,6 +203,9 @@ class PublicationWriter:
         self._alone = False
         self._began = time.monotonic()
         self._first_sent = 0.0
+        # Up to which position and byte what has been sent is not known to be delivered, a pair for each chunk.
+        self._under_way_to: collections.deque[tuple[int, int]] = collections.deque()
+        self._taken = 0
         self._reported = self._began
         self._in_transaction = False
         self._committing = False
@@ -479,6 +482,7 @@ class PublicationWriter:
         self._bytes += chunk.size
         self._poll(0)
         self._check()
+        self._under_way_to.append((self._position, self._bytes))
         while self._is_far_ahead():
             self._poll(SLICE)
             self._check()
@@ -531,12 +535,15 @@ class PublicationWriter:
         end, since what is on its way is delivered or fails. A quota lets more through at first, for the silence before:
         so no more than a quarter of what brokers have taken is sent ahead on that account.
         """
-        if self._bytes <= _AHEAD_BYTES:
+        delivered = self._position - len(self._live_producer())
+        while self._under_way_to and self._under_way_to[0][0] <= delivered:
+            self._taken = self._under_way_to.popleft()[1]
+        ahead = self._bytes - self._taken
+        if ahead <= _AHEAD_BYTES:
             return False
-        ahead = self._bytes * len(self._live_producer()) / self._records
-        taken = max(0.0, self._bytes - ahead)
-        in_time = taken / (time.monotonic() - self._first_sent) * self._config.producer.delivery_timeout / 2
-        return ahead > max(_AHEAD_BYTES, min(in_time, _AHEAD_BYTES + taken / 4))
+        seconds = max(0.001, time.monotonic() - self._first_sent)
+        in_time = self._taken / seconds * self._config.producer.delivery_timeout / 2
+        return ahead > max(_AHEAD_BYTES, min(in_time, _AHEAD_BYTES + self._taken / 4))
 
     def _produce_each(self, chunk: Chunk, topic: str, track: Track) -> None:
         for index, (value, key, extra) in enumerate(chunk.each(), self._position):

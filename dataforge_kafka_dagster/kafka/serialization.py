@@ -141,7 +141,7 @@ def _writer_of(cls: type) -> Callable[[Any], Any]:
     if issubclass(cls, Mapping):
         return dict
     if issubclass(cls, BaseModel):
-        return _model_writer(cls)
+        return _of_model
     if issubclass(cls, decimal.Decimal):
         return lambda number: format(number, "f") if number.is_finite() else None
     if cls is type(None) or cls.__name__ in _MISSING:
@@ -159,14 +159,14 @@ def _writer_of(cls: type) -> Callable[[Any], Any]:
     raise _no_json_form_of(cls)
 
 
-def _model_writer(cls: type[BaseModel]) -> Callable[[Any], Any]:
-    field = iterator_in(cls)
+def _of_model(model: BaseModel) -> Any:
+    field = iterator_in(model)
     if field is not None:
         raise UnsupportedTypeError(
-            f"field {field!r} of {cls.__qualname__} is an iterator, which is empty when the record is written again, or"
-            " looked into; annotate it as a list, which pydantic makes of an iterator"
+            f"field {field!r} of {type(model).__qualname__} is an iterator, which is empty when the record is written"
+            " again, or looked into; annotate it as a list, which pydantic makes of an iterator"
         )
-    return lambda model: model.model_dump(mode="json")
+    return model.model_dump(mode="json")
 
 
 def _datetime_json(moment: dt.datetime) -> orjson.Fragment:
@@ -264,10 +264,10 @@ def to_protobuf_json(value: Any) -> bytes:
     return _dumps(value, _protobuf_jsonable)
 
 
-def _dumps(value: Any, default: Callable[[Any], Any]) -> bytes:
+def _dumps(value: Any, default: Callable[[Any], Any] | None, options: int = _OPTIONS) -> bytes:
     """JSON by orjson, which makes a TypeError also of an interrupt in a function that it calls."""
     try:
-        return orjson.dumps(value, default, _OPTIONS)
+        return orjson.dumps(value, default, options)
     except TypeError as error:
         cause = error.__cause__
         while cause is not None:
@@ -321,20 +321,20 @@ def json_lines(values: Sequence[Any]) -> JsonLines:
         ValueError: Pydantic cannot write a model.
     """
     plain = plain_models(values)
-    lines = plain and _together(plain.fields, plain.default)
-    if lines := lines or _together(values, _jsonable):
+    lines = plain and _together(plain.fields, None, plain.options)
+    if lines := lines or _together(values, _jsonable, _OPTIONS):
         return lines
     texts = list(map(to_json, values))
     return _json_lines(texts, b"".join(texts), 0, 0)
 
 
-def _together(values: Sequence[Any], default: Callable[[Any], Any]) -> JsonLines | None:
+def _together(values: Sequence[Any], default: Callable[[Any], Any] | None, options: int) -> JsonLines | None:
     """Values as one array, cut; None if they cannot be written so."""
     array = [_BETWEEN] * (2 * len(values) - 1)
     array[::2] = values
     # Of one value alone: what is nested as deep as orjson writes is too deep in an array.
     with contextlib.suppress(TypeError):
-        joined = _dumps(array, default)
+        joined = _dumps(array, default, options)
         texts = joined.split(_BETWEEN_JSON)
         if len(texts) == len(values):
             texts[0] = texts[0][1:]
