@@ -529,7 +529,7 @@ class PublicationWriter:
                 return
 
     def _is_far_ahead(self) -> bool:
-        """Whether more is on its way than brokers may take in half of delivery_timeout, as fast as they did so far.
+        """Whether more is on its way than brokers may take in a third of delivery_timeout, as fast as they did so far.
 
         After that time records fail, also where nothing is wrong but a quota or a slow network. To wait for it has an
         end, since what is on its way is delivered or fails. A quota lets more through at first, for the silence before:
@@ -542,7 +542,7 @@ class PublicationWriter:
         if ahead <= _AHEAD_BYTES:
             return False
         seconds = max(0.001, time.monotonic() - self._first_sent)
-        in_time = self._taken / seconds * self._config.producer.delivery_timeout / 2
+        in_time = self._taken / seconds * self._config.producer.delivery_timeout / 3
         return ahead > max(_AHEAD_BYTES, min(in_time, _AHEAD_BYTES + self._taken / 4))
 
     def _produce_each(self, chunk: Chunk, topic: str, track: Track) -> None:
