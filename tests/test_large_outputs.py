@@ -54,7 +54,7 @@ def test_how_far_ahead_records_are_sent(sent, left, seconds, is_ahead, monkeypat
     monkeypatch.setattr(writer, "_live_producer", lambda: range(left * 1_000))
     for _ in range(sent * 10):
         writer._bytes, writer._records = writer._bytes + 100_000, writer._records + 100
-        writer._under_way_to.append((writer._position, writer._bytes))
+        writer._sent_up_to.append((writer._position, writer._bytes))
     writer._first_sent = time.monotonic() - seconds
     assert writer._is_far_ahead() is is_ahead
 
@@ -64,10 +64,10 @@ def test_large_records_behind_many_small_ones_are_not_taken_for_small(monkeypatc
     writer = PublicationWriter(config, transactional_id="t", publication_id="p", topic="t")
     writer._first_sent = time.monotonic() - 60
     writer._records, writer._bytes = 300_000, 30_000_000
-    writer._under_way_to.append((300_000, 30_000_000))
+    writer._sent_up_to.append((300_000, 30_000_000))
     for number in range(1, 71):
         writer._records, writer._bytes = 300_000 + number, 30_000_000 + number * 900_000
-        writer._under_way_to.append((writer._position, writer._bytes))
+        writer._sent_up_to.append((writer._position, writer._bytes))
     monkeypatch.setattr(writer, "_live_producer", lambda: range(70))
     assert writer._is_far_ahead()
     monkeypatch.setattr(writer, "_live_producer", lambda: range(17))

@@ -10,7 +10,6 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-import orjson
 from pydantic import BaseModel, TypeAdapter
 from pydantic.dataclasses import is_pydantic_dataclass
 from pydantic_core import TzInfo
@@ -38,8 +37,6 @@ _FIELD_KEYS: Final = frozenset({"type", "schema", "validation_alias", "frozen", 
 _NOT_SCHEMA: Final = frozenset(
     {"cls", "config", "default", "default_factory", "expected", "json_schema_input_schema", "metadata", "serialization"}
 )
-
-_MINUTE: Final = dt.timedelta(minutes=1)
 
 
 class UnsupportedTypeError(TypeError):
@@ -119,11 +116,11 @@ class PlainModels(NamedTuple):
 
     Attributes:
         fields: Of each.
-        options: Orjson's, which writes them without a function for what it does not know.
+        dated: Whether dates are among them, each in a field that is one; else there are none to be written.
     """
 
     fields: list[dict[str, Any]]
-    options: int
+    dated: bool
 
 
 def plain_models(values: Sequence[Any]) -> PlainModels | None:
@@ -151,7 +148,7 @@ def plain_models(values: Sequence[Any]) -> PlainModels | None:
         zones = map(operator.attrgetter("tzinfo"), filter(None, map(operator.itemgetter(name), fields)))
         if not all(map(_is_plain_zone, set(zones))):
             return None
-    return PlainModels(fields, shape.options)
+    return PlainModels(fields, shape.dated)
 
 
 def _is_plain_zone(zone: dt.tzinfo | None) -> bool:
@@ -159,7 +156,7 @@ def _is_plain_zone(zone: dt.tzinfo | None) -> bool:
     if zone is None or zone is dt.timezone.utc:
         return True
     offset = zone.utcoffset(None) if type(zone) in {dt.timezone, TzInfo} else None
-    return offset is not None and not offset % _MINUTE
+    return offset is not None and not offset % dt.timedelta(minutes=1)
 
 
 def is_plain(cls: type) -> bool:
@@ -208,13 +205,13 @@ class _Shape(NamedTuple):
         names: Of all fields, in order.
         types: Of some, those that their values are to have.
         moments: Fields that are a datetime.
-        options: Orjson's.
+        dated: Whether one is a date or datetime.
     """
 
     names: tuple[str, ...]
     types: Mapping[str, frozenset[type]]
     moments: tuple[str, ...]
-    options: int
+    dated: bool
 
 
 @functools.lru_cache(1024)
@@ -239,16 +236,14 @@ def _shape(cls: type[BaseModel], _serializer: object) -> _Shape | None:
         if not (field.keys() <= _FIELD_KEYS and _is_known(field["schema"], single=True)):
             return None
         kinds[name] = _unwrapped(field["schema"])["type"]
-    names, dated = tuple(kinds), not _DATES.isdisjoint(kinds.values())
-    if not dated:
-        numbers = {name: frozenset({_TYPES[kind], type(None)}) for name, kind in kinds.items() if kind in _NUMBERS}
-        return _Shape(names, numbers, (), orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS)
-    # Orjson writes dates wherever they are, so that each field is to be looked at.
-    if not _TYPES.keys() >= set(kinds.values()):
+    # Orjson writes dates wherever they are, so that each field is to be looked at where there are some.
+    dated = not _DATES.isdisjoint(kinds.values())
+    looked_at = {name: kind for name, kind in kinds.items() if dated or kind in _NUMBERS}
+    if not _TYPES.keys() >= set(looked_at.values()):
         return None
-    types = {name: frozenset({_TYPES[kind], type(None)}) for name, kind in kinds.items()}
+    types = {name: frozenset({_TYPES[kind], type(None)}) for name, kind in looked_at.items()}
     moments = tuple(name for name, kind in kinds.items() if kind == "datetime")
-    return _Shape(names, types, moments, orjson.OPT_UTC_Z | orjson.OPT_PASSTHROUGH_DATACLASS)
+    return _Shape(tuple(kinds), types, moments, dated)
 
 
 def _is_of_writing(option: str) -> bool:

@@ -204,7 +204,7 @@ class PublicationWriter:
         self._began = time.monotonic()
         self._first_sent = 0.0
         # Up to which position and byte what has been sent is not known to be delivered, a pair for each chunk.
-        self._under_way_to: collections.deque[tuple[int, int]] = collections.deque()
+        self._sent_up_to: collections.deque[tuple[int, int]] = collections.deque()
         self._taken = 0
         self._reported = self._began
         self._in_transaction = False
@@ -482,7 +482,7 @@ class PublicationWriter:
         self._bytes += chunk.size
         self._poll(0)
         self._check()
-        self._under_way_to.append((self._position, self._bytes))
+        self._sent_up_to.append((self._position, self._bytes))
         while self._is_far_ahead():
             self._poll(SLICE)
             self._check()
@@ -536,8 +536,8 @@ class PublicationWriter:
         so no more than a quarter of what brokers have taken is sent ahead on that account.
         """
         delivered = self._position - len(self._live_producer())
-        while self._under_way_to and self._under_way_to[0][0] <= delivered:
-            self._taken = self._under_way_to.popleft()[1]
+        while self._sent_up_to and self._sent_up_to[0][0] <= delivered:
+            self._taken = self._sent_up_to.popleft()[1]
         ahead = self._bytes - self._taken
         if ahead <= _AHEAD_BYTES:
             return False

@@ -48,6 +48,8 @@ Headers = Mapping[str, "str | bytes | None"] | Sequence[tuple[str, "str | bytes 
 # begin with an underscore, and adds attributes that are no fields. So all of them come to `_jsonable`.
 # It cuts NumPy's dates to microseconds, and takes a missing one of nanoseconds for one of 1677: these come there too.
 _OPTIONS: Final = orjson.OPT_PASSTHROUGH_DATETIME | orjson.OPT_PASSTHROUGH_DATACLASS
+# For the dates and datetimes of models, which it writes as pydantic does.
+_DATED_OPTIONS: Final = orjson.OPT_UTC_Z | orjson.OPT_PASSTHROUGH_DATACLASS
 
 # Those that Python's own numbers are as exact as.
 _NUMPY_NUMBERS: Final = frozenset(
@@ -321,7 +323,7 @@ def json_lines(values: Sequence[Any]) -> JsonLines:
         ValueError: Pydantic cannot write a model.
     """
     plain = plain_models(values)
-    lines = plain and _together(plain.fields, None, plain.options)
+    lines = plain and _together(plain.fields, None, _DATED_OPTIONS if plain.dated else _OPTIONS)
     if lines := lines or _together(values, _jsonable, _OPTIONS):
         return lines
     texts = list(map(to_json, values))
