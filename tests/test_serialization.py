@@ -730,6 +730,8 @@ def test_what_a_model_gives_only_once_is_refused(model, field):
     assert caught.value.fix == "Annotate it as a list, which pydantic makes of an iterator"
     with pytest.raises(InvalidRecordError):
         serialize_value({"it": model})
+    with pytest.raises(TypeError):
+        to_protobuf_json(model)
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ def is_plain(cls: type) -> bool:
 def iterator_in(model: BaseModel) -> str | None:
     """The first field of a model that holds what gives its items only once, as pydantic makes of an Iterable."""
     cls = type(model)
-    if not _may_have_iterators(cls):
+    if not _may_have_iterators(cls, cls.__pydantic_serializer__):
         return None
     written = (name for name, field in cls.model_fields.items() if not field.exclude)
     return next((name for name in written if _holds_iterator(model.__dict__.get(name))), None)
@@ -184,7 +184,7 @@ def _holds_iterator(value: Any) -> bool:
 
 
 @functools.lru_cache(1024)
-def _may_have_iterators(cls: type[BaseModel]) -> bool:
+def _may_have_iterators(cls: type[BaseModel], _serializer: object) -> bool:
     return _has_generator(cls.__pydantic_core_schema__)
 
 

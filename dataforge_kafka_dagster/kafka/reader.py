@@ -96,6 +96,8 @@ def _read_partition(
     whole = len(offsets.runs) == 1
     starts = [first for first, _ in offsets.runs]
     found = 0
+    reached = offsets.first
+    passing: confluent_kafka.KafkaError | None = None
     deadline = time.monotonic() + timeout
     while True:
         # Not more than there can be: consume waits for as many as it is asked for.
@@ -106,6 +108,7 @@ def _read_partition(
                 if error.name() == "_PARTITION_EOF":
                     return
                 _check(connection, error, offsets)
+                passing = error
                 continue
             offset = message.offset()
             if offset < offsets.first:
@@ -118,10 +121,11 @@ def _read_partition(
         else:
             position = consumer.position([TopicPartition(offsets.topic, offsets.partition)])[0].offset
             if position <= offsets.last:
-                if messages:
-                    deadline = time.monotonic() + timeout
+                # By records alone: an error that can be retried is told again and again.
+                if position > reached:
+                    reached, passing, deadline = position, None, time.monotonic() + timeout
                 elif time.monotonic() > deadline:
-                    raise connection.unreachable(timeout)
+                    raise _no_more(connection, passing, offsets, timeout)
                 continue
         break
     if found != offsets.records and not partial:
@@ -134,12 +138,26 @@ def _check(connection: Connection, error: confluent_kafka.KafkaError, offsets: P
     if error.name() == "GROUP_AUTHORIZATION_FAILED":
         return  # the group is never used
     if remedy_of(error.name()) is not Remedy.RETRY:
-        raise connection.cause(error, f"topic {offsets.topic!r}, Kafka partition {offsets.partition}")
+        raise connection.cause(error, _place(offsets))
+
+
+def _no_more(
+    connection: Connection, passing: confluent_kafka.KafkaError | None, offsets: PartitionOffsets, timeout: float
+) -> KafkaError:
+    if passing is None:
+        return connection.unreachable(timeout)
+    error = connection.cause(passing, _place(offsets))
+    error.add(f"no record in {timeout:.1f} s")
+    return error
 
 
 def _gone(offsets: PartitionOffsets, cause: str) -> KafkaError:
     return KafkaError(
-        f"topic {offsets.topic!r}, Kafka partition {offsets.partition}, offsets {offsets.first} to {offsets.last}",
+        f"{_place(offsets)}, offsets {offsets.first} to {offsets.last}",
         f"{cause}: retention or compaction removed them, or the topic was made anew",
         "Materialize the upstream asset again, or raise the topic's retention.ms",
     )
+
+
+def _place(offsets: PartitionOffsets) -> str:
+    return f"topic {offsets.topic!r}, Kafka partition {offsets.partition}"

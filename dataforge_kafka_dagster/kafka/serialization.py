@@ -162,13 +162,17 @@ def _writer_of(cls: type) -> Callable[[Any], Any]:
 
 
 def _of_model(model: BaseModel) -> Any:
+    _refuse_iterator(model)
+    return model.model_dump(mode="json")
+
+
+def _refuse_iterator(model: BaseModel) -> None:
     field = iterator_in(model)
     if field is not None:
         raise UnsupportedTypeError(
             f"field {field!r} of {type(model).__qualname__} is an iterator, which is empty when the record is written"
             " again, or looked into; annotate it as a list, which pydantic makes of an iterator"
         )
-    return model.model_dump(mode="json")
 
 
 def _datetime_json(moment: dt.datetime) -> orjson.Fragment:
@@ -283,6 +287,7 @@ def _protobuf_jsonable(value: Any) -> Any:
     if isinstance(value, (bytes, bytearray, memoryview)):
         return base64.b64encode(value).decode()
     if isinstance(value, BaseModel):
+        _refuse_iterator(value)
         # pydantic's own JSON has bytes as text.
         plain = value.model_dump()
         return plain if _has_bytes(plain) else value.model_dump(mode="json")

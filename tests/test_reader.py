@@ -1,0 +1,85 @@
+import time
+
+import pytest
+from confluent_kafka import KafkaError as KafkaCode
+
+from dataforge_kafka_dagster import KafkaError, KafkaProducerConfig
+from dataforge_kafka_dagster.kafka.connection import Connection
+from dataforge_kafka_dagster.kafka.ledger import PartitionOffsets
+from dataforge_kafka_dagster.kafka.reader import _read_partition
+
+TIMEOUT = 0.3
+
+
+class _Told:
+    """What a consumer tells in a record's place."""
+
+    def __init__(self, error):
+        self._error = error
+
+    def error(self):
+        return self._error
+
+
+class _Record:
+    """A record at an offset."""
+
+    def __init__(self, offset):
+        self._offset = offset
+
+    def error(self):
+        return None
+
+    def offset(self):
+        return self._offset
+
+    def key(self):
+        return None
+
+    def value(self):
+        return b"%d" % self._offset
+
+
+class _Consumer:
+    """A consumer that gives a record after each so many errors, and none after the last."""
+
+    def __init__(self, errors, records):
+        self._errors, self._records = errors, records
+        self._calls = self._given = 0
+
+    def assign(self, _places): ...
+
+    def consume(self, _count, _seconds):
+        time.sleep(0.01)
+        self._calls += 1
+        if self._given < self._records and self._calls % self._errors == 0:
+            self._given += 1
+            return [_Record(self._given - 1)]
+        return [_Told(KafkaCode(KafkaCode.LEADER_NOT_AVAILABLE))]
+
+    def position(self, places):
+        places[0].offset = self._given
+        return places
+
+
+def _read(consumer, records=5):
+    offsets = PartitionOffsets("t", 2, ((0, records - 1),))
+    connection = Connection(KafkaProducerConfig(bootstrap_servers="localhost:1"))
+    return _read_partition(connection, consumer, offsets, TIMEOUT, partial=False)
+
+
+def test_errors_that_pass_without_end_do_not_put_the_deadline_off():
+    began = time.monotonic()
+    with pytest.raises(KafkaError) as caught:
+        list(_read(_Consumer(errors=10, records=3)))
+    assert TIMEOUT < time.monotonic() - began < 5
+    error = caught.value
+    assert (error.culprit, error.code) == ("topic 't', Kafka partition 2", "LEADER_NOT_AVAILABLE")
+    assert f"no record in {TIMEOUT} s" in error.cause
+
+
+def test_each_record_puts_the_deadline_off():
+    began = time.monotonic()
+    found = [record.value for record in _read(_Consumer(errors=20, records=5))]
+    assert time.monotonic() - began > 2 * TIMEOUT
+    assert found == [b"0", b"1", b"2", b"3", b"4"]
