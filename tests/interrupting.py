@@ -159,7 +159,7 @@ def _run(*, phase, servers, topic, prefix, go, itself=None):
 
 def _call_at_each_phase(reach, full):
     """Call ``reach`` with a phase's name as it begins; ``full`` grows with each record that finds the queue full."""
-    from dataforge_kafka_dagster.kafka import publication
+    from dataforge_kafka_dagster.kafka import sender
     from dataforge_kafka_dagster.kafka.connection import Connection
     from dataforge_kafka_dagster.kafka.ledger import Ledger
     from dataforge_kafka_dagster.kafka.publication import PublicationWriter
@@ -177,10 +177,10 @@ def _call_at_each_phase(reach, full):
     def is_call(name):
         return lambda _, call, *__: getattr(call, "__name__", "") == name
 
-    before_call(publication, "check_topic_exists", "connect")
+    before_call(sender, "check_topic_exists", "connect")
     before_call(Connection, "resume", "init_transactions", is_call("init_transactions"))
     before_call(Ledger, "read", "ledger")
-    before_call(PublicationWriter, "_produce_with_room", "queue_full", lambda *_: full.append(1) is None)
+    before_call(sender.Sender, "_produce_with_room", "queue_full", lambda *_: full.append(1) is None)
     before_call(PublicationWriter, "_flush", "flush")
     before_call(PublicationWriter, "_commit_transaction", "send_offsets")
     before_call(Connection, "resume", "commit", is_call("commit_transaction"))

@@ -15,9 +15,11 @@ import pytest
 from dataforge_kafka_dagster import KafkaProducerConfig, KafkaRecord
 from dataforge_kafka_dagster.kafka import publication
 from dataforge_kafka_dagster.kafka.config import PublicationConfig
+from dataforge_kafka_dagster.kafka.connection import Connection
 from dataforge_kafka_dagster.kafka.deliveries import Track
 from dataforge_kafka_dagster.kafka.errors import FencedError, KafkaConfigError, KafkaError, Remedy
 from dataforge_kafka_dagster.kafka.publication import OtherWriterError, PublicationWriter, publish
+from dataforge_kafka_dagster.kafka.sender import Sender
 from dataforge_kafka_dagster.kafka.sources import is_repeatable
 
 ROWS = 2_000
@@ -34,6 +36,24 @@ def test_lists_and_frames_can_be_sent_again_and_generators_cannot():
         assert not is_repeatable(other)
 
 
+class _Sent(Sender):
+    """What was sent, without a broker."""
+
+    def __init__(self, seconds):
+        config = PublicationConfig(producer=KafkaProducerConfig(bootstrap_servers="127.0.0.1:9", delivery_timeout=120))
+        connection = Connection(config.producer)
+        super().__init__(config, connection, publication_id="p", topic="t", create_topic=None, dead_topic=None)
+        self._first_sent = time.monotonic() - seconds
+        self.left = 0
+
+    def live(self):
+        return range(self.left)
+
+    def add(self, records, size):
+        self.records, self.bytes = self.records + records, self.bytes + size
+        self._sent_up_to.append((self.position, self.bytes))
+
+
 @pytest.mark.parametrize(
     ("sent", "left", "seconds", "is_ahead"),
     [  # MB that were given, MB of them on their way, and in which time; delivery_timeout is 120 s
@@ -48,30 +68,21 @@ def test_lists_and_frames_can_be_sent_again_and_generators_cannot():
         (1000, 70, 900, True),
     ],
 )
-def test_how_far_ahead_records_are_sent(sent, left, seconds, is_ahead, monkeypatch):
-    config = PublicationConfig(producer=KafkaProducerConfig(bootstrap_servers="127.0.0.1:9", delivery_timeout=120))
-    writer = PublicationWriter(config, transactional_id="t", publication_id="p", topic="t")
-    monkeypatch.setattr(writer, "_live_producer", lambda: range(left * 1_000))
+def test_how_far_ahead_records_are_sent(sent, left, seconds, is_ahead):
+    sender = _Sent(seconds)
     for _ in range(sent * 10):
-        writer._bytes, writer._records = writer._bytes + 100_000, writer._records + 100
-        writer._sent_up_to.append((writer._position, writer._bytes))
-    writer._first_sent = time.monotonic() - seconds
-    assert writer._is_far_ahead() is is_ahead
+        sender.add(100, 100_000)
+    sender.left = left * 1_000
+    assert sender._is_far_ahead() is is_ahead
 
 
-def test_large_records_behind_many_small_ones_are_not_taken_for_small(monkeypatch):
-    config = PublicationConfig(producer=KafkaProducerConfig(bootstrap_servers="127.0.0.1:9"))
-    writer = PublicationWriter(config, transactional_id="t", publication_id="p", topic="t")
-    writer._first_sent = time.monotonic() - 60
-    writer._records, writer._bytes = 300_000, 30_000_000
-    writer._sent_up_to.append((300_000, 30_000_000))
-    for number in range(1, 71):
-        writer._records, writer._bytes = 300_000 + number, 30_000_000 + number * 900_000
-        writer._sent_up_to.append((writer._position, writer._bytes))
-    monkeypatch.setattr(writer, "_live_producer", lambda: range(70))
-    assert writer._is_far_ahead()
-    monkeypatch.setattr(writer, "_live_producer", lambda: range(17))
-    assert not writer._is_far_ahead()
+def test_large_records_behind_many_small_ones_are_not_taken_for_small():
+    sender = _Sent(60)
+    sender.add(300_000, 30_000_000)
+    for _ in range(70):
+        sender.add(1, 900_000)
+    for sender.left, is_ahead in ((70, True), (17, False)):
+        assert sender._is_far_ahead() is is_ahead
 
 
 @pytest.fixture

@@ -203,7 +203,7 @@ def test_a_publication_of_thousands_of_runs_is_found_and_read_again(kafka_bootst
             for partition in (0, 1):
                 publication.send({"i": i}, partition=partition)
             # One after the other, so that each record is a run of its own.
-            assert publication._producer.flush(10) == 0
+            assert publication._sender.live().flush(10) == 0
             for partition in (0, 1):
                 other.produce(topic, b'{"other":1}', partition=partition)
             assert other.flush(10) == 0

@@ -14,7 +14,7 @@ from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from dataforge_kafka_dagster import KafkaError, KafkaProducerConfig
-from dataforge_kafka_dagster.kafka import publication
+from dataforge_kafka_dagster.kafka import sender
 from dataforge_kafka_dagster.kafka.config import PublicationConfig
 from dataforge_kafka_dagster.kafka.errors import Remedy
 from dataforge_kafka_dagster.kafka.publication import publish
@@ -31,7 +31,8 @@ import gc, json, sys, threading, time, uuid
 import psutil
 from dataforge_kafka_dagster import KafkaProducerConfig
 from dataforge_kafka_dagster.kafka.config import PublicationConfig
-from dataforge_kafka_dagster.kafka.publication import PublicationWriter, publish
+from dataforge_kafka_dagster.kafka.publication import publish
+from dataforge_kafka_dagster.kafka.sender import Sender
 
 process = psutil.Process()
 servers, topic, count, queue = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
@@ -74,13 +75,13 @@ once({"i": i} for i in range(1000))  # an idle worker has published before
 gc.collect()
 idle = process.memory_info().rss
 most, over, full = [idle], threading.Event(), [0]
-wait = PublicationWriter._produce_with_room
+wait = Sender._produce_with_room
 
 def counting(self, *args, **record):
     full[0] += 1
     return wait(self, *args, **record)
 
-PublicationWriter._produce_with_room = counting
+Sender._produce_with_room = counting
 
 def watch():
     while not over.wait(0.05):
@@ -217,7 +218,7 @@ def test_no_more_is_sent_ahead_than_a_quota_lets_through_in_time(held, kafka, mo
         bootstrap_servers=kafka.bootstrap_servers, delivery_timeout=40, compression_type="none"
     )
     config = PublicationConfig(producer=producer)
-    monkeypatch.setattr(publication, "_AHEAD_BYTES", 200_000 if held else 16_000_000)
+    monkeypatch.setattr(sender, "_AHEAD_BYTES", 200_000 if held else 16_000_000)
     rows = (os.urandom(1_000) for _ in range(9_000))
     _bytes_per_second(kafka, 100_000)
     try:

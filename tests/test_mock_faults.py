@@ -16,7 +16,7 @@ from dataforge_kafka_dagster import (
     KafkaTimeoutError,
 )
 from dataforge_kafka_dagster.failures import failure_of
-from dataforge_kafka_dagster.kafka import publication
+from dataforge_kafka_dagster.kafka import publication, sender
 from dataforge_kafka_dagster.kafka.config import PublicationConfig
 from dataforge_kafka_dagster.kafka.connection import Connection
 from dataforge_kafka_dagster.kafka.deliveries import Span
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def cluster(monkeypatch):
     # It does not know the request that the look at a topic makes.
-    monkeypatch.setattr(publication, "check_topic_exists", lambda *_, **__: Topic(2, None))
+    monkeypatch.setattr(sender, "check_topic_exists", lambda *_, **__: Topic(2, None))
     monkeypatch.setattr(publication, "current", lambda *_: Topic(2, None))
     with MockCluster() as cluster:
         cluster.create_topic("t", partitions=2)
@@ -123,10 +123,10 @@ def test_a_fenced_producer_says_so_and_is_not_repeated(request_kind, code, clust
 @pytest.mark.parametrize("trouble", [None, "the topic does not exist any more"])
 def test_a_topic_that_was_there_and_is_not_known_any_more_is_tried_again(code, trouble, cluster, monkeypatch):
     """By a broker that is behind the others (librdkafka 4401), or because it is gone: no record is at fault."""
-    monkeypatch.setattr(publication, "topic_trouble", lambda *_: trouble)
+    monkeypatch.setattr(sender, "topic_trouble", lambda *_: trouble)
     with pytest.raises(KafkaError) as caught, _writer(cluster) as writer:
         writer.send({"i": 1})
-        writer._tracks["t"].reporter(Span(0, 1))(Code(code), mock.Mock())
+        writer._sender.tracks["t"].reporter(Span(0, 1))(Code(code), mock.Mock())
     assert caught.value.remedy is Remedy.RETRY
     assert (trouble or "a broker did not know the topic for a moment") in caught.value.cause
     assert caught.value.fix == "Try again"
@@ -150,7 +150,7 @@ def refusing(cluster, monkeypatch):
     """Publishes to a topic whose leaders take so many batches of 50 records, and then no more; gives the error."""
 
     def refusing(taken, partitions, reports):
-        monkeypatch.setattr(publication, "check_topic_exists", lambda *_, **__: Topic(partitions, None))
+        monkeypatch.setattr(sender, "check_topic_exists", lambda *_, **__: Topic(partitions, None))
         cluster.create_topic("few", partitions)
         codes = [0] * taken + [Code.NOT_ENOUGH_REPLICAS] * 10_000
         # The time-out of records only: on a busy machine, connecting takes longer.
@@ -195,7 +195,10 @@ def test_the_topic_whose_records_failed_is_named_not_one_whose_were_taken_back_f
     cluster.create_topic("dead")
     with pytest.raises(KafkaError) as caught, _writer(cluster, on_bad_record="dead") as writer:
         # Whether both come in one poll, as here, hangs on librdkafka's clock.
-        for track, code, place in ((writer._tracks["t"], "_PURGE_QUEUE", 0), (writer._dead_track, "_MSG_TIMED_OUT", 7)):
+        for track, code, place in (
+            (writer._sender.tracks["t"], "_PURGE_QUEUE", 0),
+            (writer._sender._dead_track, "_MSG_TIMED_OUT", 7),
+        ):
             track.reporter(Span(place, place + 1, b"k"))(Code(getattr(Code, code)), mock.Mock())
         writer.send({"i": 8})
     assert caught.value.counts == {"_MSG_TIMED_OUT": 1}
@@ -264,7 +267,7 @@ def test_what_kept_records_back_is_forgotten_once_they_are_delivered(again, clus
         if again:
             monkeypatch.setattr(connection, "serve", once_more)
         writer.send({"i": 1})
-        writer._flush(writer._producer)
+        writer._flush()
         assert hidden() is None or again
 
 

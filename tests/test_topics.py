@@ -413,7 +413,7 @@ def test_a_topic_that_is_made_anew_in_mid_publication_ends_it(
     with pytest.raises(KafkaError, match="made anew meanwhile") as caught, writer:
         for i in range(2):
             writer.send_all([KafkaRecord(b"x", partition=0)] * 10)
-            writer._flush(writer._producer)
+            writer._flush()
             if i == 0 or looks_again:
                 _begin_anew(kafka_bootstrap_servers, topic)
             if looks_again:
@@ -438,7 +438,7 @@ def test_a_topic_that_is_deleted_before_a_commit_without_delivery_reports_is_tol
     writer = _writer(kafka_bootstrap_servers, new_topic, KafkaTopicSpec(), reports=False, delivery_timeout=2)
     with pytest.raises(KafkaError, match="the topic was deleted or made anew meanwhile") as caught, writer:
         writer.send_all([{"i": i} for i in range(100)])
-        assert writer._producer.flush(10) == 0
+        assert writer._sender.live().flush(10) == 0
         admin.delete_topics([new_topic], operation_timeout=30)[new_topic].result(30)
     assert caught.value.remedy is Remedy.RETRY
 

@@ -14,7 +14,6 @@ import dataclasses
 import datetime as dt
 import functools
 import itertools
-import operator
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +21,6 @@ from types import TracebackType
 from typing import Any, Final
 
 import confluent_kafka
-from confluent_kafka import KafkaException
 from typing_extensions import Self
 
 from dataforge_kafka_dagster.kafka.config import (
@@ -32,12 +30,9 @@ from dataforge_kafka_dagster.kafka.config import (
     check_topic,
     publication_options,
 )
-from dataforge_kafka_dagster.kafka.connection import SLICE, Connection, call_client, logger, timed_out
-from dataforge_kafka_dagster.kafka.dead_letters import dead_letter
-from dataforge_kafka_dagster.kafka.deliveries import PURGED, Failure, Span, Track, as_bytes, shown
+from dataforge_kafka_dagster.kafka.connection import SLICE, Connection, logger
+from dataforge_kafka_dagster.kafka.deliveries import Track
 from dataforge_kafka_dagster.kafka.errors import (
-    FENCED_CODES,
-    UNKNOWN_TOPIC_CODES,
     FencedError,
     InvalidRecordError,
     KafkaConfigError,
@@ -47,44 +42,17 @@ from dataforge_kafka_dagster.kafka.errors import (
     out_of_turn,
 )
 from dataforge_kafka_dagster.kafka.ledger import Ledger, Publication
-from dataforge_kafka_dagster.kafka.records import PLAIN, Chunk, KafkaRecord, as_record, encode_record, key_fields
-from dataforge_kafka_dagster.kafka.schemas import (
-    KafkaSchema,
-    SchemaEncoders,
-    schema_encoders,
-)
-from dataforge_kafka_dagster.kafka.serialization import (
-    DEFAULT_ENCODERS,
-    Encoders,
-    Headers,
-    ValueFormat,
-    format_of,
-    text_size,
-)
+from dataforge_kafka_dagster.kafka.records import Chunk, as_record, encode_record, key_fields
+from dataforge_kafka_dagster.kafka.schemas import KafkaSchema, SchemaEncoders, schema_encoders
+from dataforge_kafka_dagster.kafka.sender import Sender
+from dataforge_kafka_dagster.kafka.serialization import DEFAULT_ENCODERS, Encoders, Headers, format_of
 from dataforge_kafka_dagster.kafka.sources import BadRecordTaker, chunks, is_repeatable
-from dataforge_kafka_dagster.kafka.statistics import Statistics
 from dataforge_kafka_dagster.kafka.telemetry import PublicationSpan
-from dataforge_kafka_dagster.kafka.topics import (
-    are_different,
-    check_topic_exists,
-    current,
-    end_offsets,
-    lost_since,
-    topic_trouble,
-)
+from dataforge_kafka_dagster.kafka.topics import are_different, current, end_offsets, lost_since
 
 _PROGRESS_SECONDS: Final = 5.0
 # Fewer records are not worth the requests that take the place of their delivery reports.
 _MANY: Final = 20_000
-# So many bytes may be on their way before anything is known of how fast brokers take them.
-_AHEAD_BYTES: Final = 16_000_000
-_STATISTICS_MS: Final = 1_000
-# Less does not make records late.
-_THROTTLED_MS: Final = 1_000
-# What `produce` raises of what it has learned of the topic or producer, not of the record.
-_NOT_OF_RECORD: Final = frozenset({"_FATAL", "_STATE", "_UNKNOWN_TOPIC", "TOPIC_AUTHORIZATION_FAILED"})
-# To look why records were not delivered; part of what a failure may take longer than its deadline.
-_DIAGNOSIS_SECONDS: Final = 0.5
 _ABORT_SECONDS: Final = 5.0
 # For an interrupt, and where the broker is the trouble: what is left open, the next attempt or the broker aborts.
 _HASTY_ABORT_SECONDS: Final = 0.5
@@ -181,55 +149,31 @@ class PublicationWriter:
         self._key = key_fields(key)
         self._schemas = (value_schema, key_schema)
         self._encoders: dict[str, SchemaEncoders] = {}
-        self._create_topic = create_topic or config.create_topics
         self._on_progress = on_progress or _log_progress
         self._exactly_once = config.delivery_guarantee == "exactly_once"
         self._connection = Connection(config.producer)
-        self._producer: confluent_kafka.Producer | None = None
-        self._statistics = Statistics()
         self._span: PublicationSpan | None = None
         self._ledger = Ledger(self._connection, transactional_id, self.topic, config.producer.delivery_timeout)
-        self._tracks: dict[str, Track] = {}
-        self._form: ValueFormat | None = None
-        self._records = 0
-        self._tombstones = 0
-        self._bytes = 0
-        self._dead_letters = 0
-        self._dead_topic = self._dead_topic_of(on_bad_record or config.on_bad_record)
-        self._dead_track: Track | None = None
-        self._codec = "none"
-        self._reports = reports or not self._exactly_once or self._dead_topic is not None
+        dead_topic = _dead_letter_topic(on_bad_record or config.on_bad_record, self.topic)
+        self._sender = Sender(
+            config,
+            self._connection,
+            publication_id=publication_id,
+            topic=self.topic,
+            create_topic=create_topic or config.create_topics,
+            dead_topic=dead_topic,
+        )
+        if dead_topic is not None:
+            self.on_bad = self._sender.bury
+        self._reports = reports or not self._exactly_once or dead_topic is not None
         self._ends_before: list[int] | None = None
         self._alone = False
         self._began = time.monotonic()
-        self._first_sent = 0.0
-        # Up to which position and byte what has been sent is not known to be delivered, a pair for each chunk.
-        self._sent_up_to: collections.deque[tuple[int, int]] = collections.deque()
-        self._taken = 0
         self._reported = self._began
-        self._in_transaction = False
         self._committing = False
-        self._in_order = self._exactly_once or config.producer.idempotent
-        self._broken: KafkaError | None = None
-        # For all that sends or polls: delivery reports come in order to one thread at a time only.
-        self._lock = threading.RLock()
         # Each `send_all` that has not returned yet.
         self._under_way: set[object] = set()
         self._thread = threading.get_ident()
-
-    def _dead_topic_of(self, on_bad_record: str) -> str | None:
-        if on_bad_record == "fail":
-            return None
-        named = on_bad_record.replace("{topic}", self.topic) if isinstance(on_bad_record, str) else on_bad_record
-        topic = check_topic(named)
-        if topic == self.topic:
-            raise KafkaConfigError(
-                f"on_bad_record={on_bad_record!r}",
-                "it is the publication's own topic",
-                "Name another one, such as '{topic}.dead'",
-            )
-        self.on_bad = self._bury
-        return topic
 
     @property
     def replayed(self) -> bool:
@@ -257,24 +201,14 @@ class PublicationWriter:
         connection.make_ready()
         if self._exactly_once:
             self._ledger.warm_up()
-        options: dict[str, Any] = {"statistics.interval.ms": _STATISTICS_MS, "stats_cb": self._statistics.take}
-        options |= publication_options(config, self._transactional_id)
+        options = publication_options(config, self._transactional_id)
         if not self._reports:
             options["delivery.report.only.error"] = True
-        self._codec = options.get("compression.codec", options["compression.type"])
-        connected = self._connect(options)
-        timeout = config.producer.connect_timeout
-        self._add_topic(self.topic, timeout)
-        if self._dead_topic is not None:
-            self._dead_track = self._track(self._dead_topic, timeout)
-        # The largest batch is the topic's too: the broker refuses a larger one whole, and librdkafka does not split it.
-        largest = min((track.max_bytes for track in self._all_tracks if track.max_bytes), default=None)
-        if largest is not None and largest < int(options["batch.size"]):
-            connected = self._connect(options | {"batch.size": largest})
+        connected = self._sender.open(options)
         if not self._exactly_once:
             return
         concurrent.futures.wait([connected], 2 * SLICE)
-        producer = self._live_producer()
+        producer = self._sender.live()
         name = f"transactional id {self._transactional_id!r}, {connection.name}"
         try:
             connection.resume(producer.init_transactions, config.producer.delivery_timeout, name)
@@ -303,21 +237,7 @@ class PublicationWriter:
                 code="_FENCED",
                 remedy=Remedy.FAIL,
             )
-        producer.begin_transaction()
-        self._in_transaction = True
-
-    def _connect(self, options: dict[str, Any]) -> concurrent.futures.Future[None]:
-        """Make the producer, and let it connect while the topic is looked at."""
-        producer = self._producer = self._connection.producer(options)
-
-        def connect() -> None:
-            # The first answer comes over the bootstrap connection, which librdkafka then closes; if init_transactions
-            # asks for its coordinator at that moment, it waits half a second to ask again.
-            with contextlib.suppress(KafkaException):
-                for _ in range(2):
-                    producer.list_topics(self.topic, SLICE)
-
-        return self._connection.aside(connect)
+        self._sender.begin_transaction()
 
     def encoders(self, topic: str | None = None) -> Encoders:
         """How the values and keys of a topic become bytes; a schema that is given is looked up or registered.
@@ -331,20 +251,10 @@ class PublicationWriter:
         if not any(self._schemas):
             return DEFAULT_ENCODERS
         topic = topic or self.topic
-        with self._lock:
+        with self._sender.lock:
             if topic not in self._encoders:
                 self._encoders[topic] = schema_encoders(self._config.schema_registry, topic, *self._schemas)
             return self._encoders[topic]
-
-    def _add_topic(self, topic: str, timeout: float) -> Track:
-        track = self._tracks.get(topic)
-        if track is None:
-            track = self._tracks[topic] = self._track(topic, timeout, ledger=self._exactly_once)
-        return track
-
-    def _track(self, topic: str, timeout: float, *, ledger: bool = False) -> Track:
-        found = check_topic_exists(self._connection, topic, self._create_topic, timeout, ledger=ledger)
-        return Track(topic, found, self._codec, cautious=self._dead_topic is not None)
 
     def send(
         self,
@@ -372,13 +282,13 @@ class PublicationWriter:
         """
         if self.replayed:
             return
-        with self._lock:
-            record = as_record(value, key, headers, partition, timestamp, self._position)
+        with self._sender.lock:
+            record = as_record(value, key, headers, partition, timestamp, self._sender.position)
             encoders = self.encoders(topic)
             try:
-                value_bytes, key_bytes, extra = encode_record(record, self._position, self._key, encoders)
+                value_bytes, key_bytes, extra = encode_record(record, self._sender.position, self._key, encoders)
             except InvalidRecordError as error:
-                self._bury(record, self._position, error, topic)
+                self._sender.bury(record, self._sender.position, error, topic)
                 return
             size = len(value_bytes or b"") + len(key_bytes or b"")
             form = None if record.value is None else encoders.form or format_of(type(record.value))
@@ -399,9 +309,9 @@ class PublicationWriter:
         """
         if not self.replayed:
             fields = self._key if key is None else key
-            on_bad = self.on_bad and functools.partial(self._bury, topic=topic)
+            on_bad = self.on_bad and functools.partial(self._sender.bury, topic=topic)
             with self._whole():  # also while the first record is being made
-                encoded = chunks(output, fields, self._position, self.encoders(topic), on_bad)
+                encoded = chunks(output, fields, self._sender.position, self.encoders(topic), on_bad)
                 with contextlib.closing(encoded):
                     self._send_chunks(encoded, topic)
 
@@ -418,11 +328,10 @@ class PublicationWriter:
 
     def _send_chunks(self, encoded: Iterable[Chunk], topic: str | None) -> None:
         if topic:  # before a record of it is made
-            with self._lock:
-                self._live_producer()
-                self._add_topic(check_topic(topic), self._config.producer.connect_timeout)
+            with self._sender.lock:
+                self._sender.add_topic(topic)
         for chunk in encoded:
-            with self._lock:
+            with self._sender.lock:
                 self._write(chunk, topic or self.topic)
 
     @contextlib.contextmanager
@@ -431,14 +340,15 @@ class PublicationWriter:
 
         Who catches it does not know which records were sent; and what ends another thread's call, nobody may look at.
         """
-        before, call = self._position, object()
+        before, call = self._sender.position, object()
         self._under_way.add(call)
         try:
             yield
         except BaseException as error:
-            if self._position > before or threading.get_ident() != self._thread:
-                at = f"after record {self._position - 1}" if self._position > before else "before its first record"
-                self._broken = self._broken or (
+            position = self._sender.position
+            if position > before or threading.get_ident() != self._thread:
+                at = f"after record {position - 1}" if position > before else "before its first record"
+                self._sender.broken = self._sender.broken or (
                     error
                     if isinstance(error, KafkaError)
                     else KafkaError(
@@ -452,320 +362,21 @@ class PublicationWriter:
             self._under_way.discard(call)
 
     def _write(self, chunk: Chunk, topic: str) -> None:
-        self._live_producer()
-        track = self._tracks.get(check_topic(topic)) or self._add_topic(topic, self._config.producer.connect_timeout)
-        if chunk.form is not None and self._form not in {None, chunk.form}:
-            self._bury_all(chunk, topic)
-            return
+        sender = self._sender
+        track = sender.add_topic(topic)
         if not self._reports and topic != self.topic:
             raise KafkaConfigError("reports=False", f"{topic!r} is not the publication's own topic", "Set it to True")
         if not self._reports and self._ends_before is None:
             self._ends_before = self._ends(track)
-        if not self._first_sent:
-            self._first_sent = time.monotonic()
-        dead_letters = self._dead_letters
-        try:
-            if track.may_refuse(chunk):
-                self._produce_each(chunk, topic, track)
-            else:
-                self._produce_all(chunk, topic, track)
-        except KafkaError as error:
-            if len(chunk.values) > 1:
-                # Who catches it does not know which of the others were sent.
-                self._broken = self._broken or error
-            raise
-        added = len(chunk.values) - (self._dead_letters - dead_letters)
-        if added:
-            self._form = self._form or chunk.form
-        self._records += added
-        self._tombstones += chunk.tombstones
-        self._bytes += chunk.size
-        self._poll(0)
-        self._check()
-        self._sent_up_to.append((self._position, self._bytes))
-        while self._is_far_ahead():
-            self._poll(SLICE)
-            self._check()
-        if not (self._reports or self._alone) and self._records >= _MANY // 2:
+        sender.write(chunk, topic)
+        if not (self._reports or self._alone) and sender.records >= _MANY // 2:
             # Rather now than after all of them.
-            self._flush(self._live_producer())
+            self._flush()
             self._alone = True
         now = time.monotonic()
         if now - self._reported >= _PROGRESS_SECONDS:
             self._reported = now
-            self._on_progress(self._records, self._bytes, now - self._began)
-
-    def _produce_all(self, chunk: Chunk, topic: str, track: Track) -> None:
-        produce: Callable[..., None] = self._live_producer().produce
-        first = self._position
-        end = first + len(chunk.values)
-        values, keys = iter(chunk.values), iter(chunk.keys or itertools.repeat(None))
-        extras = iter(chunk.extras or ())
-        span = Span(first, end, as_bytes(chunk.keys[0]) if chunk.keys else None)
-        report = track.reporter(span)
-        # A publication's speed hangs on these loops: the try is around them, and nothing is counted in them.
-        while True:
-            try:
-                if chunk.extras is None:
-                    topics, places, reports = map(itertools.repeat, (topic, -1, report))
-                    collections.deque(map(produce, topics, values, keys, places, reports), maxlen=0)
-                else:
-                    for value, key, (headers, partition, timestamp) in zip(values, keys, extras, strict=False):
-                        produce(topic, value, key, partition, report, timestamp=timestamp, headers=headers)
-            except (BufferError, KafkaException) as exception:
-                at = len(chunk.values) - operator.length_hint(values) - 1
-                index = span.end = first + at
-                value, key = chunk.values[at], chunk.keys[at] if chunk.keys else None
-                if isinstance(exception, KafkaException):
-                    self._bury_sent(value, key, index, topic, self._refused(exception.args[0], topic, index, key))
-                    span = Span(index + 1, end)
-                    report = track.reporter(span)
-                else:
-                    extra = chunk.extras[at] if chunk.extras else PLAIN
-                    record = {"value": value, "key": key, "on_delivery": report} | extra._asdict()
-                    self._produce_with_room(topic, index, **record)
-                    span.end = end
-            else:
-                return
-
-    def _is_far_ahead(self) -> bool:
-        """Whether more is on its way than brokers may take in a third of delivery_timeout, as fast as they did so far.
-
-        After that time records fail, also where nothing is wrong but a quota or a slow network. To wait for it has an
-        end, since what is on its way is delivered or fails. A quota lets more through at first, for the silence before:
-        so no more than a quarter of what brokers have taken is sent ahead on that account.
-        """
-        delivered = self._position - len(self._live_producer())
-        while self._sent_up_to and self._sent_up_to[0][0] <= delivered:
-            self._taken = self._sent_up_to.popleft()[1]
-        ahead = self._bytes - self._taken
-        if ahead <= _AHEAD_BYTES:
-            return False
-        seconds = max(0.001, time.monotonic() - self._first_sent)
-        in_time = self._taken / seconds * self._config.producer.delivery_timeout / 3
-        return ahead > max(_AHEAD_BYTES, min(in_time, _AHEAD_BYTES + self._taken / 4))
-
-    def _produce_each(self, chunk: Chunk, topic: str, track: Track) -> None:
-        for index, (value, key, extra) in enumerate(chunk.each(), self._position):
-            try:
-                track.check(index, value, key, extra)
-                report = track.reporter(Span(index, index + 1, as_bytes(key)))
-                self._produce_with_room(topic, index, value=value, key=key, on_delivery=report, **extra._asdict())
-            except KafkaError as error:
-                self._bury_sent(value, key, index, topic, error)
-
-    @property
-    def _position(self) -> int:
-        """Position of the next record among all that were given."""
-        return self._records + self._dead_letters
-
-    def _bury(self, bad: Any, index: int, error: KafkaError, topic: str | None = None) -> None:
-        """Send a bad record of a topic, the publication's own if None, to the dead-letter topic.
-
-        Raises:
-            KafkaError: Its error, if there is none.
-        """
-        if self._dead_track is None:
-            raise error
-        error.index = index
-        track = self._dead_track
-        with self._lock:
-            self._first_sent = self._first_sent or time.monotonic()
-            record = dead_letter(bad, error, topic or self.topic, self._longest_dead_letter)
-            report = track.reporter(Span(index, index + 1, record["key"]))
-            self._produce_with_room(track.topic, index, on_delivery=report, **record)
-            self._dead_letters += 1
-
-    def _bury_sent(
-        self, value: bytes | str | None, key: bytes | str | None, index: int, topic: str, error: KafkaError
-    ) -> None:
-        """The same for a record that was encoded; an error that is not the record's own is raised."""
-        if not isinstance(error, InvalidRecordError) and error.code != "MSG_SIZE_TOO_LARGE":
-            raise error
-        self._bury(KafkaRecord(value, key), index, error, topic)
-        self._bytes -= text_size([value, key])
-        self._tombstones -= value is None
-
-    def _bury_all(self, chunk: Chunk, topic: str) -> None:
-        """Treat records of another format than those before as bad; tombstones have none."""
-        for value, key, extra in chunk.each():
-            if value is None:
-                self._write(Chunk([None], [key], [extra], text_size([key]), None, 1), topic)
-                continue
-            index = self._position
-            error = InvalidRecordError(
-                f"record {index}",
-                f"its value is {chunk.form}, those before are {self._form}",
-                "Publish values of one format per publication",
-                index=index,
-            )
-            self._bury(KafkaRecord(value, key), index, error, topic)
-
-    @property
-    def _longest_dead_letter(self) -> int:
-        """A third of the largest record, so that value, key and headers find room."""
-        most = int(self._config.producer.librdkafka_config.get("message.max.bytes", 1_000_000))
-        return min(most, (self._dead_track and self._dead_track.max_bytes) or most) // 3
-
-    def _produce_with_room(self, topic: str, index: int, **record: Any) -> None:
-        producer = self._live_producer()
-        deadline = time.monotonic() + self._config.producer.delivery_timeout + 5
-        while True:
-            try:
-                producer.produce(topic, **record)
-            except BufferError:
-                # The buffer is full: wait for the broker. Records that wait too long fail by themselves.
-                self._poll(SLICE)
-                self._check()
-                if time.monotonic() > deadline:
-                    waited = self._config.producer.delivery_timeout
-                    raise timed_out(f"topic {topic!r}, buffer_memory", waited, "_QUEUE_FULL") from None
-            except KafkaException as exception:
-                raise self._refused(exception.args[0], topic, index, record["key"]) from None
-            else:
-                return
-
-    def _live_producer(self) -> confluent_kafka.Producer:
-        if self._producer is None:
-            raise out_of_turn(f"publication {self._publication_id!r}", "it has ended", "Send inside the with block")
-        return self._producer
-
-    def _refused(
-        self, error: confluent_kafka.KafkaError, topic: str, index: int, key: bytes | str | None
-    ) -> KafkaError:
-        """The error for a record that librdkafka does not even take."""
-        if error.name() in _NOT_OF_RECORD:
-            # Something has ended the producer or its transaction, or the topic: the next poll tells what.
-            self._poll(SLICE)
-        broken = self._failure()
-        if broken is not None:
-            return broken
-        refused = self._explain(error, f"record {index}{shown(key)}, topic {topic!r}")
-        refused.index, refused.key = index, as_bytes(key)
-        return refused
-
-    def _explain(self, error: confluent_kafka.KafkaError, culprit: str) -> KafkaError:
-        """Our error; a transaction that the broker aborted for its length is told apart from another attempt."""
-        if error.name() in FENCED_CODES and self._transaction_seconds > self._config.transaction_timeout:
-            return self._too_long(culprit, error.name())
-        return self._connection.cause(error, culprit)
-
-    @property
-    def _transaction_seconds(self) -> float:
-        """How long the transaction has run by the broker's clock, which its first record starts."""
-        return time.monotonic() - self._first_sent if self._first_sent else 0.0
-
-    def _too_long(self, culprit: str, code: str | None = None) -> KafkaError:
-        """The error for a transaction that the broker aborts soon, or has aborted with this code."""
-        said = f" [{code}]" if code else ""
-        return KafkaError(
-            culprit,
-            f"its transaction has run for {self._transaction_seconds:.0f} s and {self._records} records, longer than"
-            f" transaction_timeout={self._config.transaction_timeout:g} s, after which the broker aborts it{said}",
-            "Raise transaction_timeout (at most the broker's transaction.max.timeout.ms), or publish less at a time",
-            code=code,
-            remedy=Remedy.FAIL,
-        )
-
-    @property
-    def _all_tracks(self) -> list[Track]:
-        return [*self._tracks.values(), *([self._dead_track] if self._dead_track else [])]
-
-    def _failure(self) -> KafkaError | None:
-        """Why this publication cannot succeed any more, if so."""
-        if self._connection.fatal is not None:
-            return self._explain(self._connection.fatal, f"publication to {', '.join(self._tracks)!r}")
-        failed = [(track, track.first_failure) for track in self._all_tracks if track.first_failure is not None]
-        if failed and self._broken is None:
-            # One topic's failure purges what is on its way to the others.
-            at_fault = (one for one in failed if one[1].error.name() not in PURGED)
-            self._broken = self._delivery_failure(*next(at_fault, failed[0]))
-        return self._broken
-
-    def _delivery_failure(self, track: Track, first: Failure) -> KafkaError:
-        error = first.error
-        if error.name() == "_PURGE_QUEUE":
-            error = self._transaction_error() or error
-        place, last, key = track.place(first, settled=self._give_up() and self._in_order)
-        counts = ", ".join(f"{count} x {code}" for code, count in track.failures.items())
-        which = f"record {place}" if place == last else f"one of records {place} to {last}"
-        lost = f"{sum(track.failures.values())} records not delivered ({counts})"
-        failure = self._explain(error, f"{which}{shown(key)}, topic {track.topic!r}: {lost}")
-        if failure.code == "_MSG_TIMED_OUT" and self._statistics.throttled > _THROTTLED_MS:
-            failure.add(
-                f"brokers held requests back for {self._statistics.throttled / 1000:.0f} s, by a quota of this user or"
-                " client",
-                "Lower buffer_memory to what the quota lets through within delivery_timeout, or raise delivery_timeout"
-                " (and transaction_timeout), or the quota",
-            )
-        if failure.code == "_MSG_TIMED_OUT" or failure.code in UNKNOWN_TOPIC_CODES:
-            trouble = topic_trouble(self._connection, track.topic, _DIAGNOSIS_SECONDS)
-            if failure.code in UNKNOWN_TOPIC_CODES:
-                # It was there when it was looked at, and may be for all but one broker (librdkafka 4401).
-                failure.remedy, failure.fix = Remedy.RETRY, "Try again"
-                trouble = trouble or "a broker did not know the topic for a moment"
-            if trouble is not None:
-                failure.add(trouble)
-        if failure.code == "MSG_SIZE_TOO_LARGE" and track.max_bytes is not None:
-            several = first.span.end - first.span.first > 1
-            failure.add(
-                f"the topic's max.message.bytes is {track.max_bytes}, for a batch of compressed records",
-                f"If no record is that large, lower batch_size to {track.max_bytes}" if several else "",
-            )
-        failure.counts, failure.key = dict(track.failures), key
-        failure.index, failure.among = (place, None) if place == last else (None, (place, last))
-        return failure
-
-    def _give_up(self) -> bool:
-        """Take back what is on its way, since nothing can be committed; whether every record was settled in time."""
-        producer = self._live_producer()
-        for track in self._all_tracks:
-            track.given_up = True
-        with contextlib.suppress(Exception):  # a fatal error may come out here, in several shapes
-            # confluent-kafka 2.16 has its argument the wrong way round: blocking=False waits for every thread, one of
-            # which may be at a slow name server, and all of Python with it.
-            producer.purge()
-            call_client(producer.flush, SLICE)
-        return len(producer) == 0
-
-    def _transaction_error(self) -> confluent_kafka.KafkaError | None:
-        """Why librdkafka gave up the transaction, as it does without a word when the broker refuses a Kafka partition.
-
-        Any transactional call tells; to begin one inside another does nothing else.
-        """
-        try:
-            self._live_producer().begin_transaction()
-        except KafkaException as exception:
-            error: confluent_kafka.KafkaError = exception.args[0]
-            return error if error.txn_requires_abort() or error.fatal() else None
-        return None
-
-    def _has_failed(self) -> bool:
-        return self._in_transaction and self._transaction_error() is not None
-
-    def _check(self) -> None:
-        failure = self._failure()
-        if failure is not None:
-            raise failure
-        if self._in_transaction and self._transaction_seconds > self._config.transaction_timeout:
-            raise self._too_long(f"publication to {', '.join(self._tracks)!r}")
-
-    def _poll(self, seconds: float) -> None:
-        self._serve(self._live_producer().poll, seconds)
-
-    def _serve(self, wait: Callable[[float], object], seconds: float) -> None:
-        producer, troubles = self._live_producer(), self._connection.troubles
-        left = len(producer) if troubles else 0
-        if self._connection.serve(wait, seconds, self._has_failed):
-            taken = left and len(producer) < left and self._connection.troubles == troubles
-            if taken and not any(track.first_failure for track in self._all_tracks):
-                # Brokers take records again: what fails later has another cause.
-                self._connection.connected()
-            return
-        fatal = self._transaction_error() if self._in_transaction else None
-        if fatal is not None:
-            self._connection.note(KafkaException(fatal))
-        self._check()
+            self._on_progress(sender.records, sender.bytes, now - self._began)
 
     def commit(self) -> Publication:
         """Wait for every record and commit; called by the end of the with block.
@@ -774,44 +385,45 @@ class PublicationWriter:
             KafkaError: As the class says. After a time-out of the commit itself the outcome is unknown: the next
                 attempt reads it from the ledger.
         """
-        with self._lock:
+        with self._sender.lock:
             return self._commit()
 
     def _commit(self) -> Publication:
         if self.publication is not None:
             return self.publication
-        producer = self._live_producer()
+        sender = self._sender
+        producer = sender.live()
         if self._under_way:
             raise out_of_turn(
                 f"publication {self._publication_id!r}",
                 "another thread is still sending to it",
                 "Wait for its threads inside the with block",
             )
-        self._flush(producer)
-        for expired in filter(None, (track.expired for track in self._tracks.values())):
+        self._flush()
+        for expired in filter(None, (track.expired for track in sender.tracks.values())):
             logger.warning("%s", expired)
-        offsets = tuple(itertools.chain.from_iterable(track.offsets for track in self._tracks.values()))
+        offsets = tuple(itertools.chain.from_iterable(track.offsets for track in sender.tracks.values()))
         publication = Publication(
             self._publication_id,
             self._transactional_id,
             self.topic,
-            self._records,
-            self._bytes,
-            self._form,
+            sender.records,
+            sender.bytes,
+            sender.form,
             offsets,
             replayed=False,
             seconds=0.0,
-            dead_letters=self._dead_letters,
-            dead_letter_topic=self._dead_topic,
+            dead_letters=sender.dead_letters,
+            dead_letter_topic=sender.dead_topic,
             topic_ids=self.topic_ids,
             partition_counts=self.partition_counts,
-            tombstones=self._tombstones,
+            tombstones=sender.tombstones,
             schemas=tuple(schema for encoders in self._encoders.values() for schema in encoders.registered),
         )
         if self._exactly_once:
             self._commit_transaction(producer, publication)
         self.publication = dataclasses.replace(
-            publication, seconds=time.monotonic() - self._began, statistics=self._statistics.summary()
+            publication, seconds=time.monotonic() - self._began, statistics=sender.statistics.summary()
         )
         self._end_span(self.publication)
         self._close()
@@ -820,12 +432,12 @@ class PublicationWriter:
     @property
     def topic_ids(self) -> dict[str, str]:
         """Kafka's own id of each topic that this publication goes to."""
-        return {track.topic: track.topic_id for track in self._tracks.values() if track.topic_id is not None}
+        return {track.topic: track.topic_id for track in self._sender.tracks.values() if track.topic_id is not None}
 
     @property
     def partition_counts(self) -> dict[str, int]:
         """How many Kafka partitions each of these topics has."""
-        return {track.topic: track.partitions for track in self._tracks.values()}
+        return {track.topic: track.partitions for track in self._sender.tracks.values()}
 
     def _ends(self, track: Track) -> list[int]:
         """The offset that each Kafka partition's next record would get."""
@@ -838,48 +450,40 @@ class PublicationWriter:
         What a broker has acknowledged to acks=all is before the end that it tells (KIP-207), and records that others
         had under way may only widen the range: if it is as long as what was sent, it holds exactly that.
         """
-        track = self._tracks[self.topic]
+        track = self._sender.tracks[self.topic]
         try:
             before, after = self._ends_before or [], self._ends(track)
         except KafkaError:
             self._look_again(track)
             raise
         written = sum(after) - sum(before)
-        if written > self._records:
+        if written > self._sender.records:
             # If it was an attempt that has taken over, the broker says so now; a new producer would fence that one.
-            abort = self._live_producer().abort_transaction
-            self._connection.resume(abort, _ABORT_SECONDS, f"publication to {self.topic!r}")
-            self._in_transaction = False
+            self._sender.abort_transaction(_ABORT_SECONDS)
             raise OtherWriterError(
                 f"publication to {self.topic!r}",
-                f"{written} offsets were given for its {self._records} records: somebody else writes there too",
+                f"{written} offsets were given for its {self._sender.records} records: somebody else writes there too",
                 "Publish it with delivery reports",
                 self._ledger.last,
             )
         track.set_ranges(before, after)
 
-    def _flush(self, producer: confluent_kafka.Producer) -> None:
-        deadline = time.monotonic() + self._config.producer.delivery_timeout + 5
-        while len(producer):
-            # Not poll: flush does not wait for batches to fill.
-            self._serve(producer.flush, SLICE)
-            self._check()
-            if time.monotonic() > deadline:
-                raise timed_out(f"{len(producer)} records not yet delivered", self._config.producer.delivery_timeout)
-        self._check()
+    def _flush(self) -> None:
+        """Wait until all is delivered, and count it."""
+        self._sender.flush()
         self._check_topics()
         if self._ends_before is not None:
             self._find_offsets()
-        delivered = sum(offsets.records for track in self._all_tracks for offsets in track.offsets)
-        if delivered != self._position:
+        delivered = sum(offsets.records for track in self._sender.all_tracks for offsets in track.offsets)
+        if delivered != self._sender.position:
             unseen = (
                 ": a broker may have refused some of them and taken later ones, as one that has just become leader does"
                 if self._ends_before is None
                 else ": Kafka partitions may have been added meanwhile"
             )
             raise KafkaError(
-                f"publication to {', '.join(self._tracks)!r}",
-                f"{self._position} records were sent, but {delivered} acknowledged{unseen}",
+                self._sender.name,
+                f"{self._sender.position} records were sent, but {delivered} acknowledged{unseen}",
                 "Try again",
                 remedy=Remedy.REBUILD,
             )
@@ -890,10 +494,10 @@ class PublicationWriter:
         In a long publication, and where keys are to stay in their Kafka partitions, the topic is looked at once more;
         in others only what its offsets tell is seen.
         """
-        for track in self._all_tracks:
+        for track in self._sender.all_tracks:
             if track.moved_back:
                 raise _made_anew(track)
-            if self.keeps_places or self._transaction_seconds > _LOOK_AGAIN_SECONDS:
+            if self.keeps_places or self._sender.transaction_seconds > _LOOK_AGAIN_SECONDS:
                 self._look_again(track)
 
     def _look_again(self, track: Track) -> None:
@@ -914,7 +518,7 @@ class PublicationWriter:
             raise _made_anew(track)
         if self.keeps_places and now.partitions != track.partitions:
             raise KafkaError(
-                f"publication to {', '.join(self._tracks)!r}",
+                self._sender.name,
                 "Kafka partitions were added to the topic meanwhile, so that keys went to others than before",
                 "Try again",
                 remedy=Remedy.RETRY,
@@ -922,18 +526,18 @@ class PublicationWriter:
 
     def _commit_transaction(self, producer: confluent_kafka.Producer, publication: Publication) -> None:
         timeout = self._config.producer.delivery_timeout
-        name = f"commit of {publication.records} records to {', '.join(self._tracks)!r}"
+        name = f"commit of {publication.records} records to {', '.join(self._sender.tracks)!r}"
         try:
             self._ledger.write(producer, publication, name)
             self._committing = True
             self._connection.resume(producer.commit_transaction, timeout, name)
         except KafkaError as error:
             raise self._commit_error(error, name) from None
-        self._in_transaction = False
+        self._sender.in_transaction = False
 
     def _commit_error(self, error: KafkaError, name: str) -> KafkaError:
         fatal = self._connection.fatal
-        failure = self._failure() if fatal is None else self._explain(fatal, name)
+        failure = self._sender.failure() if fatal is None else self._sender.explain(fatal, name)
         error = failure or error
         if not self._committing:
             return error
@@ -954,12 +558,7 @@ class PublicationWriter:
 
     def abort(self, timeout: float = _ABORT_SECONDS) -> None:
         """Give up: nothing of the publication becomes visible. Called by an exception in the with block."""
-        producer = self._producer
-        if producer is not None:
-            with contextlib.suppress(Exception):
-                producer.purge()
-                if self._in_transaction and self._connection.fatal is None:
-                    self._connection.resume(producer.abort_transaction, timeout, "abort")
+        self._sender.take_back(timeout)
         self._close()
 
     def _end_span(self, done: Publication) -> None:
@@ -981,9 +580,7 @@ class PublicationWriter:
     def _close(self) -> None:
         # Neither is closed: a producer with an open transaction waits for minutes for a dead broker, a consumer for its
         # coordinator.
-        self._connection.close(self._producer, *self._ledger.let_go())
-        self._producer = None
-        self._in_transaction = False
+        self._connection.close(self._sender.let_go(), *self._ledger.let_go())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -1009,6 +606,20 @@ class PublicationWriter:
             KafkaError: The broker does not answer.
         """
         return self._ledger.other_than((self._publication_id, *known))
+
+
+def _dead_letter_topic(on_bad_record: str, topic: str) -> str | None:
+    """Where bad records of a topic go; None if they end the publication."""
+    if on_bad_record == "fail":
+        return None
+    named = on_bad_record.replace("{topic}", topic) if isinstance(on_bad_record, str) else on_bad_record
+    if check_topic(named) == topic:
+        raise KafkaConfigError(
+            f"on_bad_record={on_bad_record!r}",
+            "it is the publication's own topic",
+            "Name another one, such as '{topic}.dead'",
+        )
+    return named
 
 
 def _made_anew(track: Track) -> KafkaError:
