@@ -83,3 +83,22 @@ def test_each_record_puts_the_deadline_off():
     found = [record.value for record in _read(_Consumer(errors=20, records=5))]
     assert time.monotonic() - began > 2 * TIMEOUT
     assert found == [b"0", b"1", b"2", b"3", b"4"]
+
+
+class _CutLog:
+    """A consumer of a Kafka partition that ends at offset 5 now, and begins to read where it can."""
+
+    def assign(self, _places): ...
+
+    def consume(self, count, _seconds):
+        return [_Record(offset) for offset in range(5)][:count]
+
+    def position(self, places):
+        return places
+
+
+@pytest.mark.parametrize("runs", [((1000, 1009),), ((1000, 1004), (1006, 1009))])
+def test_in_a_log_that_was_cut_nothing_is_taken_for_the_last_publications(runs):
+    offsets = PartitionOffsets("t", 0, runs)
+    connection = Connection(KafkaProducerConfig(bootstrap_servers="localhost:1"))
+    assert list(_read_partition(connection, _CutLog(), offsets, 1.0, partial=True)) == []

@@ -9,11 +9,8 @@ from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
 from conftest import make_anew
 
-from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerConfig, KafkaProducerResource, KafkaRecord, io_manager
+from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource, KafkaRecord, io_manager
 from dataforge_kafka_dagster.kafka import topics
-from dataforge_kafka_dagster.kafka.connection import Connection
-from dataforge_kafka_dagster.kafka.ledger import PartitionOffsets
-from dataforge_kafka_dagster.kafka.reader import _read_partition
 from dataforge_kafka_dagster.kafka.upserts import Upsert
 
 pytestmark = pytest.mark.kafka
@@ -338,38 +335,3 @@ def test_memory_is_a_digest_for_each_key():
     list(upsert.remember([Chunk([b"v"] * 100, long, None, 0, "bytes")]))
     assert {len(digest) for digest in upsert._settled} == {16}
     assert len(upsert._settled) == 100
-
-
-class _CutLog:
-    """A consumer of a Kafka partition that ends at offset 5 now, and begins to read where it can."""
-
-    def assign(self, _places): ...
-
-    def consume(self, count, _seconds):
-        return [_Found(offset) for offset in range(5)][:count]
-
-    def position(self, places):
-        return places
-
-
-class _Found:
-    def __init__(self, offset):
-        self._offset = offset
-
-    def error(self):
-        return None
-
-    def offset(self):
-        return self._offset
-
-    def key(self):
-        return b"somebody else's"
-
-    value = key
-
-
-@pytest.mark.parametrize("runs", [((1000, 1009),), ((1000, 1004), (1006, 1009))])
-def test_in_a_log_that_was_cut_nothing_is_taken_for_the_last_publications(runs):
-    offsets = PartitionOffsets("t", 0, runs)
-    connection = Connection(KafkaProducerConfig(bootstrap_servers="localhost:1"))
-    assert list(_read_partition(connection, _CutLog(), offsets, 1.0, partial=True)) == []
