@@ -68,7 +68,7 @@ def _is_retry(instance: dg.DagsterInstance, run: dg.DagsterRun, parent: dg.Dagst
     # selected steps does.
     if _ASSET_RESUME_TAG not in run.tags and not _starts_from_parent(instance, run):
         return False
-    if step_key not in _steps(instance, run.parent_run_id, dg.DagsterEventType.STEP_SUCCESS):
+    if not _had_succeeded(instance, parent, step_key):
         return True
     # A graph's asset is executed again as a whole if one of its steps has failed.
     if _ASSET_RESUME_TAG not in run.tags or (parent is not None and _ASSET_RESUME_TAG in parent.tags):
@@ -76,6 +76,20 @@ def _is_retry(instance: dg.DagsterInstance, run: dg.DagsterRun, parent: dg.Dagst
     graph, inside, _ = step_key.partition(".")
     failed = _steps(instance, run.parent_run_id, dg.DagsterEventType.STEP_FAILURE)
     return bool(inside) and any(key.startswith(f"{graph}.") for key in failed)
+
+
+def _had_succeeded(instance: dg.DagsterInstance, run: dg.DagsterRun | None, step_key: str) -> bool:
+    """Whether a step had ended in success when it was last begun, in a run or in those that the run repeats.
+
+    A re-execution from failure leaves out what had succeeded.
+    """
+    while run is not None:
+        if step_key in _steps(instance, run.run_id, dg.DagsterEventType.STEP_SUCCESS):
+            return True
+        if run.parent_run_id is None or step_key in _steps(instance, run.run_id, dg.DagsterEventType.STEP_START):
+            return False
+        run = instance.get_run_by_id(run.parent_run_id)
+    return False
 
 
 def _steps(instance: dg.DagsterInstance, run_id: str | None, event: dg.DagsterEventType) -> set[str]:

@@ -291,11 +291,12 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                 "a record that goes to a dead-letter topic would take the old record of its key with it",
                 "Set on_bad_record to 'fail'",
             )
-        asked = identity.partition or (None,)
+        instance = context.step_context.instance
+        asked = identity.partition or _replaced_as_a_whole(instance, context.asset_key)
         previous: dict[str, Publication] = {}
         for partition in asked:
             try:
-                last = last_published(context.step_context.instance, context.asset_key, partition)
+                last = last_published(instance, context.asset_key, partition)
             except KafkaError:
                 continue  # something else had stored it, and not in Kafka
             if last is None or last.publication is None:
@@ -304,8 +305,8 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                 name_of(context.asset_key, partition),
                 last.partitions,
                 asked,
-                "Its keys cannot be told from theirs: materialize all of them in one run, or return a mapping from"
-                " partition key to records",
+                "Its keys cannot be told from theirs: materialize all of them in one run. If the asset has other"
+                " Dagster partitions by now, wipe its materializations in Dagster: rows that it has given up then stay",
             )
             previous[last.publication.publication_id] = last.publication
         return Upsert(config.producer, list(previous.values()), target.topic, self.read_timeout)
@@ -720,6 +721,17 @@ def _holds(last: Published | None, publication: Publication) -> bool:
     """Whether a Dagster partition's last publication is this one."""
     found = last.publication if last else None
     return found is not None and found.publication_id == publication.publication_id
+
+
+def _replaced_as_a_whole(instance: dg.DagsterInstance, asset_key: dg.AssetKey) -> Sequence[str | None]:
+    """What an asset without Dagster partitions replaces: its last publication, or those of all that it had before."""
+    try:
+        last = last_published(instance, asset_key, None)
+    except KafkaError:
+        last = None
+    if last is None or last.partition is None:
+        return (None,)
+    return sorted(instance.get_materialized_partitions(asset_key))
 
 
 def _refuse_others(name: str, covered: Sequence[str], asked: Sequence[str | None], fix: str) -> None:

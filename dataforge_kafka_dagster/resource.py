@@ -460,13 +460,17 @@ class PublishingSession:
     def __init__(self, writer: PublicationWriter, partitions: Sequence[str] = ()) -> None:
         self._writer = writer
         self._partitions = partitions
+        self._has_ended = False
 
     def __enter__(self) -> Self:
         self._writer.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._writer.__exit__(*error)  # type: ignore[arg-type]
+        try:
+            self._writer.__exit__(*error)  # type: ignore[arg-type]
+        finally:
+            self._has_ended = True
 
     @property
     def send(self) -> Callable[..., None]:
@@ -488,10 +492,16 @@ class PublishingSession:
         """What was published, and where.
 
         Raises:
-            KafkaError: The with block has not ended.
+            KafkaError: The with block has not ended, or has ended in an error.
         """
         if self._writer.publication is None:
-            raise out_of_turn("publication", "it is not committed yet", "Ask for its result after the with block")
+            why, fix = "it is not committed yet", "Ask for its result after the with block"
+            if self._has_ended:
+                why, fix = (
+                    "its with block has ended in an error",
+                    "Let that error end the step: it says what was published",
+                )
+            raise out_of_turn("publication", why, fix)
         return self._writer.publication
 
     def materialize_result(

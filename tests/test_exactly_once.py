@@ -227,6 +227,43 @@ def test_what_is_launched_from_an_automatic_retry_is_no_retry_for_its_tag(instan
     assert len({first, second, selected, third}) == 4
 
 
+@dg.op
+def first_step(): ...
+
+
+@dg.op(ins={"after": dg.In(dg.Nothing)})
+def second_step(context: dg.OpExecutionContext):
+    if "fail" in context.run.tags:
+        raise ZeroDivisionError
+
+
+@dg.job(executor_def=dg.in_process_executor)
+def two_steps():
+    second_step(first_step())
+
+
+@pytest.mark.parametrize(
+    ("step", "fails", "origin"), [("first_step", 1, 2), ("second_step", 1, 2), ("second_step", 2, 0)]
+)
+def test_a_selected_step_is_a_retry_only_if_it_had_failed_last(step, fails, origin, instance):
+    """Also where the run whose steps are selected was one from failure, which left out what had succeeded."""
+    runs = []
+
+    def launch(options=None):
+        tags = {"fail": "yes"} if len(runs) < fails else {}
+        done = dg.execute_job(
+            dg.reconstructable(two_steps), instance, tags=tags, reexecution_options=options, raise_on_error=False
+        )
+        assert done.success is not bool(tags)
+        runs.append(instance.get_run_by_id(done.run_id))
+
+    launch()
+    launch(ReexecutionOptions.from_failure(runs[0].run_id, instance))
+    launch(ReexecutionOptions(runs[1].run_id, [step]))
+    assert origin_run_id(instance, runs[2], step) == runs[origin].run_id
+    assert origin_run_id(instance, runs[1], "second_step") == runs[0].run_id
+
+
 def start(job, dagster_home, tags):
     """A run in a process of its own."""
     code = (

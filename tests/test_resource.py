@@ -1,4 +1,5 @@
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -853,6 +854,15 @@ def test_a_session_is_for_once_and_its_misuse_is_no_cause_to_try_again(kafka, ka
 
     assert _run_op(twice, kafka, instance).success
     assert _values(read(topic)) == [b"once"]
+
+    @dg.op
+    def failed(context: dg.OpExecutionContext, kafka: KafkaProducerResource) -> None:
+        with contextlib.suppress(ZeroDivisionError), kafka.publishing(context, topic=topic) as publication:
+            raise ZeroDivisionError
+        with pytest.raises(KafkaError, match="its with block has ended in an error"):
+            publication.materialize_result()
+
+    assert _run_op(failed, kafka, instance).success
 
 
 @pytest.mark.kafka

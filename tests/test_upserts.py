@@ -327,6 +327,26 @@ def test_what_was_published_together_is_replaced_together(publish, kafka_topic, 
     assert _table(read(topic)) == {"b": 1}
 
 
+def test_an_asset_that_has_no_dagster_partitions_any_more_replaces_those_that_it_had(publish, kafka_topic, read):
+    topic = kafka_topic(partitions=2)
+    publish(topic, _rows("m1", "m2"), partition_key="mon")
+    publish(topic, _rows("t1", "t2"), partition_key="tue")
+    assert publish(topic, _rows("m2", "t1", "new", v=2))["kafka/tombstones"] == 2
+    assert _table(read(topic)) == {"m2": 2, "t1": 2, "new": 2}
+    assert publish(topic, _rows("new", v=3))["kafka/tombstones"] == 2
+    assert _table(read(topic)) == {"new": 3}
+
+
+def test_one_that_was_published_for_a_range_and_has_no_dagster_partitions_any_more_replaces_it(
+    publish, kafka_topic, read
+):
+    topic = kafka_topic()
+    tags = {"dagster/asset_partition_range_start": "mon", "dagster/asset_partition_range_end": "tue"}
+    publish(topic, _rows("a", "b"), partitions_def=DAYS, tags=tags)
+    assert publish(topic, _rows("b", v=2))["kafka/tombstones"] == 1
+    assert _table(read(topic)) == {"b": 2}
+
+
 def test_memory_is_a_digest_for_each_key():
     upsert = Upsert(None, [], "topic")
     from dataforge_kafka_dagster.kafka.records import Chunk
