@@ -12,9 +12,10 @@ from dataforge_kafka_dagster.io_manager import KafkaIOManager
 from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig, KafkaTopicSpec
 from dataforge_kafka_dagster.kafka.errors import KafkaError, KafkaTimeoutError, NoBrokersAvailable
 from dataforge_kafka_dagster.kafka.ledger import Publication
-from dataforge_kafka_dagster.kafka.producer import DataForgeKafkaProducer, RecordMetadata, create_kafka_producer
+from dataforge_kafka_dagster.kafka.producer import DataForgeKafkaProducer, create_kafka_producer
 from dataforge_kafka_dagster.kafka.records import KafkaRecord
 from dataforge_kafka_dagster.kafka.schemas import KafkaSchema
+from dataforge_kafka_dagster.kafka.served_producer import RecordMetadata
 from dataforge_kafka_dagster.resource import KafkaProducerResource
 
 if TYPE_CHECKING:

@@ -17,13 +17,13 @@ from dataforge_kafka_dagster.kafka.cloudevents import CloudEventHeaders
 from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, check_topic
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError
 from dataforge_kafka_dagster.kafka.ledger import Publication
-from dataforge_kafka_dagster.kafka.producer import RecordMetadata
 from dataforge_kafka_dagster.kafka.publication import OtherWriterError, PublicationWriter, settle
 from dataforge_kafka_dagster.kafka.reader import ReadRecord, read_publication, refuse_lost_topics
 from dataforge_kafka_dagster.kafka.records import Chunk, key_fields
 from dataforge_kafka_dagster.kafka.registry import SchemaRegistry, SchemaRegistryConfig
 from dataforge_kafka_dagster.kafka.schemas import SCHEMA_FORMATS, KafkaSchema, SchemaDecoder, SchemaFormat
 from dataforge_kafka_dagster.kafka.serialization import ValueFormat
+from dataforge_kafka_dagster.kafka.served_producer import RecordMetadata
 from dataforge_kafka_dagster.kafka.sources import chunks
 from dataforge_kafka_dagster.kafka.upserts import Upsert
 from dataforge_kafka_dagster.resource import (

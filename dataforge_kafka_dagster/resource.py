@@ -31,10 +31,11 @@ from dataforge_kafka_dagster.kafka.config import (
 from dataforge_kafka_dagster.kafka.connection import logger
 from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError, out_of_turn
 from dataforge_kafka_dagster.kafka.ledger import Publication, make_transactional_id
-from dataforge_kafka_dagster.kafka.producer import DataForgeKafkaProducer, DeliveryCallback, RecordMetadata
+from dataforge_kafka_dagster.kafka.producer import DataForgeKafkaProducer
 from dataforge_kafka_dagster.kafka.publication import OtherWriterError, PublicationWriter, find_published
 from dataforge_kafka_dagster.kafka.schemas import KafkaSchema
 from dataforge_kafka_dagster.kafka.serialization import Headers
+from dataforge_kafka_dagster.kafka.served_producer import DeliveryCallback, RecordMetadata
 
 PUBLICATION_METADATA: Final = "kafka/publication"
 """Name of the metadata that holds a publication as JSON: `Publication.to_dict`, and its Dagster partitions."""

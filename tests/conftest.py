@@ -206,3 +206,13 @@ def python() -> Callable[[str], str]:
         return done.stdout
 
     return run
+
+
+@pytest.fixture
+def new_topic(kafka_bootstrap_servers):
+    """The name of a topic that does not exist; removed afterwards if it does."""
+    name = f"new-{uuid.uuid4().hex[:12]}"
+    yield name
+    admin = AdminClient({"bootstrap.servers": kafka_bootstrap_servers})
+    if name in admin.list_topics(timeout=30).topics:
+        admin.delete_topics([name], operation_timeout=30)[name].result(30)

@@ -14,7 +14,7 @@ import dagster as dg
 import pytest
 from pydantic import ValidationError
 
-from dataforge_kafka_dagster import KafkaProducerConfig, create_kafka_producer
+from dataforge_kafka_dagster import KafkaProducerConfig, KafkaProducerResource, create_kafka_producer
 from dataforge_kafka_dagster.kafka.config import (
     COMPRESSION_TYPES,
     SECRET_OPTIONS,
@@ -69,6 +69,17 @@ REFUSED = {
     "unknown name": ({"compresion_type": "gzip"}, ["compresion_type", "compression_type"]),
     "unknown name like none": ({"zzzzqqqq": 1}, ["zzzzqqqq", "bootstrap_servers", "compression_type"]),
     "dotted name": ({"batch.size": 1}, ["batch.size", "batch_size", "librdkafka_config"]),
+    "a name in capitals": ({"BOOTSTRAP_SERVERS": "a:1"}, ["BOOTSTRAP_SERVERS", "mean 'bootstrap_servers'"]),
+    "another client's name": ({"ssl_cafile": "ca.pem"}, ["ssl_cafile", "did you mean 'ssl_ca_location'?"]),
+    "another client's name of a raw setting": (
+        {"max_request_size": 2_000_000},
+        ["max_request_size", "set 'message.max.bytes' in librdkafka_config"],
+    ),
+    "another client's serializer": ({"value_serializer": str}, ["value_serializer", "serialize before you send"]),
+    "raw reports of errors only": (
+        {"librdkafka_config": {"delivery.report.only.error": True}},
+        ["delivery.report.only.error", "Leave it out"],
+    ),
     "batch_size negative": ({"batch_size": -1}, ["batch_size", "-1", "1 to 2147483647"]),
     "batch_size zero": ({"batch_size": 0}, ["batch_size=0", "1 to"]),
     "batch_size too large": ({"batch_size": 2**31}, ["batch_size", str(2**31), "2147483647"]),
@@ -727,3 +738,24 @@ def test_a_raw_time_out_waits_for_the_value_of_delivery_timeout():
     KafkaProducerConfig.model_validate({"librdkafka_config": raw}, **later)
     with pytest.raises(ValidationError, match="delivery_timeout"):
         KafkaProducerConfig(librdkafka_config=raw)
+
+
+def test_a_file_may_be_a_path(tmp_path):
+    file = tmp_path / "ca.pem"
+    file.touch()
+    assert KafkaProducerConfig(security_protocol="SSL", ssl_ca_location=file).ssl_ca_location == str(file)
+    kafka = KafkaProducerResource(security_protocol="SSL", ssl_ca_location=file)
+    assert kafka.producer_config().ssl_ca_location == str(file)
+
+
+@pytest.mark.parametrize("raw", ["acks", "request.required.acks"])
+def test_acks_count_as_they_are_in_the_end(raw):
+    assert KafkaProducerConfig().acknowledged
+    assert not KafkaProducerConfig(acks=0).acknowledged
+    assert not KafkaProducerConfig(librdkafka_config={raw: 0}).acknowledged
+    assert KafkaProducerConfig(acks=0, librdkafka_config={raw: "all"}).acknowledged
+
+
+def test_a_factory_names_an_option_that_is_no_text():
+    with pytest.raises(ValueError, match="unknown option 1"):
+        create_kafka_producer({1: 2})

@@ -1,6 +1,7 @@
 import collections
 import concurrent.futures
 import datetime as dt
+import gc
 import logging
 import os
 import signal
@@ -9,11 +10,13 @@ import sys
 import threading
 import time
 import uuid
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
 import confluent_kafka
 import pytest
+from confluent_kafka.admin import AdminClient, NewTopic
 
 from dataforge_kafka_dagster import (
     DataForgeKafkaProducer,
@@ -643,7 +646,7 @@ def test_close_does_not_wait_for_a_callback_that_does_not_return(unconnected, ev
 def test_flush_keeps_the_remedy_of_the_first_failure(unconnected, monkeypatch):
     away = KafkaError("token server", "away", "Check it", code="_AUTHENTICATION", remedy=Remedy.RETRY)
     producer = unconnected(delivery_timeout=0.5, linger_ms=0)
-    monkeypatch.setattr(producer._connection, "cause", lambda *_: away)
+    monkeypatch.setattr(producer._served._connection, "cause", lambda *_: away)
     producer.send_async("t", "x")
     with pytest.raises(KafkaError) as caught:
         producer.flush()
@@ -673,11 +676,11 @@ def test_flush_waits_for_a_report_that_another_thread_has_taken_and_not_counted_
         return cause(self, *args)
 
     producer.send_async("t", "x")
-    ((report, _),) = producer._unreported.items()
-    client = producer._producer
+    served = producer._served
+    (report,) = served._untold
     with monkeypatch.context() as patch:
         patch.setattr(Connection, "cause", slow)
-        patch.setattr(producer, "_producer", _Drained(client))
+        patch.setattr(served, "_producer", _Drained(served._producer))
         error = confluent_kafka.KafkaError(confluent_kafka.KafkaError._FATAL)
         thread = threading.Thread(target=report, args=(error, None))
         thread.start()
@@ -779,3 +782,195 @@ def test_a_forked_process_is_refused_its_parents_producer_and_ends_well(kafka_bo
     assert said.count("was forked") == 2
     assert said.splitlines()[-1] == "5"
     assert sorted(record.value for record in read(topic)) == [b"first", b"own", b"parent"]
+
+
+INTERRUPTED = """
+import logging, signal, sys, time
+from dataforge_kafka_dagster import DataForgeKafkaProducer, KafkaProducerConfig
+
+logging.disable()  # a handler of log lines may be interrupted, too
+servers, topic, way = sys.argv[1:]
+
+class Late(Exception): ...
+
+def ring(*_):
+    raise Late
+
+signal.signal(signal.SIGALRM, ring)
+futures, hit, worst = [], 0, 0.0
+for after in range(1, 21):
+    producer = DataForgeKafkaProducer(KafkaProducerConfig(bootstrap_servers=servers, linger_ms=1))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, after / 1000)
+        while True:
+            if way == "send_sync":
+                producer.send_sync(topic, "x")
+            else:
+                futures += [producer.send_async(topic, "x") for _ in range(5000)]
+                producer.flush()
+    except Late:
+        hit += 1
+    began = time.monotonic()
+    producer.close()
+    worst = max(worst, time.monotonic() - began)
+print(hit, sum(not future.done() for future in futures), worst)
+"""
+
+
+@pytest.mark.parametrize("way", ["send_sync", "flush"])
+def test_a_signal_in_a_wait_loses_no_report(way, kafka_bootstrap_servers, kafka_topic):
+    """One that came to the waiting thread was lost: its future stayed, and close waited for it until delivery_timeout."""
+    code, said = _run_program(INTERRUPTED, kafka_bootstrap_servers, kafka_topic(), way)
+    hit, undone, worst = said.split()
+    assert (code, hit, undone) == (0, "20", "0")
+    assert float(worst) < 5
+
+
+SENDS_IN_HANDLER = """
+import signal, sys, time
+from dataforge_kafka_dagster import DataForgeKafkaProducer, KafkaError, KafkaProducerConfig
+
+servers, topic, way = sys.argv[1:]
+producer = DataForgeKafkaProducer(KafkaProducerConfig(bootstrap_servers=servers))
+took = []
+
+def stop(*_):
+    began = time.monotonic()
+    producer.send_sync(topic, "last")
+    producer.close()
+    took.append(time.monotonic() - began)
+
+signal.signal(signal.SIGALRM, stop)
+signal.setitimer(signal.ITIMER_REAL, 0.05)
+try:
+    while True:
+        getattr(producer, way)(topic, "x")
+except KafkaError as error:
+    print(error.cause, max(took) < 5)
+"""
+
+
+@pytest.mark.parametrize("way", ["send_sync", "send_async"])
+def test_a_signal_handler_may_send_and_close_in_the_midst_of_a_send(way, kafka_bootstrap_servers, kafka_topic, read):
+    topic = kafka_topic()
+    said = _run_program(SENDS_IN_HANDLER, kafka_bootstrap_servers, topic, way)
+    assert said == (0, "the producer is closed True\n")
+    assert read(topic)[-1].value == b"last"
+
+
+def test_send_sync_of_many_threads_does_not_wait_for_each_other(config, kafka_topic):
+    topic, took = kafka_topic(), []
+
+    def send(_):
+        began = time.monotonic()
+        producer.send_sync(topic, "x")
+        took.append(time.monotonic() - began)
+
+    with DataForgeKafkaProducer(config) as producer:
+        producer.send_sync(topic, "connects")
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(send, range(200)))
+    # A record takes the linger of 5 ms; who waited for another thread's turn waited up to 250.
+    assert sorted(took)[len(took) // 2] < 0.04
+
+
+def test_a_delivered_record_leaves_nothing_behind(config, kafka_topic):
+    topic = kafka_topic()
+    with DataForgeKafkaProducer(config) as producer:
+        producer.send_sync(topic, "connects")
+        gc.collect()
+        gc.disable()
+        try:
+            future = weakref.ref(producer.send_async(topic, "x", callback=lambda *_: None))
+            producer.flush()
+            assert future() is None
+        finally:
+            gc.enable()
+
+
+def test_a_producer_that_nobody_has_any_more_delivers_and_ends(config, kafka_topic, read, eventually):
+    topic = kafka_topic()
+    before = set(threading.enumerate())
+    producer = DataForgeKafkaProducer(config)
+    producer.send_async(topic, "forsaken")
+    del producer
+    eventually(lambda: set(threading.enumerate()) <= before)
+    assert [record.value for record in read(topic)] == [b"forsaken"]
+
+
+def test_of_a_flood_of_failures_the_first_are_logged_and_then_how_many(kafka_bootstrap_servers, no_room, caplog):
+    config = KafkaProducerConfig(bootstrap_servers=kafka_bootstrap_servers, delivery_timeout=10)
+    with DataForgeKafkaProducer(config) as producer:
+        futures = [producer.send_async(no_room, os.urandom(200), callback=lambda *_: None) for _ in range(200)]
+        producer.flush()
+        assert all(isinstance(future.exception(0), KafkaError) for future in futures)
+    lines = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    single = [line for line in lines if "MSG_SIZE_TOO_LARGE" in line]
+    more = [int(line.split()[0]) for line in lines if "more records were not delivered" in line]
+    assert 10 <= len(single) < 100
+    assert len(single) + sum(more) == 200
+
+
+async def _async_callback(_err, _msg): ...
+
+
+@pytest.mark.parametrize("callback", ["print", _async_callback])
+def test_what_cannot_be_called_back_is_refused_before_anything_is_sent(callback, producer, kafka_topic, read):
+    topic = kafka_topic()
+    with pytest.raises(KafkaError, match="callback="):
+        producer.send_async(topic, "x", callback=callback)
+    assert read(topic) == []
+
+
+@pytest.mark.parametrize("timeout", [-1, "5", float("nan"), True])
+def test_no_number_of_seconds_is_refused_and_closes_nothing(timeout, producer, kafka_topic):
+    for call in (producer.flush, producer.close):
+        with pytest.raises(KafkaError, match=r"timeout=.*it is no number of seconds"):
+            call(timeout)
+    assert producer.send_sync(kafka_topic(), "x")
+
+
+def test_a_record_larger_than_the_buffer_is_refused_at_once(config, kafka_topic):
+    topic = kafka_topic()
+    with DataForgeKafkaProducer(config.model_copy(update={"buffer_memory": 100_000})) as producer:
+        began = time.monotonic()
+        with pytest.raises(KafkaError, match="has 200000 bytes, and buffer_memory is"):
+            producer.send_sync(topic, b"x" * 200_000)
+        assert time.monotonic() - began < 5
+        assert producer.send_sync(topic, b"x")
+
+
+def test_a_timestamp_in_seconds_is_warned_of_once(config, kafka_topic, caplog):
+    topic = kafka_topic(config={"retention.ms": "-1"})
+    with DataForgeKafkaProducer(config) as producer:
+        for _ in range(2):
+            producer.send_async(topic, "x", timestamp=1_700_000_000)
+    assert caplog.text.count("timestamp=1700000000 of a record") == 1
+
+
+def test_a_future_whose_waiter_ends_the_thread_does_not_keep_the_callback_away(producer, kafka_topic, caplog):
+    told = threading.Event()
+    future = producer.send_async(kafka_topic(), "x", callback=lambda *_: told.set())
+    future.add_done_callback(lambda _: sys.exit())
+    assert told.wait(10)
+    assert "What waits for the future" in caplog.text
+
+
+def test_raw_acks_of_none_count_as_such(kafka_bootstrap_servers, kafka_topic):
+    raw = {"acks": "0", "enable.idempotence": "false"}
+    with create_kafka_producer({"bootstrap_servers": kafka_bootstrap_servers, "librdkafka_config": raw}) as producer:
+        assert producer.send_sync(kafka_topic(), "x").offset == -1
+
+
+def test_a_deleted_topic_is_not_told_as_a_wrong_kafka_partition(kafka_bootstrap_servers, new_topic):
+    admin = AdminClient({"bootstrap.servers": kafka_bootstrap_servers})
+    admin.create_topics([NewTopic(new_topic, 1)], operation_timeout=30)[new_topic].result(30)
+    raw = {"topic.metadata.refresh.interval.ms": 300}
+    config = KafkaProducerConfig(bootstrap_servers=kafka_bootstrap_servers, librdkafka_config=raw, delivery_timeout=15)
+    with DataForgeKafkaProducer(config) as producer:
+        producer.send_sync(new_topic, "x")
+        admin.delete_topics([new_topic], operation_timeout=30)[new_topic].result(30)
+        with pytest.raises(KafkaError) as caught:
+            producer.send_sync(new_topic, "x")
+    assert "let the key decide" not in caught.value.fix
+    assert caught.value.code in {"_UNKNOWN_PARTITION", "_UNKNOWN_TOPIC", "UNKNOWN_TOPIC_OR_PART"}

@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
+import os
 import re
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, cast
 
@@ -50,6 +51,36 @@ _FILES: Final = (
 _RAW_TIMEOUTS: Final = {"message.timeout.ms", "delivery.timeout.ms"}
 _TIMES: Final = {"linger.ms", "queue.buffering.max.ms", *_RAW_TIMEOUTS}
 _RAW_SERVERS: Final = {"bootstrap.servers", "metadata.broker.list"}
+_RAW_ACKS: Final = ("acks", "request.required.acks")
+# What other clients call an option, and librdkafka's own settings.
+_OTHER_NAMES: Final = {
+    "servers": "bootstrap_servers",
+    "brokers": "bootstrap_servers",
+    "broker": "bootstrap_servers",
+    "delivery_timeout_ms": "delivery_timeout",
+    "message_timeout_ms": "delivery_timeout",
+    "request_timeout_ms": "delivery_timeout",
+    "sasl_plain_username": "sasl_username",
+    "sasl_plain_password": "sasl_password",
+    "sasl_oauth_token_provider": "sasl_oauthbearer_callback",
+    "ssl_cafile": "ssl_ca_location",
+    "ssl_certfile": "ssl_certificate_location",
+    "ssl_keyfile": "ssl_key_location",
+    "ssl_password": "ssl_key_password",
+    "ssl_crlfile": "ssl_crl_location",
+    "ssl_ciphers": "ssl_cipher_suites",
+    "ssl_check_hostname": "ssl_endpoint_identification_algorithm",
+}
+_RAW_NAMES: Final = {
+    "max_request_size": "message.max.bytes",
+    "enable_idempotence": "enable.idempotence",
+    "partitioner": "partitioner",
+    "max_in_flight_requests_per_connection": "max.in.flight.requests.per.connection",
+    "retry_backoff_ms": "retry.backoff.ms",
+    "metadata_max_age_ms": "metadata.max.age.ms",
+    "connections_max_idle_ms": "connections.max.idle.ms",
+    "statistics_interval_ms": "statistics.interval.ms",
+}
 _PEMS: Final = ("ssl_ca_pem", "ssl_certificate_pem", "ssl_key_pem", "https_ca_pem")
 # Ours, or librdkafka's under another name.
 _NOT_LIBRDKAFKAS: Final = (
@@ -70,6 +101,18 @@ _NO_KERBEROS: Final = (
 
 def _not(option: str, value: object, allowed: str) -> ValueError:
     return ValueError(f"{option}={value!r} is not possible: {allowed}")
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    """What to write in place of a name that is no option's."""
+    lower = name.lower()
+    if lower in {"value_serializer", "key_serializer"}:
+        return "values and keys are encoded by their types, and bytes sent as they are: serialize before you send"
+    if lower in _RAW_NAMES:
+        return f"set {_RAW_NAMES[lower]!r} in librdkafka_config"
+    close = [_OTHER_NAMES[lower]] if lower in _OTHER_NAMES else difflib.get_close_matches(lower, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(known)}."
+    return f"{hint} Raw librdkafka settings go into librdkafka_config." if "." in name or not close else hint
 
 
 def as_text(value: Any) -> Any:
@@ -198,6 +241,11 @@ class KafkaOptions(BaseModel):
         description="Raw librdkafka settings, applied last: they win over every option above.",
     )
 
+    @field_validator(*_FILES, mode="before")
+    @classmethod
+    def _as_path(cls, value: Any) -> Any:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
     @field_validator("librdkafka_config", mode="before")
     @classmethod
     def _as_texts(cls, value: Any) -> Any:
@@ -290,10 +338,7 @@ class KafkaProducerConfig(KafkaOptions):
                 if str(name).startswith("sasl_kerberos"):
                     raise ValueError(f"{name} is not possible: {_NO_KERBEROS}")
                 if name not in cls.model_fields:
-                    close = difflib.get_close_matches(str(name), cls.model_fields, n=1)
-                    hint = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(cls.model_fields)}"
-                    dotted = " Raw librdkafka settings go into librdkafka_config." if "." in str(name) else ""
-                    raise ValueError(f"unknown option {name!r}: {hint}{dotted}")
+                    raise ValueError(f"unknown option {name!r}: {_hint(str(name), cls.model_fields)}")
                 refuse_variables(name, data[name], OF_VARIABLES)
         return data
 
@@ -427,6 +472,11 @@ class KafkaProducerConfig(KafkaOptions):
                 " transactions, and each publication has one of its own, by which attempts find each other."
                 " Set transactional_id_prefix"
             )
+        if "delivery.report.only.error" in raw:
+            raise ValueError(
+                "librdkafka_config={'delivery.report.only.error': ...} is not possible: nobody would be told of a"
+                " delivery. Leave it out; publications do without reports where they can"
+            )
         for name in _RAW_SERVERS & set(raw):
             raise ValueError(
                 f"librdkafka_config={{{name!r}: ...}} is not possible: errors would name other brokers."
@@ -550,6 +600,12 @@ class KafkaProducerConfig(KafkaOptions):
     def idempotent(self) -> bool:
         """Whether the broker drops the duplicates that retries make: needs all acks, and retries."""
         return ACKS[str(self.acks)] == "all" and self.retries > 0
+
+    @property
+    def acknowledged(self) -> bool:
+        """Whether the brokers tell what they have got: not with acks=0, also as a raw setting."""
+        raw = [self.librdkafka_config[name] for name in _RAW_ACKS if name in self.librdkafka_config]
+        return "0" not in (raw or [ACKS[str(self.acks)]])
 
     def redact(self, text: str) -> str:
         """The text without any secret of this config."""

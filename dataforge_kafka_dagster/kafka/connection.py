@@ -388,6 +388,13 @@ class Connection:
             self.name, f"no answer in {seconds:.1f} s: {text} [{code}]", fix, code=code, remedy=Remedy.RETRY
         )
 
+    def late(self, culprit: str, seconds: float) -> KafkaTimeoutError:
+        """The error for a deadline of our own, with the last connection error."""
+        error = timed_out(culprit, seconds)
+        if self._transport is not None:
+            error.add(f"the last connection error: {self.config.redact(self._transport.str())}")
+        return error
+
     def resume(self, call: Callable[[float], T], timeout: float, culprit: str) -> T:
         """Call, and call again while the error can be retried, until it returns.
 
@@ -560,6 +567,27 @@ class _Quiet(logging.Logger):
             )
         super().log(min(level, logging.DEBUG), msg, *args, **kwargs)
         self._spent += time.monotonic() - began
+
+
+def refuse_larger_than_buffer(size: int, options: Mapping[str, Any], culprit: str) -> None:
+    """Refuse a record for which there is never room, to be called when there is none.
+
+    Args:
+        size: Bytes of its value and key.
+        options: librdkafka's, of the producer.
+        culprit: The record.
+
+    Raises:
+        KafkaError: It is larger than buffer_memory.
+    """
+    room = int(options["queue.buffering.max.kbytes"]) * 1024
+    if size > room:
+        raise KafkaError(
+            culprit,
+            f"it has {size} bytes, and buffer_memory is {room}",
+            "Raise buffer_memory, or split the record",
+            code="MSG_SIZE_TOO_LARGE",
+        )
 
 
 def timed_out(culprit: str, seconds: float, code: str = "_TIMED_OUT") -> KafkaTimeoutError:

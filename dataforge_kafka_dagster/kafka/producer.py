@@ -3,60 +3,35 @@
 from __future__ import annotations
 
 import atexit
-import collections
 import concurrent.futures
 import contextlib
-import ctypes
-import dataclasses
 import datetime as dt
-import functools
-import logging
-import math
+import inspect
 import os
-import threading
-import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Final
 
-import confluent_kafka
 from typing_extensions import Self
 
-from dataforge_kafka_dagster.kafka.config import ACKS, KafkaProducerConfig, check_topic, producer_options
-from dataforge_kafka_dagster.kafka.connection import SLICE, Connection, logger, timed_out
-from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError, KafkaTimeoutError
-from dataforge_kafka_dagster.kafka.records import Extra, KafkaRecord, as_record, encode_record
+from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig, check_topic
+from dataforge_kafka_dagster.kafka.connection import Connection, logger, timed_out
+from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError
+from dataforge_kafka_dagster.kafka.records import KafkaRecord, as_record, encode_record
 from dataforge_kafka_dagster.kafka.serialization import Headers
+from dataforge_kafka_dagster.kafka.served_producer import (
+    DeliveryCallback,
+    RecordMetadata,
+    ServedProducer,
+    deliver_at_exit,
+    keep_inherited,
+)
 
-DeliveryCallback = Callable[["confluent_kafka.KafkaError | None", confluent_kafka.Message], object]
-_Report = Callable[["confluent_kafka.KafkaError | None", confluent_kafka.Message], None]
-
-# How long close waits for a delivery callback that does not return.
-_TOLD_SECONDS: Final = 1.0
-# librdkafka takes a batch that a broker refused for delivered when the next one is, which was on its way already: a
-# broker that has just become a Kafka partition's leader takes any first batch (confluent-kafka-go issue 921).
-_NOT_ACKNOWLEDGED: Final = "a broker has taken later records, but said of this one only that it refused it, or nothing"
-# How long the end of a process waits for what was not flushed.
-_EXIT_SECONDS: Final = 5.0
-_alive: Final[weakref.WeakSet[DataForgeKafkaProducer]] = weakref.WeakSet()
-
-
-@dataclasses.dataclass(frozen=True)
-class RecordMetadata:
-    """Where a delivered record is; always true.
-
-    Attributes:
-        topic: The topic.
-        partition: Kafka partition, from 0.
-        offset: Offset in it, from 0; -1 if acks=0, where the broker does not tell.
-        timestamp: Milliseconds since the epoch; None if the broker did not tell.
-    """
-
-    topic: str
-    partition: int
-    offset: int
-    timestamp: int | None
+# A record's own deadline comes first, so that its error says why.
+_ON_THE_WAY: Final = 5.0
+# Fewer milliseconds since the epoch are rather meant as seconds.
+_SECONDS_TODAY: Final = 10_000_000_000
 
 
 class DataForgeKafkaProducer:
@@ -65,8 +40,9 @@ class DataForgeKafkaProducer:
     Thread-safe. A forked process needs one of its own: there, this one refuses to send, and to close it does nothing.
     Fork before the first producer is made, or after one has delivered: glibc keeps the lock of a name lookup that was
     under way at a fork, and the forked process then reaches no broker.
-    Every failure is logged to the logger ``dataforge_kafka_dagster``. What was not flushed when the process ends has 5
-    seconds, then the log says how many records are lost; a process that multiprocessing has forked ends without that.
+    Every failure is logged to the logger ``dataforge_kafka_dagster``; of more than ten in a second, how many. What was
+    not flushed when the process ends has 5 seconds, then the log says how many records are lost; a process that
+    multiprocessing has forked ends without that.
 
     Args:
         config: The options; the documented defaults if None.
@@ -91,43 +67,30 @@ class DataForgeKafkaProducer:
                 "Make one of it, or call create_kafka_producer with a mapping",
             )
         self.config = config or KafkaProducerConfig()
-        self.inherited = False
-        self._connection = Connection(self.config)
-        self._failures: collections.Counter[str] = collections.Counter()
-        self._first_failure: KafkaError | None = None
-        self._lock = threading.RLock()  # a signal handler may send, too
-        self._poller: threading.Thread | None = None
-        self._closing = False
-        self._late = False
-        self._closed = threading.Event()
-        self._users = 0
-        """How many calls of librdkafka that wait are under way, those of close left out."""
-        self._reporting = threading.local()
-        self._unreported: dict[_Report, tuple[str, bytes | None]] = {}
-        """What is to tell the end of each record that was sent, and the record's topic and key."""
-        self._settling: set[object] = set()
-        """Reports that a thread has taken and not counted yet."""
-        self._producer = self._connection.producer(producer_options(self.config))
-        _alive.add(self)
+        connection = Connection(self.config)
+        self._has_warned = False
+        self._served = ServedProducer(self.config, connection)
+        # Who drops this one without close() has the records delivered, and the client ended, all the same.
+        weakref.finalize(self, self._served.forsake).atexit = False
         try:
-            admin = self._connection.admin
+            admin = connection.admin
             timeout = self.config.connect_timeout
-            self._connection.answer(
-                lambda: admin.describe_cluster(request_timeout=timeout), timeout, self._connection.name
-            )
+            connection.answer(lambda: admin.describe_cluster(request_timeout=timeout), timeout, connection.name)
         except KafkaError as error:
             logger.error("Cannot connect: %s", error)
             raise
         finally:
-            self._connection.close()
+            connection.close()
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this is a forked process, and the producer its parent's."""
+        return self._served.inherited
 
     @property
     def failed(self) -> bool:
-        """Whether to make a new producer: an error has ended this one, or what was sent last was late.
-
-        A client never finds a topic again that it knew and that was made anew with another leader (librdkafka 4898).
-        """
-        return self._connection.fatal is not None or (self._late and not self._left())
+        """Whether to make a new producer: an error has ended this one, or what was sent last was late."""
+        return self._served.failed
 
     def send_sync(
         self,
@@ -157,15 +120,13 @@ class DataForgeKafkaProducer:
             InvalidRecordError: It cannot be encoded; nothing was sent.
         """
         self._refuse_in_callback(f"send_sync to topic {topic!r}", "Call send_async there")
-        future = self._produce(topic, as_record(value, key, headers, partition, timestamp), None)
-        deadline = time.monotonic() + self.config.delivery_timeout + 5
-        while not future.done():
-            if self._poller is None and not self._closed.is_set():
-                self._serve(self._producer.poll, SLICE)
-            else:
-                concurrent.futures.wait([future], SLICE)
-            if time.monotonic() > deadline:
-                raise self._logged(timed_out(f"topic {topic!r}", self.config.delivery_timeout))
+        future = self._send(topic, as_record(value, key, headers, partition, timestamp), _told_by_send_sync)
+        seconds = self.config.delivery_timeout
+        concurrent.futures.wait([future], seconds + _ON_THE_WAY)
+        if not future.done():
+            error = timed_out(f"topic {topic!r}", seconds)
+            logger.error("%s", error)
+            raise error
         return future.result()
 
     def send_async(
@@ -200,164 +161,29 @@ class DataForgeKafkaProducer:
             KafkaError: The record was refused at once, for instance as too large.
             InvalidRecordError: It cannot be encoded; nothing was sent.
         """
-        if self._poller is None and not self.inherited:
-            with self._lock:
-                if self._poller is None:
-                    self._poller = threading.Thread(target=self._poll, name="dataforge-kafka-poll", daemon=True)
-                    self._poller.start()
-        return self._produce(topic, as_record(value, key, headers, partition, timestamp), callback or _count_only)
+        _check_callback(callback)
+        return self._send(topic, as_record(value, key, headers, partition, timestamp), callback)
 
-    def _poll(self) -> None:
-        while not self._closed.is_set():
-            # The end of this thread would be that of all callbacks: it stays, whatever one of them raises.
-            with contextlib.suppress(BaseException):
-                self._serve(self._producer.poll, 0.1)
-
-    @property
-    def _in_callback(self) -> bool:
-        return getattr(self._reporting, "now", False)
-
-    def _refuse_in_callback(self, name: str, fix: str) -> None:
-        if self._in_callback:
-            raise KafkaError(
-                name, "it was called from a delivery callback, before the end of which nothing is delivered", fix
-            )
-
-    def _serve(self, wait: Callable[[float], object], seconds: float) -> None:
-        self._use(self._tell, wait, seconds)
-
-    def _use(self, serve: Callable[..., object], wait: Callable[[float], object], seconds: float) -> None:
-        """Call what waits in the client, unless it is closed, which in the midst of a call would crash."""
-        with self._lock:
-            if self._closed.is_set():
-                return
-            self._users += 1
-        try:
-            serve(wait, seconds)
-        finally:
-            with self._lock:
-                self._users -= 1
-
-    def _left(self) -> int:
-        """How many records are not told of; another thread may have taken a report, and not told it yet."""
-        with self._lock:
-            return 0 if self._closed.is_set() else len(self._producer) or len(self._unreported) or len(self._settling)
-
-    def _tell(self, wait: Callable[[float], object], seconds: float) -> None:
-        self._connection.serve(wait, seconds)
-        fatal = self._connection.fatal
-        if fatal is None or len(self._producer):
-            return
-        # The reports of records that fail with it may be lost when a fatal error comes out of the same call.
-        for on_delivery, (topic, key) in list(self._unreported.items()):
-            on_delivery(fatal, confluent_kafka.Message(topic=topic, key=key, error=fatal))
-
-    def _produce(
+    def _send(
         self, topic: str, record: KafkaRecord, callback: DeliveryCallback | None
     ) -> concurrent.futures.Future[RecordMetadata]:
         check_topic(topic)
-        if self.inherited:
-            raise KafkaError(
-                f"topic {topic!r}",
-                f"process {os.getpid()} was forked, and the threads of this producer are its parent's",
-                "Make a producer in each process",
-            )
         value, key, extra = encode_record(record)
-        future: concurrent.futures.Future[RecordMetadata] = concurrent.futures.Future()
-        future.set_running_or_notify_cancel()  # what is sent cannot be taken back
+        if 0 < extra.timestamp < _SECONDS_TODAY and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "timestamp=%d of a record to topic %r is in the year 1970 or soon after: Kafka counts milliseconds, and"
+                " deletes what is older than the topic's retention.ms",
+                extra.timestamp,
+                topic,
+            )
+        return self._served.send(topic, value, key, extra, callback)
 
-        def on_delivery(err: confluent_kafka.KafkaError | None, msg: Any) -> None:
-            # With a fatal error pending, the first call raises it, so that this does nothing: `_serve` does it again.
-            if self._unreported.get(on_delivery) is None:
-                return
-            taken = object()
-            self._settling.add(taken)
-            outer, self._reporting.now = self._in_callback, True
-            try:
-                if self._unreported.pop(on_delivery, None) is not None:
-                    settle(err, msg, taken)
-            finally:
-                self._settling.discard(taken)
-                self._reporting.now = outer
-
-        def settle(err: confluent_kafka.KafkaError | None, msg: Any, taken: object) -> None:
-            place: Any = _place(topic, msg) if err is None else None
-            if place is not None and place.offset < 0 and ACKS[str(self.config.acks)] != "0":
-                err = confluent_kafka.KafkaError(confluent_kafka.KafkaError._INCONSISTENT, _NOT_ACKNOWLEDGED)  # noqa: SLF001
-            if err is None:
-                self._late = False
-                self._connection.connected()
-                future.set_result(place)
-            else:
-                error = self._explain(err, topic)
-                if callback is _count_only:
-                    self._failures[err.name()] += 1
-                    self._first_failure = self._first_failure or error
-                # What close gives up it tells at once, not record by record.
-                logger.log(logging.DEBUG if err.name().startswith("_PURGE") else logging.ERROR, "%s", error)
-                future.set_exception(error)
-            self._settling.discard(taken)
-            if callback is not None:
-                try:
-                    callback(err, msg)
-                except BaseException as raised:
-                    if not isinstance(raised, Exception) and threading.current_thread() is not self._poller:
-                        raise
-                    logger.exception("The delivery callback of a record to topic %r raised", topic)
-
-        self._unreported[on_delivery] = (topic, key)
-        try:
-            self._queue(topic, value, key, extra, on_delivery)
-        except BaseException:
-            self._unreported.pop(on_delivery, None)
-            raise
-        return future
-
-    def _explain(self, err: confluent_kafka.KafkaError, topic: str) -> KafkaError:
-        error = self._connection.cause(self._connection.fatal or err, f"topic {topic!r}")
-        if error.code == "_MSG_TIMED_OUT":
-            self._late = True
-            error.add("or the topic was made anew, which this client does not see", "Try a new producer")
-        return error
-
-    def _queue(self, topic: str, value: bytes | None, key: bytes | None, extra: Extra, on_delivery: _Report) -> None:
-        deadline = time.monotonic() + self.config.delivery_timeout
-        while True:
-            try:
-                headers: Any = extra.headers
-                with self._lock:
-                    # What is sent while close waits would keep it waiting; a callback may send on until the end.
-                    if self._closed.is_set() or (self._closing and not self._in_callback):
-                        raise KafkaError(
-                            f"topic {topic!r}", "the producer is closed", "Send before close()", code="_STATE"
-                        )
-                    self._producer.produce(
-                        topic, value, key, extra.partition, on_delivery, timestamp=extra.timestamp, headers=headers
-                    )
-            except BufferError:
-                # To poll within a poll aborts the process (confluent-kafka 2.16).
-                if self._in_callback:
-                    raise KafkaTimeoutError(
-                        f"topic {topic!r}, buffer_memory",
-                        "the buffer is full, and stays so until this delivery callback has ended [_QUEUE_FULL]",
-                        "Raise buffer_memory, or hand the record to the thread that sends the others",
-                        code="_QUEUE_FULL",
-                    ) from None
-                if time.monotonic() > deadline:
-                    waited = self.config.delivery_timeout
-                    raise self._logged(timed_out(f"topic {topic!r}, buffer_memory", waited, "_QUEUE_FULL")) from None
-                self._use(self._connection.serve, self._producer.poll, SLICE)
-            except confluent_kafka.KafkaException as exception:
-                if exception.args[0].name() == "_FATAL" and not self._in_callback:
-                    self._use(self._connection.serve, self._producer.poll, SLICE)  # tells the cause
-                error = self._connection.fatal or exception.args[0]
-                raise self._logged(self._connection.cause(error, f"topic {topic!r}")) from None
-            else:
-                return
-
-    def _logged(self, error: KafkaError) -> KafkaError:
-        logger.error("%s", error)
-        return error
+    def _refuse_in_callback(self, name: str, fix: str) -> None:
+        if self._served.in_callback:
+            raise KafkaError(
+                name, "it was called from a delivery callback, before the end of which nothing is delivered", fix
+            )
 
     def flush(self, timeout: float | None = None) -> None:
         """Wait until everything sent, by any thread, is delivered or has failed.
@@ -372,28 +198,11 @@ class DataForgeKafkaProducer:
             KafkaError: A record that was sent async without a callback failed since the last flush; or it was called
                 from a delivery callback.
         """
-        if self._closed.is_set() or self.inherited:
+        seconds = _seconds(timeout, self.config.delivery_timeout + _ON_THE_WAY)
+        if self._served.ended or self.inherited:
             return
         self._refuse_in_callback("flush", "Call it where the records are sent")
-        # A record's own deadline comes first, so that its error says why.
-        seconds = self.config.delivery_timeout + 2 if timeout is None else timeout
-        deadline = time.monotonic() + seconds
-        while self._left():
-            self._serve(self._producer.flush, max(0.0, min(SLICE, deadline - time.monotonic())))
-            left = self._left()
-            if left and time.monotonic() >= deadline:
-                raise self._logged(timed_out(f"{left} records not yet delivered", seconds))
-        first, failures = self._first_failure, dict(self._failures)
-        self._first_failure, self._failures = None, collections.Counter()
-        if first is not None:
-            counts = ", ".join(f"{count} x {code}" for code, count in failures.items())
-            raise type(first)(
-                f"{sum(failures.values())} records were not delivered ({counts}); the first: {first.culprit}",
-                first.cause,
-                first.fix,
-                code=first.code,
-                remedy=first.remedy,
-            ) from first
+        self._served.flush(seconds)
 
     def close(self, timeout: float | None = None) -> None:
         """Flush, give up what is not delivered by then, and let go of the connection. Again is harmless.
@@ -405,52 +214,15 @@ class DataForgeKafkaProducer:
             KafkaTimeoutError: Records were given up; each one's callback and future say so too.
             KafkaError: As `flush`.
         """
-        if self._closed.is_set() or self.inherited:
+        _seconds(timeout, 0)
+        if self._served.ended or self.inherited:
             return
         self._refuse_in_callback("close", "Call it where the producer was made")
-        with self._lock:
-            self._closing = True
+        self._served.closing = True
         try:
             self.flush(timeout)
         finally:
-            self._end()
-
-    def _end(self) -> None:
-        with self._lock:
-            if self._closed.is_set():
-                return
-            self._closed.set()
-        done = False
-        try:
-            done = self._let_go(_TOLD_SECONDS)
-        finally:
-            if not done:  # also where Ctrl-C ends it
-                self._connection.aside(functools.partial(self._let_go, math.inf))
-
-    def _let_go(self, patience: float) -> bool:
-        """Give up what is on its way and, once all of it is told, close the client, which waits without a deadline.
-
-        Args:
-            patience: How long to wait while nothing is told, seconds: a callback may not return.
-
-        Returns:
-            Whether it is closed.
-        """
-        before, since = 0, 0.0
-        while left := len(self._producer) + self._users:
-            if left != before:
-                before, since = left, time.monotonic()
-            elif time.monotonic() > since + patience:
-                return False
-            self._producer.purge()
-            self._tell(self._producer.flush, SLICE)
-            if self._users:
-                time.sleep(0.01)
-        if self._poller is not None:
-            self._poller.join(2)
-        with contextlib.suppress(confluent_kafka.KafkaException):  # a fatal error, which its records have told
-            self._producer.close()
-        return True
+            self._served.end()
 
     def __enter__(self) -> Self:
         return self
@@ -466,38 +238,31 @@ class DataForgeKafkaProducer:
             self.close(None if isinstance(error, Exception) else 1.0)
 
 
-def _keep_inherited() -> None:
-    """In a forked process, keep its parent's clients for ever: their end would wait for threads that are not there."""
-    for producer in list(_alive):
-        producer.inherited = True
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(producer._producer))  # noqa: SLF001
+def _told_by_send_sync(_err: object, _msg: object) -> None:
+    """Its failure is none of `flush`."""
+
+
+def _check_callback(callback: Any) -> None:
+    if callback is None:
+        return
+    cause = "it is no function" if not callable(callback) else "it is async, and nobody would await it"
+    if not callable(callback) or inspect.iscoroutinefunction(callback):
+        raise KafkaConfigError(
+            f"callback={callback!r}", cause, "Give a function of (err, msg); asyncio.wrap_future() awaits the future"
+        )
+
+
+def _seconds(timeout: Any, default: float) -> float:
+    if timeout is None:
+        return default
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout >= 0:
+        raise KafkaConfigError(f"timeout={timeout!r}", "it is no number of seconds", "Give 0 or more, or None")
+    return timeout
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_keep_inherited)
-
-
-@atexit.register
-def _deliver_at_exit() -> None:
-    """Deliver what nobody has flushed when the process ends, or say that it is lost."""
-    deadline = time.monotonic() + _EXIT_SECONDS
-    for producer in [one for one in _alive if not one.inherited]:
-        with contextlib.suppress(KafkaError):
-            producer.flush(max(0.0, deadline - time.monotonic()))
-        left = producer._left()  # noqa: SLF001
-        if left:
-            logger.error("The process ends, and %d records are lost. Call flush() or close() before its end", left)
-
-
-def _place(topic: str, msg: Any) -> RecordMetadata:
-    offset = msg.offset()
-    kind, timestamp = msg.timestamp()
-    known = -1 if offset is None or offset < 0 else offset
-    return RecordMetadata(topic, msg.partition(), known, timestamp if kind else None)
-
-
-def _count_only(_err: object, _msg: object) -> None:
-    """Stands for no callback: the failure is kept for flush."""
+    os.register_at_fork(after_in_child=keep_inherited)
+atexit.register(deliver_at_exit)
 
 
 def create_kafka_producer(config_dict: Mapping[str, Any]) -> DataForgeKafkaProducer:
@@ -518,4 +283,4 @@ def create_kafka_producer(config_dict: Mapping[str, Any]) -> DataForgeKafkaProdu
         raise KafkaConfigError(
             f"config of type {type(config_dict).__qualname__}", "it is no mapping", "Give a mapping of options by name"
         )
-    return DataForgeKafkaProducer(KafkaProducerConfig(**config_dict))
+    return DataForgeKafkaProducer(KafkaProducerConfig.model_validate(dict(config_dict)))

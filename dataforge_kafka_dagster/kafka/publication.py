@@ -125,7 +125,7 @@ class PublicationWriter:
         of_retry: bool = False,
         repeats: OtherWriterError | None = None,
     ) -> None:
-        if str(config.producer.acks) == "0":
+        if not config.producer.acknowledged:
             raise KafkaConfigError(
                 "acks=0",
                 "the brokers do not tell what they have got, so nothing can be said of a publication",

@@ -421,7 +421,7 @@ def _timestamp(timestamp: object, index: int | None) -> int:
         raise InvalidRecordError(
             record_name(index),
             f"timestamp={timestamp!r} is not a Kafka timestamp",
-            "Give milliseconds since the epoch as an int, or a datetime with a time zone",
+            "Give milliseconds since the epoch as an int, or a datetime with a time zone, after 1970 began",
             index=index,
         )
     return timestamp

@@ -19,7 +19,13 @@ import confluent_kafka
 from confluent_kafka import KafkaException
 
 from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, PublicationConfig, check_topic
-from dataforge_kafka_dagster.kafka.connection import SLICE, Connection, call_client, timed_out
+from dataforge_kafka_dagster.kafka.connection import (
+    SLICE,
+    Connection,
+    call_client,
+    refuse_larger_than_buffer,
+    timed_out,
+)
 from dataforge_kafka_dagster.kafka.dead_letters import dead_letter
 from dataforge_kafka_dagster.kafka.deliveries import PURGED, Failure, Span, Track, as_bytes, shown
 from dataforge_kafka_dagster.kafka.errors import (
@@ -105,6 +111,7 @@ class Sender:
         self._exactly_once = config.delivery_guarantee == "exactly_once"
         self._in_order = self._exactly_once or config.producer.idempotent
         self._producer: confluent_kafka.Producer | None = None
+        self._options: dict[str, Any] = {}
         self._codec = "none"
         self._first_sent = 0.0
         # Up to which position and byte what has been sent is not known to be delivered, a pair for each chunk.
@@ -125,6 +132,7 @@ class Sender:
             KafkaError: A topic does not exist, or this user may not write to it.
         """
         options = options | {"statistics.interval.ms": _STATISTICS_MS, "stats_cb": self.statistics.take}
+        self._options = options
         self._codec = options.get("compression.codec", options["compression.type"])
         connected = self._connect(options)
         self.add_topic(self.topic)
@@ -348,6 +356,8 @@ class Sender:
             try:
                 producer.produce(topic, **record)
             except BufferError:
+                size = text_size([record["value"], record["key"]])
+                refuse_larger_than_buffer(size, self._options, f"record {index}{shown(record['key'])}, topic {topic!r}")
                 # The buffer is full: wait for the broker. Records that wait too long fail by themselves.
                 self._poll(SLICE)
                 self.check()

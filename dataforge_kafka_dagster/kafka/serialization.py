@@ -450,7 +450,7 @@ def refuse_non_finite(value: Any, index: int | None) -> None:
         raise InvalidRecordError(
             f"{record_name(index)}, field {field!r}",
             "JSON has neither NaN nor infinity",
-            "Replace it by None, or publish a data frame, where NaN is null",
+            "Replace it by None; in a data frame that is published, NaN is null",
             index=index,
             field=field,
         )
@@ -691,14 +691,17 @@ def serialize_headers(headers: Headers | None, index: int | None = None) -> list
     pairs = list(headers.items()) if isinstance(headers, Mapping) else headers
     encoded: list[tuple[str, bytes | None]] = []
     try:
-        for name, value in pairs:
+        for pair in pairs:
+            if isinstance(pair, str):
+                raise TypeError(f"{pair!r} is no pair")  # noqa: TRY301
+            name, value = pair
             if not isinstance(name, str):
                 raise TypeError(f"the name {name!r} is of type {type(name).__qualname__}")  # noqa: TRY301
             if "\0" in name:  # librdkafka would write what stands before it
                 raise ValueError(f"the name {name!r} contains a NUL character")  # noqa: TRY301
             name.encode()
             if isinstance(value, str):
-                value = value.encode()  # noqa: PLW2901
+                value = value.encode()
             elif value is not None and not isinstance(value, bytes):
                 raise TypeError(f"{name!r} is of type {type(value).__qualname__}")  # noqa: TRY301
             encoded.append((name, value))
