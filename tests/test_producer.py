@@ -974,3 +974,14 @@ def test_a_deleted_topic_is_not_told_as_a_wrong_kafka_partition(kafka_bootstrap_
             producer.send_sync(new_topic, "x")
     assert "let the key decide" not in caught.value.fix
     assert caught.value.code in {"_UNKNOWN_PARTITION", "_UNKNOWN_TOPIC", "UNKNOWN_TOPIC_OR_PART"}
+
+
+def test_events_of_a_connection_that_is_lost_are_no_records(unconnected, eventually):
+    producer = unconnected(linger_ms=0, delivery_timeout=0.5)
+    time.sleep(0.5)  # for a bootstrap server that refuses
+    producer.flush(0)
+    assert isinstance(producer.send_async("t", "x", callback=lambda *_: None).exception(10), KafkaError)
+    for _ in range(3):
+        time.sleep(0.3)
+        producer.flush(0.2)
+    producer.close(0.2)

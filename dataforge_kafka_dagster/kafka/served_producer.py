@@ -155,7 +155,9 @@ class ServedProducer:
     def left(self) -> int:
         """How many records are on their way, or not told of yet."""
         with self._lock:
-            return 0 if self._ended.is_set() else len(self._untold) or len(self._producer) or self._is_telling
+            if self._thread is None or self._ended.is_set():  # without a thread, what it counts are events
+                return 0
+            return len(self._untold) or len(self._producer) or self._is_telling
 
     @property
     def in_callback(self) -> bool:
@@ -250,6 +252,9 @@ class ServedProducer:
                     self._take_reports()
                 else:
                     self._rest()
+        self._close()
+
+    def _close(self) -> None:
         with contextlib.suppress(confluent_kafka.KafkaException):  # a fatal error, which its records have told
             self._producer.close()
 
@@ -377,6 +382,8 @@ class ServedProducer:
             ) from first
 
     def _wait_for_last(self, deadline: float) -> None:
+        if self._is_resting:  # it has events of librdkafka's own to take, which count as records
+            self._wake.put(None)
         last = None
         with contextlib.suppress(RuntimeError):  # it may change in between
             last = next(reversed(self._untold), None)
@@ -391,10 +398,10 @@ class ServedProducer:
         with self._lock:
             self._stopping = True
             thread = self._thread
-        if thread is None:
-            with self._lock:
+            if thread is None:
                 self._ended.set()
-            self._producer.close()
+        if thread is None:
+            self._close()
             return
         self._wake.put(None)
         before, since = -1, 0.0
