@@ -24,7 +24,7 @@ from dataforge_kafka_dagster.kafka.registry import SchemaRegistry, SchemaRegistr
 from dataforge_kafka_dagster.kafka.schemas import SCHEMA_FORMATS, KafkaSchema, SchemaDecoder, SchemaFormat
 from dataforge_kafka_dagster.kafka.serialization import ValueFormat
 from dataforge_kafka_dagster.kafka.served_producer import RecordMetadata
-from dataforge_kafka_dagster.kafka.sources import chunks
+from dataforge_kafka_dagster.kafka.sources import chunks, is_repeatable
 from dataforge_kafka_dagster.kafka.upserts import Upsert
 from dataforge_kafka_dagster.resource import (
     PUBLICATION_METADATA,
@@ -178,6 +178,9 @@ class KafkaIOManager(dg.ConfigurableIOManager):
             # An op's output is handed on as it is, also inside the graph of an asset.
             outputs = _by_partition(obj, identity.partition) if context.has_asset_key else {}
         if len(outputs) > 1:
+            for partition, output in outputs.items():
+                with self.kafka.errors_in_dagster(context, target.topic, (partition,)):
+                    self._refuse_at_once(context, output, target, identity)
             done = {}
             try:
                 for partition, output in outputs.items():
@@ -197,6 +200,23 @@ class KafkaIOManager(dg.ConfigurableIOManager):
             if same:
                 context.step_context.add_asset_metadata(same, context.asset_key, of_partition)
 
+    def _refuse_at_once(self, context: dg.OutputContext, output: Any, target: "_Target", identity: Identity) -> None:
+        """Refuse what is no output, as far as a look tells that takes nothing of it."""
+        _refuse_own(output)
+        if output is None:
+            if not is_again(context, identity):
+                self._refuse_none(context)
+        elif is_repeatable(output) or (type(output).__module__ == "builtins" and not isinstance(output, Iterator)):
+            chunks(output, target.key).close()
+
+    def _refuse_none(self, context: dg.OutputContext) -> None:
+        if self._write_mode_of(context) == "upsert" and not (context.has_asset_key and has_sessions(context)):
+            raise InvalidRecordError(
+                "output None",
+                "an upsert would forget the keys that are there",
+                "Return an empty list to delete them all; or raise, and nothing changes",
+            )
+
     def _publish(self, context: dg.OutputContext, obj: Any, target: "_Target", identity: Identity) -> dict[str, Any]:
         """Publish one output and return what its materialization says."""
         topic = target.topic
@@ -207,12 +227,8 @@ class KafkaIOManager(dg.ConfigurableIOManager):
             in_body = context.has_asset_key and sessions
             with self.kafka.errors_in_dagster(context, topic, identity.partition):
                 done = self.kafka.published(identity, topic) if is_again(context, identity) else None
-                if done is None and self._write_mode_of(context) == "upsert" and not in_body:
-                    raise InvalidRecordError(
-                        "output None",
-                        "an upsert would forget the keys that are there",
-                        "Return an empty list to delete them all; or raise, and nothing changes",
-                    )
+                if done is None:
+                    self._refuse_none(context)
             if done is None and in_body:
                 context.log.warning(
                     "The output is None, and the body had sessions of kafka.publishing(): this materialization says"

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from dataforge_kafka_dagster import KafkaError, KafkaIOManager, KafkaProducerConfig, KafkaProducerResource, KafkaRecord
-from dataforge_kafka_dagster.kafka.config import PublicationConfig
+from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, PublicationConfig
 from dataforge_kafka_dagster.kafka.dead_letters import dead_letter
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError
 from dataforge_kafka_dagster.kafka.ledger import Publication
@@ -103,6 +103,20 @@ def writer(kafka_bootstrap_servers, topics):
         )
 
     return make
+
+
+def test_a_compacted_dead_letter_topic_is_refused(writer, kafka_topic, topics, read):
+    compacted = kafka_topic(config={"cleanup.policy": "compact"})
+    with pytest.raises(KafkaConfigError, match="it is compacted"), writer(on_bad_record=compacted) as publication:
+        publication.send({"a": 1})
+    assert read(topics[0]) == []
+
+
+def test_the_dead_letter_topic_of_a_compacted_topic_is_not_made_compacted(writer, new_topic, read):
+    spec = KafkaTopicSpec(configs={"cleanup.policy": "compact", "retention.ms": "100000000"})
+    with writer(on_bad_record=new_topic, create_topic=spec) as publication:
+        publication.send({1})
+    assert len(read(new_topic)) == 1
 
 
 def _letters(found):

@@ -447,6 +447,20 @@ def test_an_error_of_the_token_function_is_the_cause_at_once(name, said, remedy)
     assert caught.value.remedy is remedy
 
 
+def _hangs(_):
+    time.sleep(5)
+
+
+def test_a_token_function_that_hangs_ends_at_the_connect_timeout():
+    oauth = {"security_protocol": "SASL_SSL", "sasl_mechanism": "OAUTHBEARER", "connect_timeout": 0.3}
+    config = KafkaProducerConfig(**oauth, sasl_oauthbearer_callback=f"{__name__}:_hangs")
+    began = time.monotonic()
+    with pytest.raises(KafkaError, match=r"_hangs'?: it has not returned after connect_timeout, 0.3 s") as caught:
+        Connection(config).producer({})
+    assert time.monotonic() - began < 3
+    assert caught.value.remedy is Remedy.RETRY
+
+
 WRONG_TOKENS = {
     "token alone": (lambda _: "secret", "it returned str"),
     "bytes": (lambda _: (b"secret", time.time() + 3600), r"it returned \(bytes, float\)"),

@@ -764,6 +764,32 @@ def test_a_mapping_that_is_not_of_the_runs_dagster_partitions_is_no_record(
     assert read(topic) == []
 
 
+@pytest.mark.parametrize(
+    ("bad", "mode", "cause"),
+    [
+        (42, "append", "output of type builtins.int"),
+        ({1}, "append", "output of type builtins.set"),
+        (pd.DataFrame({"letter": ["c"]}), "append", "the key column is missing"),
+        (None, "upsert", "an upsert would forget"),
+    ],
+    ids=["number", "set", "frame", "None"],
+)
+def test_what_a_look_at_a_mapping_tells_to_be_no_output_is_refused_before_any_of_it_is_published(
+    bad, mode, cause, manager, kafka_topic, read, instance
+):
+    topic = kafka_topic()
+    options = {"metadata": {"kafka/topic": topic, "kafka/key": "id", "kafka/write_mode": mode}}
+
+    @dg.asset(partitions_def=LETTERS, backfill_policy=dg.BackfillPolicy.single_run(), **options)
+    def made():
+        return {"a": [{"id": 1}], "b": iter([{"id": 2}]), "c": bad}
+
+    failure = _failure(_materialize(made, manager, instance, tags=RANGE, raise_on_error=False))
+    assert cause in failure.description
+    assert failure.metadata["kafka/dagster_partition"].value == "c"
+    assert read(topic) == []
+
+
 def test_what_was_published_before_a_range_failed_is_told_so_that_nobody_publishes_it_again(
     manager, kafka_topic, read, instance
 ):

@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 from confluent_kafka import KafkaError as Code
-from mock_cluster import ADD_PARTITIONS, END_TXN, PRODUCE, TXN_OFFSETS, MockCluster
+from mock_cluster import ADD_OFFSETS, ADD_PARTITIONS, END_TXN, PRODUCE, TXN_OFFSETS, MockCluster
 
 from dataforge_kafka_dagster import (
     DataForgeKafkaProducer,
@@ -24,7 +24,7 @@ from dataforge_kafka_dagster.kafka.errors import FencedError, Remedy
 from dataforge_kafka_dagster.kafka.publication import PublicationWriter
 from dataforge_kafka_dagster.kafka.topics import Topic
 
-PRODUCER_FENCED = 90
+PRODUCER_FENCED, TRANSACTION_ABORTABLE = 90, 120
 
 pytestmark = pytest.mark.slow
 
@@ -87,6 +87,23 @@ def test_a_coordinator_and_leaders_that_move_in_mid_publication(cluster):
         cluster.move_leader("t", 1, 1)
 
     assert _publish(cluster, move).records == 1000
+
+
+@pytest.mark.parametrize("request_kind", [ADD_OFFSETS, TXN_OFFSETS], ids=["group", "offsets"])
+@pytest.mark.parametrize("code", [TRANSACTION_ABORTABLE, Code.REBALANCE_IN_PROGRESS])
+def test_a_transaction_that_the_ledger_cannot_join_is_given_up_at_once(request_kind, code, cluster):
+    began = time.monotonic()
+    with pytest.raises(KafkaError) as caught:
+        _publish(cluster, lambda: cluster.fail_next(request_kind, code))
+    assert time.monotonic() - began < 5
+    assert caught.value.remedy is Remedy.RETRY
+    assert _publish(cluster).records == 1000
+
+
+def test_a_commit_whose_answer_says_nothing_may_have_been_one(cluster):
+    with pytest.raises(KafkaError, match="whether it was committed is not known") as caught:
+        _publish(cluster, lambda: cluster.fail_next(END_TXN, Code.UNKNOWN))
+    assert caught.value.remedy is Remedy.RETRY
 
 
 LOST = {

@@ -5,6 +5,7 @@ from confluent_kafka import KafkaError as KafkaCode
 
 from dataforge_kafka_dagster import KafkaError, KafkaProducerConfig
 from dataforge_kafka_dagster.kafka.connection import Connection
+from dataforge_kafka_dagster.kafka.errors import Remedy
 from dataforge_kafka_dagster.kafka.ledger import PartitionOffsets
 from dataforge_kafka_dagster.kafka.reader import _read_partition
 
@@ -14,11 +15,15 @@ TIMEOUT = 0.3
 class _Told:
     """What a consumer tells in a record's place."""
 
-    def __init__(self, error):
+    def __init__(self, error, offset=None):
         self._error = error
+        self._offset = offset
 
     def error(self):
         return self._error
+
+    def offset(self):
+        return self._offset
 
 
 class _Record:
@@ -62,10 +67,10 @@ class _Consumer:
         return places
 
 
-def _read(consumer, records=5):
+def _read(consumer, records=5, timeout=TIMEOUT):
     offsets = PartitionOffsets("t", 2, ((0, records - 1),))
     connection = Connection(KafkaProducerConfig(bootstrap_servers="localhost:1"))
-    return _read_partition(connection, consumer, offsets, TIMEOUT, partial=False)
+    return _read_partition(connection, consumer, offsets, timeout, partial=False)
 
 
 def test_errors_that_pass_without_end_do_not_put_the_deadline_off():
@@ -83,6 +88,41 @@ def test_each_record_puts_the_deadline_off():
     found = [record.value for record in _read(_Consumer(errors=20, records=5))]
     assert time.monotonic() - began > 2 * TIMEOUT
     assert found == [b"0", b"1", b"2", b"3", b"4"]
+
+
+class _Ending:
+    """A consumer of a log that ends after so many records, and then after all."""
+
+    def __init__(self, first, then):
+        self._first, self._then = first, then
+        self._given, self._began = 0, time.monotonic()
+
+    def assign(self, _places): ...
+
+    def consume(self, _count, _seconds):
+        time.sleep(0.01)
+        end = self._first if time.monotonic() < self._began + 0.5 else self._then
+        if self._given < end:
+            self._given += 1
+            found = [_Record(self._given - 1)]
+            return [*found, _Told(KafkaCode(KafkaCode._PARTITION_EOF), end)] if self._given == end else found
+        return []
+
+    def position(self, places):
+        places[0].offset = self._given
+        return places
+
+
+def test_a_log_that_ends_too_early_is_told_as_such_and_soon():
+    began = time.monotonic()
+    with pytest.raises(KafkaError, match="2 of 5 records are gone") as caught:
+        list(_read(_Ending(3, 3), timeout=30))
+    assert time.monotonic() - began < 10
+    assert caught.value.remedy is Remedy.FAIL
+
+
+def test_an_end_that_moves_on_is_none():
+    assert len(list(_read(_Ending(3, 5), timeout=30))) == 5
 
 
 class _CutLog:

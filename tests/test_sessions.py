@@ -221,6 +221,25 @@ def test_what_another_thread_could_not_send_is_not_left_out(what, kafka, kafka_t
     assert read(topic) == []
 
 
+@pytest.mark.parametrize("value", [{"i": float("nan")}, object()])
+def test_a_record_that_another_thread_could_not_send_is_not_left_out(value, kafka, kafka_topic, read, instance):
+    topic = kafka_topic()
+
+    @dg.asset
+    def threads(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, kafka.publishing(context, topic=topic) as publication:
+            publication.send({"i": -1})
+            with contextlib.suppress(KafkaError):  # one's own error is one's own to judge
+                publication.send(value)
+            concurrent.futures.wait([pool.submit(publication.send, value)], 10)
+        return publication.materialize_result()
+
+    result = dg.materialize([threads], resources={"kafka": kafka}, instance=instance, raise_on_error=False)
+    assert not result.success
+    assert "record 1" in _failure(result, "threads")
+    assert read(topic) == []
+
+
 def test_records_that_come_one_by_one_are_not_committed_by_half_either(kafka, kafka_topic, read, instance):
     topic = kafka_topic()
 

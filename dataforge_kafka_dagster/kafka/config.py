@@ -275,7 +275,10 @@ class SchemaRegistryOptions(BaseModel):
     schema_registry_ssl_key_location: str | None = Field(
         default=None, description="File of the client's private key (PEM) for it."
     )
-    schema_registry_timeout: float = Field(default=10.0, description="Longest wait for one of its answers, seconds.")
+    schema_registry_timeout: float = Field(
+        default=10.0,
+        description="Longest wait for the next bytes of an answer, seconds; it is asked up to three times.",
+    )
     schema_registry_client_config: dict[str, str] = Field(
         default_factory=dict,
         repr=False,

@@ -194,8 +194,19 @@ class Connection:
             return fetched
 
         first: list[tuple[Any, ...]] = []
+        timeout = self.config.connect_timeout
+        fetching = _spawn(functools.partial(fetch, options.get("sasl.oauthbearer.config", "")))
+        concurrent.futures.wait([fetching], timeout)
         try:
-            first.append(fetch(options.get("sasl.oauthbearer.config", "")))
+            if not fetching.done():
+                raise KafkaError(  # noqa: TRY301
+                    f"sasl_oauthbearer_callback={self.config.sasl_oauthbearer_callback!r}",
+                    f"it has not returned after connect_timeout, {timeout:g} s",
+                    "Give what it asks for the token a deadline, or raise connect_timeout",
+                    code="_AUTHENTICATION",
+                    remedy=Remedy.RETRY,
+                )
+            first.append(fetching.result())
         except Exception as error:  # noqa: BLE001  (of any kind: the function is the user's)
             raise self._oauth_cause(error) from None
         return fetch
@@ -458,7 +469,8 @@ class Connection:
                 self._serve_errors()
                 error = exception.args[0]
                 fatal = self.fatal or error
-                if remedy_of(fatal.name()) is not Remedy.RETRY:
+                given_up = _is_fatal(fatal) or error.txn_requires_abort()
+                if given_up or remedy_of(fatal.name()) is not Remedy.RETRY:
                     raise self.cause(fatal, culprit) from None
                 if time.monotonic() + 0.1 >= deadline:
                     if error.name() in NO_ANSWER_CODES:

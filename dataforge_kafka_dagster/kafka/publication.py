@@ -282,6 +282,22 @@ class PublicationWriter:
         """
         if self.replayed:
             return
+        try:
+            self._send(value, key, headers, partition, timestamp, topic)
+        except BaseException as error:
+            if threading.get_ident() != self._thread:
+                self._spoil(error, f"the send of record {self._sender.position} ended")
+            raise
+
+    def _send(
+        self,
+        value: Any,
+        key: Any,
+        headers: Headers | None,
+        partition: int | None,
+        timestamp: int | dt.datetime | None,
+        topic: str | None,
+    ) -> None:
         with self._sender.lock:
             record = as_record(value, key, headers, partition, timestamp, self._sender.position)
             encoders = self.encoders(topic)
@@ -348,18 +364,20 @@ class PublicationWriter:
             position = self._sender.position
             if position > before or threading.get_ident() != self._thread:
                 at = f"after record {position - 1}" if position > before else "before its first record"
-                self._sender.broken = self._sender.broken or (
-                    error
-                    if isinstance(error, KafkaError)
-                    else KafkaError(
-                        f"publication to {self.topic!r}",
-                        f"a send_all ended {at} with {type(error).__name__}: {error}",
-                        "Let that error end the with block, or catch it where the records are made",
-                    )
-                )
+                self._spoil(error, f"a send_all ended {at}")
             raise
         finally:
             self._under_way.discard(call)
+
+    def _spoil(self, error: BaseException, what: str) -> None:
+        """Let nothing be committed after an error that may be caught, or that nobody may look at."""
+        if not isinstance(error, KafkaError):
+            error = KafkaError(
+                f"publication to {self.topic!r}",
+                f"{what} with {type(error).__name__}: {error}",
+                "Let that error end the with block, or catch it where the records are made",
+            )
+        self._sender.broken = self._sender.broken or error
 
     def _write(self, chunk: Chunk, topic: str) -> None:
         sender = self._sender
@@ -552,7 +570,8 @@ class PublicationWriter:
                 code=error.code,
                 remedy=Remedy.FAIL,
             )
-        if failure is None and error.remedy is Remedy.RETRY:
+        if failure is None and (error.remedy is Remedy.RETRY or error.code == "UNKNOWN"):
+            error.remedy = Remedy.RETRY
             error.add(unknown, "Try again: the next attempt reads the outcome from the ledger")
         return error
 

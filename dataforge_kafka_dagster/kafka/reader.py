@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import functools
+import math
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
@@ -19,6 +20,8 @@ from dataforge_kafka_dagster.kafka.ledger import PartitionOffsets, Publication
 from dataforge_kafka_dagster.kafka.topics import lost_since
 
 _BATCH: Final = 5_000
+# The end of a log may move on: a broker that has just become leader learns it from the others.
+_LAG_SECONDS: Final = 1.0
 
 
 class ReadRecord(NamedTuple):
@@ -50,7 +53,7 @@ def read_publication(
     consumer = connection.reader(
         {
             "auto.offset.reset": "earliest" if partial else "error",
-            "enable.partition.eof": partial,
+            "enable.partition.eof": True,
             # The request for more than there is of one Kafka partition holds up the next one's.
             "fetch.wait.max.ms": 5,
             "queued.max.messages.kbytes": 32768,
@@ -96,19 +99,14 @@ def _read_partition(
     whole = len(offsets.runs) == 1
     starts = [first for first, _ in offsets.runs]
     found = 0
-    reached = offsets.first
-    passing: confluent_kafka.KafkaError | None = None
-    deadline = time.monotonic() + timeout
+    patience = _Patience(connection, offsets, timeout)
     while True:
         # Not more than there can be: consume waits for as many as it is asked for.
         messages: list[Any] = consumer.consume(max(1, min(_BATCH, offsets.records - found)), SLICE)
         for message in messages:
             error: confluent_kafka.KafkaError | None = message.error()
             if error is not None:
-                if error.name() == "_PARTITION_EOF":
-                    return
-                _check(connection, error, offsets)
-                passing = error
+                patience.hear(error, message.offset())
                 continue
             offset = message.offset()
             if offset < offsets.first:
@@ -120,16 +118,60 @@ def _read_partition(
                 yield ReadRecord(message.value(), message.key(), message)
         else:
             position = consumer.position([TopicPartition(offsets.topic, offsets.partition)])[0].offset
-            if position <= offsets.last:
-                # By records alone: an error that can be retried is told again and again.
-                if position > reached:
-                    reached, passing, deadline = position, None, time.monotonic() + timeout
-                elif time.monotonic() > deadline:
-                    raise _no_more(connection, passing, offsets, timeout)
+            if position <= offsets.last and patience.lasts(position):
                 continue
         break
     if found != offsets.records and not partial:
         raise _gone(offsets, f"{offsets.records - found} of {offsets.records} records are gone")
+
+
+class _Patience:
+    """How long to wait for the next record of a Kafka partition, and what is told meanwhile."""
+
+    def __init__(self, connection: Connection, offsets: PartitionOffsets, timeout: float) -> None:
+        self._connection = connection
+        self._offsets = offsets
+        self._timeout = timeout
+        self._reached = offsets.first
+        self._deadline = time.monotonic() + timeout
+        self._passing: confluent_kafka.KafkaError | None = None
+        self._end: int | None = None
+        self._ended = math.inf
+
+    def hear(self, error: confluent_kafka.KafkaError, offset: int | None) -> None:
+        """Take what is told in a record's place, at an offset.
+
+        Raises:
+            KafkaError: It does not pass.
+        """
+        if error.name() == "_PARTITION_EOF":
+            self._end, self._ended = offset, time.monotonic()
+        else:
+            _check(self._connection, error, self._offsets)
+            self._passing = error
+
+    def lasts(self, position: int) -> bool:
+        """Whether to wait on for what follows a position; not if the log ends there.
+
+        Records alone put the deadline off: an error that can be retried is told again and again.
+
+        Raises:
+            KafkaError: The time is up.
+        """
+        now = time.monotonic()
+        if position > self._reached:
+            self._reached, self._passing, self._deadline = position, None, now + self._timeout
+            if self._end is not None and position > self._end:  # it has moved on
+                self._ended = math.inf
+        if now > self._ended + _LAG_SECONDS:
+            return False
+        if now <= self._deadline:
+            return True
+        if self._passing is None:
+            raise self._connection.unreachable(self._timeout)
+        error = self._connection.cause(self._passing, _place(self._offsets))
+        error.add(f"no record in {self._timeout:.1f} s")
+        raise error
 
 
 def _check(connection: Connection, error: confluent_kafka.KafkaError, offsets: PartitionOffsets) -> None:
@@ -141,20 +183,10 @@ def _check(connection: Connection, error: confluent_kafka.KafkaError, offsets: P
         raise connection.cause(error, _place(offsets))
 
 
-def _no_more(
-    connection: Connection, passing: confluent_kafka.KafkaError | None, offsets: PartitionOffsets, timeout: float
-) -> KafkaError:
-    if passing is None:
-        return connection.unreachable(timeout)
-    error = connection.cause(passing, _place(offsets))
-    error.add(f"no record in {timeout:.1f} s")
-    return error
-
-
 def _gone(offsets: PartitionOffsets, cause: str) -> KafkaError:
     return KafkaError(
         f"{_place(offsets)}, offsets {offsets.first} to {offsets.last}",
-        f"{cause}: retention or compaction removed them, or the topic was made anew",
+        f"{cause}: retention or compaction removed them, brokers lost them, or the topic was made anew",
         "Materialize the upstream asset again, or raise the topic's retention.ms",
     )
 

@@ -65,7 +65,12 @@ class SchemaRegistryConfig(BaseModel):
     ssl_ca_location: str | None = Field(default=None, description="File or folder of CA certificates (PEM).")
     ssl_certificate_location: str | None = Field(default=None, description="File of the client's certificate (PEM).")
     ssl_key_location: str | None = Field(default=None, description="File of the client's private key (PEM).")
-    timeout: float = Field(default=10.0, gt=0, le=300, description="Longest wait for one answer, seconds.")
+    timeout: float = Field(
+        default=10.0,
+        gt=0,
+        le=300,
+        description="Longest wait for the next bytes of an answer, seconds; it is asked up to three times.",
+    )
     client_config: dict[str, str] = Field(
         default_factory=dict,
         repr=False,

@@ -32,6 +32,7 @@ from dataforge_kafka_dagster.kafka.errors import (
     FENCED_CODES,
     UNKNOWN_TOPIC_CODES,
     InvalidRecordError,
+    KafkaConfigError,
     KafkaError,
     Remedy,
     out_of_turn,
@@ -137,7 +138,7 @@ class Sender:
         connected = self._connect(options)
         self.add_topic(self.topic)
         if self.dead_topic is not None:
-            self._dead_track = self._track(self.dead_topic)
+            self._dead_track = self._track_dead_letters(self.dead_topic)
         # The largest batch is the topic's too: the broker refuses a larger one whole, and librdkafka does not split it.
         largest = min((track.max_bytes for track in self.all_tracks if track.max_bytes), default=None)
         if largest is not None and largest < int(options["batch.size"]):
@@ -168,10 +169,24 @@ class Sender:
             track = self.tracks[topic] = self._track(topic, ledger=self._exactly_once)
         return track
 
-    def _track(self, topic: str, *, ledger: bool = False) -> Track:
+    def _track(self, topic: str, *, ledger: bool = False, create: KafkaTopicSpec | None = None) -> Track:
         timeout = self._config.producer.connect_timeout
-        found = check_topic_exists(self._connection, topic, self._create_topic, timeout, ledger=ledger)
+        found = check_topic_exists(self._connection, topic, create or self._create_topic, timeout, ledger=ledger)
         return Track(topic, found, self._codec, cautious=self.dead_topic is not None)
+
+    def _track_dead_letters(self, topic: str) -> Track:
+        spec = self._create_topic
+        if spec is not None:
+            kept = {name: value for name, value in spec.configs.items() if name != "cleanup.policy"}
+            spec = spec.model_copy(update={"configs": kept})
+        track = self._track(topic, create=spec)
+        if track.compacted:
+            raise KafkaConfigError(
+                f"dead-letter topic {topic!r}",
+                "it is compacted: it takes no record without a key, and keeps one of each key",
+                "Name a topic with cleanup.policy=delete",
+            )
+        return track
 
     def live(self) -> confluent_kafka.Producer:
         """The producer.
