@@ -258,7 +258,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
             upsert = self._upsert(context, target, identity)
             writer.keeps_places = upsert is not None
             with writer:
-                if upsert is None:
+                if upsert is None or writer.replayed:
                     writer.send_chunks(encoded)
                 else:
                     untold = writer.predecessor(upsert.replaces)
