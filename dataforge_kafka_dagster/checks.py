@@ -7,7 +7,7 @@ import dagster as dg
 
 from dataforge_kafka_dagster.history import last_published, name_of
 from dataforge_kafka_dagster.io_manager import KafkaIOManager, topic_of
-from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError
+from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError, place_name
 from dataforge_kafka_dagster.kafka.ledger import Publication
 from dataforge_kafka_dagster.kafka.schemas import KafkaSchema, check_compatible
 from dataforge_kafka_dagster.kafka.verification import Missing, find_missing
@@ -253,7 +253,7 @@ def _result(
     ]
     metadata["kafka/missing"] = dg.MetadataValue.table(rows, _COLUMNS)
     name, gone = missing[0]
-    place = f"topic {gone.topic!r}" + ("" if gone.partition is None else f", Kafka partition {gone.partition}")
+    place = place_name(gone.topic, gone.partition)
     count = metadata["kafka/missing_records"]
     description = f"{count:,} of {records:,} records are gone. {name}, {place}: {gone.cause}"
     return dg.AssetCheckResult(passed=False, severity=severity, metadata=metadata, description=description)

@@ -93,7 +93,7 @@ def _had_succeeded(instance: dg.DagsterInstance, run: dg.DagsterRun | None, step
 
 
 def _steps(instance: dg.DagsterInstance, run_id: str | None, event: dg.DagsterEventType) -> set[str]:
-    """The keys of the steps of a run that ended so."""
+    """The keys of the steps of a run that have such an event."""
     return {entry.step_key for entry in instance.all_logs(run_id or "", of_type=event) if entry.step_key}
 
 

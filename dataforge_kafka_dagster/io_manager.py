@@ -210,7 +210,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
             chunks(output, target.key).close()
 
     def _refuse_none(self, context: dg.OutputContext) -> None:
-        if self._write_mode_of(context) == "upsert" and not (context.has_asset_key and has_sessions(context)):
+        if self._write_mode_of(context) == "upsert" and not _has_own_sessions(context):
             raise InvalidRecordError(
                 "output None",
                 "an upsert would forget the keys that are there",
@@ -223,8 +223,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         with self.kafka.errors_in_dagster(context, topic, identity.partition):
             _refuse_own(obj)
         if obj is None:
-            sessions = has_sessions(context)
-            in_body = context.has_asset_key and sessions
+            in_body = _has_own_sessions(context)
             with self.kafka.errors_in_dagster(context, topic, identity.partition):
                 done = self.kafka.published(identity, topic) if is_again(context, identity) else None
                 if done is None:
@@ -237,7 +236,10 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                 )
                 return {}
             if done is None:
-                begin, beside = log_prefix(identity.partition), " beside the body's sessions" if sessions else ""
+                begin, beside = (
+                    log_prefix(identity.partition),
+                    " beside the body's sessions" if has_sessions(context) else "",
+                )
                 context.log.info(f"{begin}The output is None: nothing was published to {topic!r}{beside}")
                 return {"dagster/row_count": 0, "kafka/topic": topic, "kafka/records": 0}
             context.log.info(describe(done, identity.partition))
@@ -307,20 +309,15 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                 "a record that goes to a dead-letter topic would take the old record of its key with it",
                 "Set on_bad_record to 'fail'",
             )
-        instance = context.step_context.instance
-        asked = identity.partition or _replaced_as_a_whole(instance, context.asset_key)
+        replaced = _replaced(context.step_context.instance, context.asset_key, identity.partition)
         previous: dict[str, Publication] = {}
-        for partition in asked:
-            try:
-                last = last_published(instance, context.asset_key, partition)
-            except KafkaError:
-                continue  # something else had stored it, and not in Kafka
+        for partition, last in replaced.items():
             if last is None or last.publication is None:
                 continue
             _refuse_others(
                 name_of(context.asset_key, partition),
                 last.partitions,
-                asked,
+                list(replaced),
                 "Its keys cannot be told from theirs: materialize all of them in one run. If the asset has other"
                 " Dagster partitions by now, wipe its materializations in Dagster: rows that it has given up then stay",
             )
@@ -733,21 +730,34 @@ def _publications(context: dg.InputContext) -> dict[str | None, Publication | No
     return publications
 
 
+def _has_own_sessions(context: dg.OutputContext) -> bool:
+    """Whether an asset's body has published by sessions of its own."""
+    return context.has_asset_key and has_sessions(context)
+
+
 def _holds(last: Published | None, publication: Publication) -> bool:
     """Whether a Dagster partition's last publication is this one."""
     found = last.publication if last else None
     return found is not None and found.publication_id == publication.publication_id
 
 
-def _replaced_as_a_whole(instance: dg.DagsterInstance, asset_key: dg.AssetKey) -> Sequence[str | None]:
-    """What an asset without Dagster partitions replaces: its last publication, or those of all that it had before."""
-    try:
-        last = last_published(instance, asset_key, None)
-    except KafkaError:
-        last = None
-    if last is None or last.partition is None:
-        return (None,)
-    return sorted(instance.get_materialized_partitions(asset_key))
+def _replaced(
+    instance: dg.DagsterInstance, asset_key: dg.AssetKey, partitions: Sequence[str]
+) -> Mapping[str | None, Published | None]:
+    """What an upsert replaces, by Dagster partition: without any, the last of all, or those of each that there was."""
+
+    def last_of(partition: str | None) -> Published | None:
+        try:
+            return last_published(instance, asset_key, partition)
+        except KafkaError:
+            return None  # something else had stored it, and not in Kafka
+
+    if partitions:
+        return {partition: last_of(partition) for partition in partitions}
+    whole = last_of(None)
+    if whole is None or whole.partition is None:
+        return {None: whole}
+    return {partition: last_of(partition) for partition in sorted(instance.get_materialized_partitions(asset_key))}
 
 
 def _refuse_others(name: str, covered: Sequence[str], asked: Sequence[str | None], fix: str) -> None:

@@ -898,8 +898,7 @@ def test_a_producer_that_nobody_has_any_more_delivers_and_ends(config, kafka_top
     assert [record.value for record in read(topic)] == [b"forsaken"]
 
 
-def test_of_a_flood_of_failures_the_first_are_logged_and_then_how_many(kafka_bootstrap_servers, no_room, caplog):
-    config = KafkaProducerConfig(bootstrap_servers=kafka_bootstrap_servers, delivery_timeout=10)
+def test_of_a_flood_of_failures_the_first_are_logged_and_then_how_many(config, no_room, caplog):
     with DataForgeKafkaProducer(config) as producer:
         futures = [producer.send_async(no_room, os.urandom(200), callback=lambda *_: None) for _ in range(200)]
         producer.flush()

@@ -323,9 +323,13 @@ class Connection:
         told = hidden if hidden is not None and self._holds_for_all else ours
         if hidden is not None and told is ours:
             ours.add(f"an earlier connection error: {hidden.cause}")
-        if self._transport is not None and (told is ours or self._met_others):
-            told.add(f"the last connection error: {self.config.redact(self._transport.str())}")
+        if told is ours or self._met_others:
+            self._add_transport(told)
         return told
+
+    def _add_transport(self, error: KafkaError) -> None:
+        if self._transport is not None:
+            error.add(f"the last connection error: {self.config.redact(self._transport.str())}")
 
     def _hidden_cause(self) -> KafkaError | None:
         if self._oauth_error is not None:
@@ -402,8 +406,7 @@ class Connection:
     def late(self, culprit: str, seconds: float) -> KafkaTimeoutError:
         """The error for a deadline of our own, with the last connection error."""
         error = timed_out(culprit, seconds)
-        if self._transport is not None:
-            error.add(f"the last connection error: {self.config.redact(self._transport.str())}")
+        self._add_transport(error)
         return error
 
     def resume(self, call: Callable[[float], T], timeout: float, culprit: str) -> T:

@@ -75,6 +75,11 @@ def _rebuild_error(cls: type[KafkaError], state: dict[str, object], message: str
     return error
 
 
+def place_name(topic: str, partition: int | None) -> str:
+    """What errors call a topic, or a Kafka partition of it if it is not None."""
+    return f"topic {topic!r}" + ("" if partition is None else f", Kafka partition {partition}")
+
+
 def out_of_turn(culprit: str, cause: str, fix: str) -> KafkaError:
     """The error for a call at a time when it cannot work, nor when it is tried again."""
     return KafkaError(culprit, cause, fix, code="_STATE", remedy=Remedy.FAIL)

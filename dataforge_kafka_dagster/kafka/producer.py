@@ -26,6 +26,7 @@ from dataforge_kafka_dagster.kafka.served_producer import (
     ServedProducer,
     deliver_at_exit,
     keep_inherited,
+    logged,
 )
 
 # A record's own deadline comes first, so that its error says why.
@@ -124,9 +125,7 @@ class DataForgeKafkaProducer:
         seconds = self.config.delivery_timeout
         concurrent.futures.wait([future], seconds + _ON_THE_WAY)
         if not future.done():
-            error = timed_out(f"topic {topic!r}", seconds)
-            logger.error("%s", error)
-            raise error
+            raise logged(timed_out(f"topic {topic!r}", seconds))
         return future.result()
 
     def send_async(
@@ -179,6 +178,13 @@ class DataForgeKafkaProducer:
             )
         return self._served.send(topic, value, key, extra, callback)
 
+    def _seconds(self, timeout: Any) -> float:
+        if timeout is None:
+            return self.config.delivery_timeout + _ON_THE_WAY
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout >= 0:
+            raise KafkaConfigError(f"timeout={timeout!r}", "it is no number of seconds", "Give 0 or more, or None")
+        return timeout
+
     def _refuse_in_callback(self, name: str, fix: str) -> None:
         if self._served.in_callback:
             raise KafkaError(
@@ -198,7 +204,7 @@ class DataForgeKafkaProducer:
             KafkaError: A record that was sent async without a callback failed since the last flush; or it was called
                 from a delivery callback.
         """
-        seconds = _seconds(timeout, self.config.delivery_timeout + _ON_THE_WAY)
+        seconds = self._seconds(timeout)
         if self._served.ended or self.inherited:
             return
         self._refuse_in_callback("flush", "Call it where the records are sent")
@@ -214,13 +220,13 @@ class DataForgeKafkaProducer:
             KafkaTimeoutError: Records were given up; each one's callback and future say so too.
             KafkaError: As `flush`.
         """
-        _seconds(timeout, 0)
+        seconds = self._seconds(timeout)
         if self._served.ended or self.inherited:
             return
         self._refuse_in_callback("close", "Call it where the producer was made")
         self._served.closing = True
         try:
-            self.flush(timeout)
+            self._served.flush(seconds)
         finally:
             self._served.end()
 
@@ -250,14 +256,6 @@ def _check_callback(callback: Any) -> None:
         raise KafkaConfigError(
             f"callback={callback!r}", cause, "Give a function of (err, msg); asyncio.wrap_future() awaits the future"
         )
-
-
-def _seconds(timeout: Any, default: float) -> float:
-    if timeout is None:
-        return default
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout >= 0:
-        raise KafkaConfigError(f"timeout={timeout!r}", "it is no number of seconds", "Give 0 or more, or None")
-    return timeout
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

@@ -15,7 +15,7 @@ from confluent_kafka import TopicPartition
 
 from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig
 from dataforge_kafka_dagster.kafka.connection import SLICE, Connection
-from dataforge_kafka_dagster.kafka.errors import KafkaError, Remedy, remedy_of
+from dataforge_kafka_dagster.kafka.errors import KafkaError, Remedy, place_name, remedy_of
 from dataforge_kafka_dagster.kafka.ledger import PartitionOffsets, Publication
 from dataforge_kafka_dagster.kafka.topics import lost_since
 
@@ -169,7 +169,7 @@ class _Patience:
             return True
         if self._passing is None:
             raise self._connection.unreachable(self._timeout)
-        error = self._connection.cause(self._passing, _place(self._offsets))
+        error = self._connection.cause(self._passing, place_name(self._offsets.topic, self._offsets.partition))
         error.add(f"no record in {self._timeout:.1f} s")
         raise error
 
@@ -180,16 +180,12 @@ def _check(connection: Connection, error: confluent_kafka.KafkaError, offsets: P
     if error.name() == "GROUP_AUTHORIZATION_FAILED":
         return  # the group is never used
     if remedy_of(error.name()) is not Remedy.RETRY:
-        raise connection.cause(error, _place(offsets))
+        raise connection.cause(error, place_name(offsets.topic, offsets.partition))
 
 
 def _gone(offsets: PartitionOffsets, cause: str) -> KafkaError:
     return KafkaError(
-        f"{_place(offsets)}, offsets {offsets.first} to {offsets.last}",
+        f"{place_name(offsets.topic, offsets.partition)}, offsets {offsets.first} to {offsets.last}",
         f"{cause}: retention or compaction removed them, brokers lost them, or the topic was made anew",
         "Materialize the upstream asset again, or raise the topic's retention.ms",
     )
-
-
-def _place(offsets: PartitionOffsets) -> str:
-    return f"topic {offsets.topic!r}, Kafka partition {offsets.partition}"

@@ -113,7 +113,6 @@ class Sender:
         self._in_order = self._exactly_once or config.producer.idempotent
         self._producer: confluent_kafka.Producer | None = None
         self._options: dict[str, Any] = {}
-        self._codec = "none"
         self._first_sent = 0.0
         # Up to which position and byte what has been sent is not known to be delivered, a pair for each chunk.
         self._sent_up_to: collections.deque[tuple[int, int]] = collections.deque()
@@ -134,7 +133,6 @@ class Sender:
         """
         options = options | {"statistics.interval.ms": _STATISTICS_MS, "stats_cb": self.statistics.take}
         self._options = options
-        self._codec = options.get("compression.codec", options["compression.type"])
         connected = self._connect(options)
         self.add_topic(self.topic)
         if self.dead_topic is not None:
@@ -166,20 +164,21 @@ class Sender:
         self.live()
         track = self.tracks.get(check_topic(topic))
         if track is None:
-            track = self.tracks[topic] = self._track(topic, ledger=self._exactly_once)
+            track = self.tracks[topic] = self._track(topic, self._create_topic, ledger=self._exactly_once)
         return track
 
-    def _track(self, topic: str, *, ledger: bool = False, create: KafkaTopicSpec | None = None) -> Track:
+    def _track(self, topic: str, spec: KafkaTopicSpec | None, *, ledger: bool = False) -> Track:
         timeout = self._config.producer.connect_timeout
-        found = check_topic_exists(self._connection, topic, create or self._create_topic, timeout, ledger=ledger)
-        return Track(topic, found, self._codec, cautious=self.dead_topic is not None)
+        found = check_topic_exists(self._connection, topic, spec, timeout, ledger=ledger)
+        codec = self._options.get("compression.codec", self._options["compression.type"])
+        return Track(topic, found, codec, cautious=self.dead_topic is not None)
 
     def _track_dead_letters(self, topic: str) -> Track:
         spec = self._create_topic
         if spec is not None:
             kept = {name: value for name, value in spec.configs.items() if name != "cleanup.policy"}
             spec = spec.model_copy(update={"configs": kept})
-        track = self._track(topic, create=spec)
+        track = self._track(topic, spec)
         if track.compacted:
             raise KafkaConfigError(
                 f"dead-letter topic {topic!r}",

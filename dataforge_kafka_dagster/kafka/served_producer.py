@@ -24,7 +24,7 @@ import confluent_kafka
 
 from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig, producer_options
 from dataforge_kafka_dagster.kafka.connection import SLICE, Connection, logger, refuse_larger_than_buffer, timed_out
-from dataforge_kafka_dagster.kafka.errors import KafkaError, KafkaTimeoutError
+from dataforge_kafka_dagster.kafka.errors import KafkaError, KafkaTimeoutError, place_name
 from dataforge_kafka_dagster.kafka.records import Extra
 
 DeliveryCallback = Callable[["confluent_kafka.KafkaError | None", confluent_kafka.Message], object]
@@ -198,7 +198,7 @@ class ServedProducer:
                 if error.name() == "_FATAL" and not self.in_callback:
                     self._learn_what_is_fatal()
                 told = self._connection.fatal or error
-                raise self._log(self._connection.cause(told, _culprit(topic, extra.partition))) from None
+                raise logged(self._connection.cause(told, _culprit(topic, extra.partition))) from None
             else:
                 return report.future
 
@@ -232,7 +232,7 @@ class ServedProducer:
             )
         if time.monotonic() > deadline:
             waited = self._config.delivery_timeout
-            raise self._log(timed_out(f"topic {topic!r}, buffer_memory", waited, "_QUEUE_FULL"))
+            raise logged(timed_out(f"topic {topic!r}, buffer_memory", waited, "_QUEUE_FULL"))
         time.sleep(_FULL_SECONDS)
 
     def _learn_what_is_fatal(self) -> None:
@@ -345,10 +345,6 @@ class ServedProducer:
             error.add("none was asked for: the topic was deleted since, or a broker did not know it for a moment")
         return error
 
-    def _log(self, error: KafkaError) -> KafkaError:
-        logger.error("%s", error)
-        return error
-
     def flush(self, seconds: float) -> None:
         """Wait until everything sent, by any thread, is delivered or has failed.
 
@@ -362,7 +358,7 @@ class ServedProducer:
         try:
             while left := self.left:
                 if time.monotonic() >= deadline:
-                    raise self._log(self._connection.late(f"{left} records not yet delivered", seconds))
+                    raise logged(self._connection.late(f"{left} records not yet delivered", seconds))
                 self._wait_for_last(deadline)
         finally:
             with self._lock:
@@ -445,7 +441,13 @@ class _Logged:
 
 
 def _culprit(topic: str, partition: int) -> str:
-    return f"topic {topic!r}" if partition < 0 else f"topic {topic!r}, Kafka partition {partition}"
+    return place_name(topic, None if partition < 0 else partition)
+
+
+def logged(error: KafkaError) -> KafkaError:
+    """The error, logged: what fails is logged also where somebody catches it."""
+    logger.error("%s", error)
+    return error
 
 
 def _place(topic: str, msg: Any) -> RecordMetadata:

@@ -11,7 +11,7 @@ from confluent_kafka import TopicPartition
 
 from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig
 from dataforge_kafka_dagster.kafka.connection import Connection
-from dataforge_kafka_dagster.kafka.errors import UNKNOWN_TOPIC_CODES, KafkaError
+from dataforge_kafka_dagster.kafka.errors import UNKNOWN_TOPIC_CODES, KafkaError, place_name
 from dataforge_kafka_dagster.kafka.ledger import PartitionOffsets, Publication
 from dataforge_kafka_dagster.kafka.reader import read_publication
 from dataforge_kafka_dagster.kafka.topics import are_different, look_at_topic
@@ -93,7 +93,7 @@ def _missing_of_topic(
         ask = functools.partial(
             reader.get_watermark_offsets, TopicPartition(topic, offsets.partition), timeout, cached=False
         )
-        low, high = connection.in_thread(ask, timeout, f"topic {topic!r}, Kafka partition {offsets.partition}")
+        low, high = connection.in_thread(ask, timeout, place_name(topic, offsets.partition))
         before = _records_before(offsets, low)
         if before:
             cause = f"it begins at offset {low} now: retention or somebody deleted what was before"
