@@ -1,8 +1,13 @@
 """Every way into a secured Kafka, and what is said where there is none."""
 
+import json
+import os
+import subprocess
+import sys
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import dagster as dg
 import pytest
@@ -327,6 +332,51 @@ def test_a_broker_that_does_not_let_us_in_is_no_reason_not_to_ask_another(secure
     for _ in range(5):  # librdkafka begins with any of them
         with DataForgeKafkaProducer(KafkaProducerConfig(**(options | {"bootstrap_servers": servers}))) as producer:
             assert producer.send_sync(topic, {"a": 1}).offset >= 0
+
+
+ENDS_AT_ONCE = """
+import ctypes, json, os, sys
+from concurrent.futures import ThreadPoolExecutor
+from dataforge_kafka_dagster import KafkaError, KafkaProducerConfig
+from dataforge_kafka_dagster.kafka.connection import Connection
+
+options, is_forked, is_closed = map(json.loads, sys.argv[1:])
+connections = [Connection(KafkaProducerConfig(**options)) for _ in range(10)]
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(connections))  # somebody holds them to the end
+
+def fail(connection):
+    try:
+        connection.answer(lambda: connection.admin.describe_cluster(request_timeout=5), 5, connection.name)
+    except KafkaError as error:
+        return error.code
+    finally:
+        if is_closed:
+            connection.close()
+
+with ThreadPoolExecutor(10) as pool:
+    print(*set(pool.map(fail, connections)))
+if is_forked:
+    child = os.fork()
+    if child:
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.parametrize("is_forked", [False, True], ids=["itself", "forked"])
+@pytest.mark.parametrize("is_closed", [True, False], ids=["closed", "left"])
+def test_a_process_that_ends_in_the_midst_of_handshakes_ends_well(is_closed, is_forked, secured):
+    """Without an end of the clients, 4 of 10 such processes crash; a forked one would wait for its parent's for ever."""
+    options = _at("TLS")(secured) | {"ssl_ca_location": str(secured.certificates.other_ca), "connect_timeout": 5.0}
+    for _ in range(1 if is_forked else 4):
+        process = subprocess.run(
+            [sys.executable, "-c", ENDS_AT_ONCE, json.dumps(options), json.dumps(is_forked), json.dumps(is_closed)],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        )
+        assert (process.returncode, process.stdout) == (0, "_SSL\n"), process.stderr
 
 
 def test_a_token_signed_for_msk_reaches_the_broker(secured, monkeypatch):

@@ -6,16 +6,20 @@ wait in slices.
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import contextlib
+import ctypes
 import functools
 import json
 import logging
+import os
 import re
 import sys
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, SupportsFloat, TypeVar
 
@@ -91,6 +95,7 @@ class Connection:
         """Whether the last that was asked of the cluster had no answer in time."""
         self._admin: AdminClient | None = None
         self._making = threading.Lock()
+        _open.add(self)
 
     @property
     def name(self) -> str:
@@ -306,7 +311,10 @@ class Connection:
         """
         if clients or self.silent:
             patience = _END_SECONDS if self.silent else _RETURN_SECONDS
-            self.aside(functools.partial(_keep, [self._admin, *clients], patience))
+            kept: list[object] = [self._admin, *clients]
+            if self.config.security_protocol != "PLAINTEXT":
+                _kept.append(kept)
+            self.aside(functools.partial(_keep, kept, patience))
         self._admin = None
 
     def cause(self, error: confluent_kafka.KafkaError, culprit: str) -> KafkaError:
@@ -504,9 +512,47 @@ def _address(server: str) -> str:
     return server if re.search(r":\d+$", server) else f"{server}:9092"
 
 
+_open: Final[weakref.WeakSet[Connection]] = weakref.WeakSet()
+# The clients of clusters with TLS that have been let go of and have not ended.
+_kept: Final[list[list[object]]] = []
+
+
 def _keep(things: list[object], seconds: float) -> None:
     time.sleep(seconds)
     things.clear()
+    with contextlib.suppress(ValueError):  # the process is ending, too
+        _kept.remove(things)
+
+
+def keep_for_ever(*things: object) -> None:
+    """In a forked process, keep clients of its parent's: their end would wait for threads that are not there."""
+    for thing in things:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+def _keep_inherited() -> None:
+    keep_for_ever(*_kept, *(connection._admin for connection in _open))  # noqa: SLF001
+    _kept.clear()
+    _open.clear()
+
+
+def _end_at_exit() -> None:
+    """End what has not ended, since the process ends with a clean-up of OpenSSL.
+
+    A thread of librdkafka that is in a handshake then crashes it. Only a lookup of a host's name holds an end up.
+    """
+    deadline = time.monotonic() + _END_SECONDS
+    for connection in list(_open):
+        if connection.config.security_protocol != "PLAINTEXT":
+            _kept.append([connection._admin])  # noqa: SLF001
+            connection._admin = None  # noqa: SLF001
+    while _kept and time.monotonic() < deadline:
+        _kept.pop().clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_keep_inherited)
+atexit.register(_end_at_exit)
 
 
 def _chain(raised: BaseException | None) -> Iterator[BaseException]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
-import ctypes
 import dataclasses
 import logging
 import os
@@ -23,7 +22,14 @@ from typing import Any, Final
 import confluent_kafka
 
 from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig, producer_options
-from dataforge_kafka_dagster.kafka.connection import SLICE, Connection, logger, refuse_larger_than_buffer, timed_out
+from dataforge_kafka_dagster.kafka.connection import (
+    SLICE,
+    Connection,
+    keep_for_ever,
+    logger,
+    refuse_larger_than_buffer,
+    timed_out,
+)
 from dataforge_kafka_dagster.kafka.errors import KafkaError, KafkaTimeoutError, place_name
 from dataforge_kafka_dagster.kafka.records import Extra
 
@@ -458,17 +464,18 @@ def _place(topic: str, msg: Any) -> RecordMetadata:
 
 
 def keep_inherited() -> None:
-    """In a forked process, keep its parent's clients for ever: their end would wait for threads that are not there."""
+    """In a forked process, keep its parent's producers."""
     for producer in list(_alive):
         producer.inherited = True
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(producer._producer))  # noqa: SLF001
+        keep_for_ever(producer._producer)  # noqa: SLF001
 
 
 def deliver_at_exit() -> None:
-    """Deliver what nobody has flushed when the process ends, or say that it is lost."""
+    """Deliver what nobody has flushed when the process ends, or say that it is lost; end the clients."""
     deadline = time.monotonic() + _EXIT_SECONDS
     for producer in [one for one in _alive if not one.inherited]:
         with contextlib.suppress(KafkaError):
             producer.flush(max(0.0, deadline - time.monotonic()))
         if left := producer.left:
             logger.error("The process ends, and %d records are lost. Call flush() or close() before its end", left)
+        producer.end()
