@@ -28,7 +28,7 @@ from dataforge_kafka_dagster import (
     RecordMetadata,
     create_kafka_producer,
 )
-from dataforge_kafka_dagster.kafka.connection import Connection
+from dataforge_kafka_dagster.kafka.connection import Connection, logger
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, Remedy
 
 pytestmark = pytest.mark.kafka
@@ -985,3 +985,47 @@ def test_events_of_a_connection_that_is_lost_are_no_records(unconnected, eventua
         time.sleep(0.3)
         producer.flush(0.2)
     producer.close(0.2)
+
+
+def _refuse_to_log(_):
+    raise RuntimeError("the handler is broken")
+
+
+def test_a_log_that_raises_keeps_no_failure_back(config, no_room, monkeypatch):
+    told = []
+    with DataForgeKafkaProducer(config) as producer:
+        monkeypatch.setattr(logger, "filter", _refuse_to_log)
+        future = producer.send_async(no_room, os.urandom(2000), callback=lambda err, _: told.append(err.name()))
+        assert future.exception(10).code == "MSG_SIZE_TOO_LARGE"
+        producer.flush(10)
+    assert told == ["MSG_SIZE_TOO_LARGE"]
+
+
+def test_a_thread_that_does_not_start_is_told_and_tried_again(producer, kafka_topic, monkeypatch, read):
+    topic = kafka_topic()
+
+    def start(_):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        with pytest.raises(KafkaError, match="thread does not start: can't start new thread"):
+            producer.send_async(topic, "refused")
+    assert producer.send_sync(topic, "taken").offset == 0
+    assert [record.value for record in read(topic)] == [b"taken"]
+
+
+def test_a_flood_of_failures_is_counted_also_where_nobody_flushes(config, no_room, caplog, eventually):
+    with DataForgeKafkaProducer(config) as producer:
+        for _ in range(100):
+            producer.send_async(no_room, os.urandom(200), callback=lambda *_: None)
+        eventually(lambda: "more records were not delivered" in caplog.text)
+
+
+def test_the_client_of_a_producer_that_has_sent_nothing_is_closed_once(config, monkeypatch):
+    producer = DataForgeKafkaProducer(config)
+    closed = []
+    monkeypatch.setattr(producer._served, "_close", lambda: closed.append(1))
+    producer._served.end()
+    producer._served.end()
+    assert closed == [1]

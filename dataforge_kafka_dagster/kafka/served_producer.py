@@ -134,7 +134,7 @@ class ServedProducer:
         self._late = False
         self._told = 0
         self._is_telling = False
-        self._flushes = 0
+        self._flushes: set[object] = set()
         self._is_resting = False
         # Unlike those of an Event, its put may be called by a signal handler in the midst of a put.
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -214,9 +214,7 @@ class ServedProducer:
             # What is sent while close waits would keep it waiting; a callback may send on until the end.
             if self.ended or (self.closing and not self.in_callback):
                 raise KafkaError(f"topic {topic!r}", "the producer is closed", "Send before close()", code="_STATE")
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._serve, name="dataforge-kafka-poll", daemon=True)
-                self._thread.start()
+            self._start(topic)
             self._producer.produce(
                 topic, value, key, extra.partition, report, timestamp=extra.timestamp, headers=headers
             )
@@ -226,6 +224,18 @@ class ServedProducer:
             self._untold.pop(report, None)
         if self._is_resting:
             self._wake.put(None)
+
+    def _start(self, topic: str) -> None:
+        """Have the thread, if it is not there yet."""
+        if self._thread is not None:
+            return
+        self._thread = threading.Thread(target=self._serve, name="dataforge-kafka-poll", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            self._thread = None
+            fix = "Send before the process ends, or raise its limit of threads"
+            raise KafkaError(f"topic {topic!r}", f"the producer's thread does not start: {error}", fix) from None
 
     def _wait_for_room(self, topic: str, size: int, deadline: float) -> None:
         refuse_larger_than_buffer(size, self._options, f"a record to topic {topic!r}")
@@ -292,6 +302,7 @@ class ServedProducer:
                     self._wake.get(timeout=_IDLE_SECONDS)
         finally:
             self._is_resting = False
+        self._logged.rest(int(time.monotonic()))
         self._connection.serve(self._producer.poll, 0)
 
     def tell(self, report: Report, err: confluent_kafka.KafkaError | None, msg: confluent_kafka.Message) -> None:
@@ -323,7 +334,8 @@ class ServedProducer:
             else:
                 report.future.set_exception(error)
         except BaseException:  # noqa: BLE001
-            logger.exception("What waits for the future of a record to topic %r raised", report.topic)
+            with contextlib.suppress(BaseException):
+                logger.exception("What waits for the future of a record to topic %r raised", report.topic)
         if report.callback is not None:
             try:
                 report.callback(err, msg)
@@ -337,7 +349,9 @@ class ServedProducer:
                 self._failures[err.name()] += 1
                 self._first_failure = self._first_failure or error
         # What close gives up it tells at once, not record by record.
-        self._logged.failure(error, logging.DEBUG if err.name().startswith("_PURGE") else logging.ERROR)
+        level = logging.DEBUG if err.name().startswith("_PURGE") else logging.ERROR
+        with contextlib.suppress(BaseException):  # a handler of the user's
+            self._logged.failure(error, level)
         return error
 
     def _explain(self, err: confluent_kafka.KafkaError, report: Report) -> KafkaError:
@@ -359,16 +373,15 @@ class ServedProducer:
             KafkaError: A record without a callback has failed since the last flush.
         """
         deadline = time.monotonic() + seconds
-        with self._lock:
-            self._flushes += 1
+        this = object()
         try:
+            self._flushes.add(this)
             while left := self.left:
                 if time.monotonic() >= deadline:
                     raise logged(self._connection.late(f"{left} records not yet delivered", seconds))
                 self._wait_for_last(deadline)
         finally:
-            with self._lock:
-                self._flushes -= 1
+            self._flushes.discard(this)
         self._logged.rest()
         with self._counting:
             first, failures = self._first_failure, dict(self._failures)
@@ -400,10 +413,12 @@ class ServedProducer:
         with self._lock:
             self._stopping = True
             thread = self._thread
+            is_first = not self._ended.is_set()
             if thread is None:
                 self._ended.set()
         if thread is None:
-            self._close()
+            if is_first:
+                self._close()
             return
         self._wake.put(None)
         before, since = -1, 0.0
@@ -425,22 +440,22 @@ class _Logged:
     """Logs failures, and of a flood of them how many there were."""
 
     def __init__(self) -> None:
-        self._second = 0
+        self._second: int | None = None
         self._count = 0
 
     def failure(self, error: KafkaError, level: int) -> None:
         """Log one."""
-        second = int(time.monotonic())
-        if second != self._second:
-            self.rest()
-            self._second = second
+        self.rest(int(time.monotonic()))
         if level == logging.ERROR:
             self._count += 1
             level = level if self._count <= _LOGGED_A_SECOND else logging.DEBUG
         logger.log(level, "%s", error)
 
-    def rest(self) -> None:
-        """Say how many were not logged."""
+    def rest(self, second: int | None = None) -> None:
+        """Say how many were not logged, if this second is another one, or none."""
+        if second == self._second:
+            return
+        self._second = second
         more, self._count = self._count - _LOGGED_A_SECOND, 0
         if more > 0:
             logger.error("%d more records were not delivered in that second; each says so by its future, too", more)
