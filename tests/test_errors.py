@@ -1,8 +1,11 @@
+import http.client
 import pickle
 import sys
 import threading
 import time
 import traceback
+import types
+import urllib.error
 
 import confluent_kafka
 import dagster as dg
@@ -433,9 +436,33 @@ def _away(_):
     raise ConnectionRefusedError("nobody there")
 
 
+def _refused(_):
+    raise urllib.error.HTTPError("https://login.example.com", 401, "no", http.client.HTTPMessage(), None)
+
+
+def _busy(_):
+    raise urllib.error.HTTPError("https://login.example.com", 503, "no", http.client.HTTPMessage(), None)
+
+
+class _LibrarysError(Exception):
+    """As those of httpx, and of requests, which is an OSError."""
+
+    response = types.SimpleNamespace(status_code=429)
+
+
+def _throttled(_):
+    raise _LibrarysError
+
+
 @pytest.mark.parametrize(
     ("name", "said", "remedy"),
-    [("_closed", "LookupError: no such tenant", Remedy.FAIL), ("_away", "nobody there", Remedy.RETRY)],
+    [
+        ("_closed", "LookupError: no such tenant", Remedy.FAIL),
+        ("_away", "nobody there", Remedy.RETRY),
+        ("_refused", "HTTP Error 401: no", Remedy.FAIL),
+        ("_busy", "HTTP Error 503: no", Remedy.RETRY),
+        ("_throttled", "it raised _LibrarysError: ", Remedy.RETRY),
+    ],
 )
 def test_an_error_of_the_token_function_is_the_cause_at_once(name, said, remedy):
     oauth = {"security_protocol": "SASL_SSL", "sasl_mechanism": "OAUTHBEARER"}

@@ -196,6 +196,14 @@ def test_a_topic_that_no_ledger_names_needs_no_read(secured, topic, readable):
         assert producer.send_sync(topic, {"a": 1}).offset >= 0
 
 
+def test_a_batch_that_is_too_large_names_batch_size_where_the_topics_settings_may_not_be_read(secured):
+    secured.kafka.create_topic("small", config={"max.message.bytes": "2000"})
+    with pytest.raises(KafkaError, match="If no record is that large, lower batch_size to it") as caught:  # noqa: SIM117
+        with _writer({**secured.sasl(), "compression_type": "none"}, "small") as writer:
+            writer.send_all(["x" * 100] * 3000)
+    assert "max.message.bytes is not known to this user" in caught.value.cause
+
+
 def test_every_user_with_a_missing_acl_is_tested():
     assert {*REFUSED, "publisher"} == set(USERS)
 

@@ -75,6 +75,9 @@ _OF_BROKER: Final = re.compile(r"(?:\w+://)?([^/\s]+)/\d+: ")
 # What a token function returns: token, expiry, and if there are any, principal and extensions.
 _TOKEN: Final = (str, SupportsFloat, str, dict)
 _TOKEN_SIZES: Final = (2, 3, 4)
+# Statuses of HTTP that may be others soon: Request Timeout, Too Early, Too Many Requests, and the server's own faults.
+_PASSING: Final = frozenset({408, 425, 429})
+_SERVERS_FAULT: Final = 500
 # No time in seconds is so late; each in milliseconds is, since 2001.
 _MILLISECONDS: Final = 1e12
 
@@ -242,8 +245,7 @@ class Connection:
             self.config.redact(f"it raised {type(error).__name__}: {error}"),
             "Correct the function, or what it asks for the token",
             code="_AUTHENTICATION",
-            # What it asks may have been away.
-            remedy=Remedy.RETRY if isinstance(error, OSError) else Remedy.FAIL,
+            remedy=_remedy_of_token(error),
         )
 
     def producer(self, options: dict[str, Any]) -> confluent_kafka.Producer:
@@ -504,6 +506,15 @@ class Connection:
         """The error callback of an admin client is called from its poll only."""
         if self._admin is not None:
             self._admin.poll(0)
+
+
+def _remedy_of_token(error: Exception) -> Remedy:
+    """Whether what a token function raised may pass: what it asks was away, or has answered so (RFC 9110, 15)."""
+    # As urllib, requests and httpx name it.
+    status = getattr(error, "code", None) or getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(status, int):
+        return Remedy.RETRY if status in _PASSING or status >= _SERVERS_FAULT else Remedy.FAIL
+    return Remedy.RETRY if isinstance(error, OSError) else Remedy.FAIL
 
 
 def _address(server: str) -> str:

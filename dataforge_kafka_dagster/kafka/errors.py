@@ -177,7 +177,10 @@ _FIXES: Final[dict[str, str]] = {
         "Check that enough brokers run: __transaction_state and __consumer_offsets need their min.insync.replicas"
     ),
     "_MSG_TIMED_OUT": "Check the brokers' health, or raise delivery_timeout",
-    "_TIMED_OUT": "Check that the brokers in bootstrap_servers run and can be reached from here",
+    "_TIMED_OUT": (
+        "Check that the brokers in bootstrap_servers run and can be reached from here, and that security_protocol is"
+        " that of their listener"
+    ),
     "REQUEST_TIMED_OUT": "Check the brokers' health, or raise delivery_timeout",
     "_UNKNOWN_TOPIC": "Create the topic, or correct its name",
     "UNKNOWN_TOPIC_OR_PART": "Create the topic, or correct its name",
@@ -195,7 +198,7 @@ _FIXES: Final[dict[str, str]] = {
     "INVALID_CONFIG": "Correct the topic settings in create_topics",
     "TOPIC_AUTHORIZATION_FAILED": (
         "Grant this user the ACLs on the topic: WRITE to publish, READ to read back and for the ledger of"
-        " delivery_guarantee='exactly_once'"
+        " delivery_guarantee='exactly_once'; or correct its name: Kafka says the same of a topic that is not there"
     ),
     "GROUP_AUTHORIZATION_FAILED": (
         "Grant this user the READ ACL on Group, prefixed with the resource's transactional_id_prefix,"
@@ -209,6 +212,10 @@ _FIXES: Final[dict[str, str]] = {
         "Grant this user the WRITE ACL on the topic (brokers before 2.8: IDEMPOTENT_WRITE on Cluster too)"
     ),
     "INVALID_TRANSACTION_TIMEOUT": "Lower transaction_timeout to at most the broker's transaction.max.timeout.ms",
+    "CONCURRENT_TRANSACTIONS": (
+        "Wait until the end of an earlier transaction is written: Kafka cannot while a Kafka partition in it has no"
+        " leader, or fewer replicas in sync than its min.insync.replicas"
+    ),
     "NOT_ENOUGH_REPLICAS": "Wait until enough replicas are in sync, or lower the topic's min.insync.replicas",
     "NOT_ENOUGH_REPLICAS_AFTER_APPEND": (
         "Wait until enough replicas are in sync, or lower the topic's min.insync.replicas"

@@ -455,11 +455,12 @@ class Sender:
                 trouble = trouble or "a broker did not know the topic for a moment"
             if trouble is not None:
                 failure.add(trouble)
-        if failure.code == "MSG_SIZE_TOO_LARGE" and track.max_bytes is not None:
+        if failure.code == "MSG_SIZE_TOO_LARGE":
+            most = "not known to this user" if track.max_bytes is None else track.max_bytes
             several = first.span.end - first.span.first > 1
             failure.add(
-                f"the topic's max.message.bytes is {track.max_bytes}, for a batch of compressed records",
-                f"If no record is that large, lower batch_size to {track.max_bytes}" if several else "",
+                f"the topic's max.message.bytes is {most}, for a batch of compressed records",
+                f"If no record is that large, lower batch_size to {track.max_bytes or 'it'}" if several else "",
             )
         failure.counts, failure.key = dict(track.failures), key
         failure.index, failure.among = (place, None) if place == last else (None, (place, last))
