@@ -20,13 +20,20 @@ def log_prefix(partitions: Sequence[str]) -> str:
 
 
 def failure_of(
-    error: KafkaError, *, topic: str | None = None, brokers: str | None = None, partitions: Sequence[str] = ()
+    error: KafkaError,
+    *,
+    topic: str | None = None,
+    brokers: str | None = None,
+    partitions: Sequence[str] = (),
+    attempt: int | None = None,
 ) -> dg.Failure:
     """The Dagster failure for an error, with metadata that says what happened and what to do."""
     said: dict[str, Any] = {
         "kafka/topic": topic,
         "kafka/dagster_partition": partitions[0] if len(partitions) == 1 else None,
         "kafka/brokers": brokers,
+        "kafka/attempt": None if attempt is None else attempt + 1,
+        "kafka/retriable": error.remedy is not Remedy.FAIL,
         "kafka/error_code": error.code,
         "kafka/culprit": error.culprit,
         "kafka/cause": error.cause,
@@ -75,7 +82,7 @@ def raise_in_dagster(
         dagster.RetryRequested: The error may pass, and there is no policy.
         dagster.Failure: Else; with ``allow_retries=False`` if trying again cannot help.
     """
-    failure = failure_of(error, topic=topic, brokers=brokers, partitions=partitions)
+    failure = failure_of(error, topic=topic, brokers=brokers, partitions=partitions, attempt=attempt)
     if error.remedy is Remedy.FAIL or has_retry_policy or attempt >= max_retries:
         raise failure from error
     delay = min(retry_delay * 2 ** min(attempt, 30), _LONGEST_DELAY) * random.uniform(1.0, 1.25)  # noqa: S311  (not a secret)

@@ -176,13 +176,15 @@ def test_errors_survive_pickling(error):
 def test_failure_says_what_happened_and_what_to_do():
     error = KafkaError("topic 't': 5 records", "too large", "Split it", code="MSG_SIZE_TOO_LARGE")
     error.counts = {"MSG_SIZE_TOO_LARGE": 3, "_PURGE_QUEUE": 2}
-    failure = failure_of(error, topic="t", brokers="a:1")
+    failure = failure_of(error, topic="t", brokers="a:1", attempt=0)
     assert failure.description == str(error)
     assert failure.allow_retries is False
     said = {name: value.value for name, value in failure.metadata.items()}
     assert said == {
         "kafka/topic": "t",
         "kafka/brokers": "a:1",
+        "kafka/attempt": 1,
+        "kafka/retriable": False,
         "kafka/error_code": "MSG_SIZE_TOO_LARGE",
         "kafka/culprit": "topic 't': 5 records",
         "kafka/cause": "too large",
@@ -213,10 +215,12 @@ def _raise(error, **options):
 def test_what_may_pass_is_retried(code):
     error = KafkaError("a", "b", "C", code=code)
     with pytest.raises(dg.RetryRequested) as caught:
-        _raise(error)
+        _raise(error, attempt=1)
     assert caught.value.max_retries == 3
-    assert 2.0 <= caught.value.seconds_to_wait <= 2.5
+    assert 4.0 <= caught.value.seconds_to_wait <= 5.0
     assert isinstance(caught.value.__cause__, dg.Failure)
+    said = caught.value.__cause__.metadata
+    assert (said["kafka/retriable"].value, said["kafka/attempt"].value) == (True, 2)
 
 
 @pytest.mark.parametrize(("attempt", "low", "high"), [(1, 4, 5), (3, 16, 20), (30, 300, 375)])

@@ -268,8 +268,9 @@ def from_broker(error: confluent_kafka.KafkaError, culprit: str) -> KafkaError:
     if code in FENCED_CODES:
         return FencedError(
             culprit,
-            f"another attempt at the same publication took over ({cause})",
-            "Nothing of this attempt is visible; look at the run of the other one",
+            f"another attempt at the same publication took over, or somebody has ended its transaction ({cause})",
+            "Nothing of this attempt is visible; look at the run of the other one, and re-execute this one if there is"
+            " none",
             code=code,
             remedy=Remedy.FAIL,
         )
