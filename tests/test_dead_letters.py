@@ -8,6 +8,7 @@ import dagster as dg
 import pandas as pd
 import polars as pl
 import pytest
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
 from pydantic import ValidationError
 
 from dataforge_kafka_dagster import KafkaError, KafkaIOManager, KafkaProducerConfig, KafkaProducerResource, KafkaRecord
@@ -264,6 +265,62 @@ def test_what_is_no_bad_record_still_ends_the_publication(writer, topics, read):
         with pytest.raises(error), writer(key="i") as publication:
             publication.send_all(make())
     assert read(topics[0]) == read(topics[1]) == []
+
+
+LARGE = {"message.max.bytes": "10000000"}
+
+
+@pytest.mark.kafka
+def test_a_record_is_not_taken_for_bad_by_an_earlier_ones_error(kafka_bootstrap_servers, kafka_topic, read):
+    topic, dead = kafka_topic(config={"max.message.bytes": "20000000"}), kafka_topic()
+    admin = AdminClient({"bootstrap.servers": kafka_bootstrap_servers})
+    producer = KafkaProducerConfig(
+        bootstrap_servers=kafka_bootstrap_servers,
+        buffer_memory=4 * 1024 * 1024,
+        compression_type="none",
+        linger_ms=0,
+        librdkafka_config=LARGE,
+    )
+    config = PublicationConfig(producer=producer, on_bad_record=dead, delivery_guarantee="at_least_once")
+    rows = [KafkaRecord(b"x" * 3_000_000, key=str(i)) for i in range(1, 9)]
+    name = uuid.uuid4().hex
+    writer = PublicationWriter(config, transactional_id=name, publication_id=name, topic=topic)
+    with pytest.raises(KafkaError, match=r"record 1 \(key b'1'\)") as caught, writer:
+        writer.send(b"first", key="0")
+        writer._sender.flush()
+        setting = ConfigEntry("max.message.bytes", "1000000", incremental_operation=AlterConfigOpType.SET)
+        resource = ConfigResource(ConfigResource.Type.TOPIC, topic, incremental_configs=[setting])
+        admin.incremental_alter_configs([resource])[resource].result(30)
+        # The last is no record of the topic's: each one is looked at by itself then.
+        writer.send_all([*rows, KafkaRecord(b"bad place", key="bad", partition=5)])
+    assert caught.value.index == 1
+    assert read(dead) == []
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("size", [3_000_000, 12_000_000], ids=["than the buffer", "than any record"])
+@pytest.mark.parametrize("way", ["send", "send_all"])
+def test_a_record_that_is_larger_goes_to_the_dead_letter_topic(way, size, kafka_bootstrap_servers, kafka_topic, read):
+    topic, dead = (kafka_topic(config={"max.message.bytes": "20000000"}) for _ in range(2))
+    producer = KafkaProducerConfig(
+        bootstrap_servers=kafka_bootstrap_servers,
+        buffer_memory=1024 * 1024,
+        compression_type="none",
+        librdkafka_config=LARGE,
+    )
+    config = PublicationConfig(producer=producer, on_bad_record=dead)
+    rows = [b"before", b"x" * size, b"after"]
+    name = uuid.uuid4().hex
+    with PublicationWriter(config, transactional_id=name, publication_id=name, topic=topic) as writer:
+        if way == "send_all":
+            writer.send_all(rows)
+        else:
+            for row in rows:
+                writer.send(row)
+    assert [record.value for record in read(topic)] == [b"before", b"after"]
+    (letter,) = read(dead)
+    assert letter.value == b"x" * (1024 * 1024 // 3)
+    assert dict(letter.headers)["dead-letter.length"] == str(size).encode()
 
 
 @pytest.mark.kafka

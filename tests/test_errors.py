@@ -432,6 +432,17 @@ def test_what_comes_out_of_a_poll_is_remembered_told_or_raised(connection):
     assert not connection.serve(_raising(ZeroDivisionError()), 0.1)
 
 
+def test_an_interrupt_that_a_call_has_lost_ends_what_goes_on_calling(connection):
+    """As one during a callback in the commit, before Python 3.12."""
+    lost = SystemError("<method 'commit_transaction'> returned NULL without setting an exception")
+    with pytest.raises(KeyboardInterrupt):
+        connection.resume(_raising(lost), 5, "the commit")
+    with pytest.raises(SystemError):
+        connection.resume(_raising(lost), 5, "the commit", lambda: True)
+    with pytest.raises(KeyboardInterrupt):
+        connection.resume(_raising(SystemError("a result with an exception set"), KeyboardInterrupt()), 5, "the commit")
+
+
 def _closed(_):
     raise LookupError("no such tenant")
 

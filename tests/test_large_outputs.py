@@ -11,6 +11,7 @@ import confluent_kafka
 import orjson
 import polars as pl
 import pytest
+from confluent_kafka.admin import AdminClient, NewPartitions, OffsetSpec
 
 from dataforge_kafka_dagster import KafkaProducerConfig, KafkaRecord
 from dataforge_kafka_dagster.kafka import publication
@@ -357,3 +358,34 @@ def test_a_writer_without_reports_knows_its_limits(place, kafka_topic):
     with PublicationWriter(config, reports=False, **place) as writer:
         writer.send({"i": 1})
     assert writer.publication.records == 1
+
+
+@pytest.mark.kafka
+def test_a_kafka_partition_that_is_added_meanwhile_hides_no_records(place):
+    """As many records of another writer would make up for those that went to it."""
+    config = place.pop("config")
+    raw = {"topic.metadata.refresh.interval.ms": 300}
+    config = config.model_copy(update={"producer": config.producer.model_copy(update={"librdkafka_config": raw})})
+    admin = AdminClient({"bootstrap.servers": config.producer.servers})
+    topic = place["topic"]
+    writer = PublicationWriter(config, reports=False, **place)
+    with pytest.raises(KafkaError, match=f"Kafka partitions were added to '{topic}' meanwhile") as caught, writer:
+        writer.send({"i": 0})
+        admin.create_partitions([NewPartitions(topic, 4)])[topic].result(30)
+        deadline = time.monotonic() + 20
+        while not _written(admin, topic, 3):
+            assert time.monotonic() < deadline
+            for i in range(100):
+                writer.send({"i": i}, key=str(i))
+            time.sleep(0.1)
+        writer._sender.flush()
+        other = confluent_kafka.Producer({"bootstrap.servers": config.producer.servers})
+        for _ in range(_written(admin, topic, 3)):
+            other.produce(topic, b"other", partition=0)
+        other.flush(10)
+    assert caught.value.remedy is Remedy.RETRY
+
+
+def _written(admin, topic, partition):
+    end = {confluent_kafka.TopicPartition(topic, partition): OffsetSpec.latest()}
+    return next(iter(admin.list_offsets(end).values())).result(10).offset

@@ -9,6 +9,7 @@ import threading
 import time
 import uuid
 
+import confluent_kafka
 import dagster as dg
 import polars as pl
 import pytest
@@ -18,10 +19,15 @@ from dagster._core.execution.api import execute_run
 from dataforge_kafka_dagster import (
     KafkaError,
     KafkaIOManager,
+    KafkaProducerConfig,
     KafkaProducerResource,
     KafkaRecord,
+    KafkaTimeoutError,
     build_publication_checks,
 )
+from dataforge_kafka_dagster.kafka.config import PublicationConfig
+from dataforge_kafka_dagster.kafka.connection import timed_out
+from dataforge_kafka_dagster.kafka.publication import PublicationWriter
 
 pytestmark = pytest.mark.kafka
 
@@ -574,7 +580,7 @@ def test_a_session_does_not_end_well_before_its_threads(kafka, kafka_topic, read
     late = []
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         try:
-            with pytest.raises(dg.Failure, match="another thread is still sending to it") as caught:
+            with pytest.raises(dg.Failure, match="another thread, or a generator, is still sending to it") as caught:
                 early(dg.build_asset_context(), kafka=kafka)
         finally:
             go_on.set()
@@ -582,6 +588,82 @@ def test_a_session_does_not_end_well_before_its_threads(kafka, kafka_topic, read
         with pytest.raises(KafkaError, match="it has ended"):
             late[0].result(30)
     assert read(topic) == []
+
+
+@pytest.fixture
+def writer(kafka_bootstrap_servers, kafka_topic):
+    name = uuid.uuid4().hex
+    config = PublicationConfig(producer=KafkaProducerConfig(bootstrap_servers=kafka_bootstrap_servers))
+    return PublicationWriter(config, transactional_id=name, publication_id=name, topic=kafka_topic())
+
+
+def test_a_send_of_another_thread_that_is_under_way_is_not_left_out(writer, read):
+    entered = threading.Event()
+    take = writer._send
+
+    def send(*record):
+        entered.set()
+        time.sleep(0.5)
+        take(*record)
+
+    writer._send = send
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with pytest.raises(KafkaError, match="is still sending to it"), writer:
+            late = pool.submit(writer.send, "late")
+            assert entered.wait(10)
+        with pytest.raises(KafkaError, match="it has ended, or not begun"):
+            late.result(10)
+    assert read(writer.topic) == []
+
+
+def test_threads_are_told_that_the_block_has_failed_and_not_to_flush(writer, read):
+    def send():
+        while True:
+            writer.send_all([{"i": i} for i in range(1000)])
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        with pytest.raises(ZeroDivisionError), writer:
+            sending = [pool.submit(send) for _ in range(2)]
+            time.sleep(0.3)
+            raise ZeroDivisionError
+        for one in sending:
+            with pytest.raises(KafkaError, match=r"it was given up|it has ended, or not begun"):
+                one.result(20)
+    assert read(writer.topic) == []
+
+
+def test_a_second_interrupt_leaves_no_session_open(writer, read, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), writer:
+        writer.send("x")
+        monkeypatch.setattr(writer._sender, "abort_transaction", interrupted)
+        raise KeyboardInterrupt
+    with pytest.raises(KafkaError, match="it has ended, or not begun"):
+        writer.send("later")
+    assert read(writer.topic) == []
+
+
+def test_a_commit_that_was_late_goes_on_at_the_end_of_the_block(writer, read, monkeypatch):
+    resume, late = writer._connection.resume, []
+
+    def once_late(call, timeout, culprit, *more):
+        if culprit.startswith("commit") and not late:
+            with pytest.raises(confluent_kafka.KafkaException) as caught:
+                call(0)
+            late.append(caught.value.args[0].name())
+            raise timed_out(culprit, timeout)
+        return resume(call, timeout, culprit, *more)
+
+    monkeypatch.setattr(writer._connection, "resume", once_late)
+    with writer:
+        writer.send("x")
+        with pytest.raises(KafkaTimeoutError, match="whether it was committed is not known"):
+            writer.commit()
+    assert late == ["_TIMED_OUT"]
+    assert writer.publication.records == 1
+    assert [record.value for record in read(writer.topic)] == [b"x"]
 
 
 # An asset that publishes from its body, and has a KafkaIOManager

@@ -1,5 +1,6 @@
 """What a topic's own settings refuse: known before it is sent, by position and key; small records always fit."""
 
+import os
 import random
 import string
 import time
@@ -124,6 +125,26 @@ def test_batches_to_a_topic_that_comes_later_are_explained(kafka_bootstrap_serve
     with pytest.raises(KafkaError, match=f"lower batch_size to {LIMIT}"):  # noqa: SIM117
         with PublicationWriter(config, transactional_id=name, publication_id=name, topic=kafka_topic()) as writer:
             writer.send_all([_noise(100)] * 3000, topic=small)
+
+
+@pytest.mark.parametrize("guarantee", ["exactly_once", "at_least_once"])
+def test_a_record_that_was_delivered_is_never_named_for_one_that_was_refused(
+    guarantee, kafka_bootstrap_servers, kafka_topic, monkeypatch
+):
+    """Where the topic's limit is not known, the broker refuses it, and takes what comes after it at least once."""
+    monkeypatch.setattr(topics, "_settings_of", lambda *_: {})
+    topic, name, bad = kafka_topic(config={"max.message.bytes": "500000"}), uuid.uuid4().hex, 1000
+    producer = KafkaProducerConfig(bootstrap_servers=kafka_bootstrap_servers, batch_size=300_000)
+    config = PublicationConfig(producer=producer, delivery_guarantee=guarantee)
+    rows = [KafkaRecord(os.urandom(800_000 if i == bad else 100), key=f"key{i}") for i in range(3000)]
+    writer = PublicationWriter(config, transactional_id=name, publication_id=name, topic=topic)
+    with pytest.raises(KafkaError) as caught, writer:
+        writer.send_all(rows)
+    error = caught.value
+    assert error.key == b"key1000"
+    first, last = error.among or (error.index, error.index)
+    assert first <= bad <= last
+    assert (error.index == bad) is (guarantee == "exactly_once")
 
 
 def test_a_compacted_topic_takes_no_record_without_a_key(publish, kafka_topic, read):

@@ -145,19 +145,23 @@ class Connection:
         try:
             call_client(wait, seconds)
         except Exception as error:
-            self.note(error)
-            for behind in _chain(error):
-                if not isinstance(behind, Exception):  # an interrupt during a callback
-                    raise behind from None
-            told = self.fatal is not None or threading.current_thread() is not threading.main_thread()
-            # A fatal error gets lost in the same way.
-            if _LOST in str(error) and not told and not failed():
-                raise KeyboardInterrupt from None
+            self._raise_interrupt(error, failed)
             if self.fatal is None and not isinstance(error, SystemError):
                 raise
             logger.debug("librdkafka's callbacks ended in an error", exc_info=True)
             return False
         return True
+
+    def _raise_interrupt(self, error: Exception, failed: Callable[[], bool]) -> None:
+        """Raise the interrupt that came during a callback, and out of the call as this error; remember a fatal one."""
+        self.note(error)
+        for behind in _chain(error):
+            if not isinstance(behind, Exception):
+                raise behind from None
+        told = self.fatal is not None or threading.current_thread() is not threading.main_thread()
+        # A fatal error gets lost in the same way.
+        if _LOST in str(error) and not told and not failed():
+            raise KeyboardInterrupt from None
 
     def note(self, raised: BaseException) -> None:
         """Remember a fatal error that a client raised: as a KafkaException, or as the cause of another error."""
@@ -419,13 +423,16 @@ class Connection:
         self._add_transport(error)
         return error
 
-    def resume(self, call: Callable[[float], T], timeout: float, culprit: str) -> T:
+    def resume(
+        self, call: Callable[[float], T], timeout: float, culprit: str, failed: Callable[[], bool] = lambda: False
+    ) -> T:
         """Call, and call again while the error can be retried, until it returns.
 
         Args:
             call: Takes the seconds that it may wait; librdkafka's transactional calls resume where they were.
             timeout: Longest time for all calls, seconds.
             culprit: What an error's message begins with.
+            failed: As for `serve`.
 
         Raises:
             KafkaError: The call failed for good, or the time was up.
@@ -441,6 +448,9 @@ class Connection:
                     raise self.cause(fatal, culprit) from None
                 if time.monotonic() >= deadline:
                     raise self.cause(error, f"{culprit}, {timeout:.0f} s") from None
+            except SystemError as error:
+                self._raise_interrupt(error, failed)
+                raise
             else:
                 self.connected()
                 return result
@@ -641,6 +651,11 @@ class _Quiet(logging.Logger):
         self._spent += time.monotonic() - began
 
 
+def buffer_bytes(options: Mapping[str, Any]) -> int:
+    """How much a producer with these settings of librdkafka holds: buffer_memory."""
+    return int(options["queue.buffering.max.kbytes"]) * 1024
+
+
 def refuse_larger_than_buffer(size: int, options: Mapping[str, Any], culprit: str) -> None:
     """Refuse a record for which there is never room, to be called when there is none.
 
@@ -652,7 +667,7 @@ def refuse_larger_than_buffer(size: int, options: Mapping[str, Any], culprit: st
     Raises:
         KafkaError: It is larger than buffer_memory.
     """
-    room = int(options["queue.buffering.max.kbytes"]) * 1024
+    room = buffer_bytes(options)
     if size > room:
         raise KafkaError(
             culprit,

@@ -265,7 +265,8 @@ class Track:
 
         Args:
             failure: The first failure.
-            settled: Whether every record has been delivered or has failed, and those of a Kafka partition in order.
+            settled: Whether every record has been delivered or has failed, and in a Kafka partition none was delivered
+                after one that failed.
         """
         _, key, span, before = failure
         if failure.error.name() not in _OF_RECORDS and self._first_lost is not None:

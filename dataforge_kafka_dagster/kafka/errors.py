@@ -98,7 +98,7 @@ class NoBrokersAvailable(KafkaError):  # noqa: N818  (the DataForge module's doc
 
 
 class InvalidRecordError(KafkaError, ValueError):
-    """A record that cannot be published; nothing of its publication is visible.
+    """A record that cannot be published; nothing of its publication is visible, if that is exactly once.
 
     Attributes:
         index: Position of the record in the output, from 0; ``None`` if the output as a whole is refused.
@@ -114,7 +114,10 @@ class InvalidRecordError(KafkaError, ValueError):
 
 
 class FencedError(KafkaError):
-    """Another attempt of the same publication took over; this one has published nothing."""
+    """Another attempt of the same publication took over, or somebody ended this one's transaction.
+
+    This one has published nothing, unless its cause says that its outcome is not known.
+    """
 
 
 _RETRY: Final = (

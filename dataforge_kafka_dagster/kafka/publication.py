@@ -33,6 +33,7 @@ from dataforge_kafka_dagster.kafka.config import (
 from dataforge_kafka_dagster.kafka.connection import SLICE, Connection, logger
 from dataforge_kafka_dagster.kafka.deliveries import Track
 from dataforge_kafka_dagster.kafka.errors import (
+    FENCED_CODES,
     FencedError,
     InvalidRecordError,
     KafkaConfigError,
@@ -171,7 +172,7 @@ class PublicationWriter:
         self._began = time.monotonic()
         self._reported = self._began
         self._committing = False
-        # Each `send_all` that has not returned yet.
+        # Each `send_all`, and each `send` of another thread, that has not returned yet.
         self._under_way: set[object] = set()
         self._thread = threading.get_ident()
 
@@ -282,12 +283,11 @@ class PublicationWriter:
         """
         if self.replayed:
             return
-        try:
+        if threading.get_ident() == self._thread:
             self._send(value, key, headers, partition, timestamp, topic)
-        except BaseException as error:
-            if threading.get_ident() != self._thread:
-                self._spoil(error, f"the send of record {self._sender.position} ended")
-            raise
+        else:
+            with self._whole("send"):
+                self._send(value, key, headers, partition, timestamp, topic)
 
     def _send(
         self,
@@ -351,7 +351,7 @@ class PublicationWriter:
                 self._write(chunk, topic or self.topic)
 
     @contextlib.contextmanager
-    def _whole(self) -> Iterator[None]:
+    def _whole(self, name: str = "send_all") -> Iterator[None]:
         """If not all records inside can be sent, nothing is committed even if somebody catches the error.
 
         Who catches it does not know which records were sent; and what ends another thread's call, nobody may look at.
@@ -364,20 +364,16 @@ class PublicationWriter:
             position = self._sender.position
             if position > before or threading.get_ident() != self._thread:
                 at = f"after record {position - 1}" if position > before else "before its first record"
-                self._spoil(error, f"a send_all ended {at}")
+                if not isinstance(error, KafkaError):
+                    error = KafkaError(
+                        f"publication to {self.topic!r}",
+                        f"a {name} ended {at} with {type(error).__name__}: {error}",
+                        "Let that error end the with block, or catch it where the records are made",
+                    )
+                self._sender.broken = self._sender.broken or error
             raise
         finally:
             self._under_way.discard(call)
-
-    def _spoil(self, error: BaseException, what: str) -> None:
-        """Let nothing be committed after an error that may be caught, or that nobody may look at."""
-        if not isinstance(error, KafkaError):
-            error = KafkaError(
-                f"publication to {self.topic!r}",
-                f"{what} with {type(error).__name__}: {error}",
-                "Let that error end the with block, or catch it where the records are made",
-            )
-        self._sender.broken = self._sender.broken or error
 
     def _write(self, chunk: Chunk, topic: str) -> None:
         sender = self._sender
@@ -414,8 +410,8 @@ class PublicationWriter:
         if self._under_way:
             raise out_of_turn(
                 f"publication {self._publication_id!r}",
-                "another thread is still sending to it",
-                "Wait for its threads inside the with block",
+                "another thread, or a generator, is still sending to it",
+                "Wait for them inside the with block",
             )
         self._flush()
         for expired in filter(None, (track.expired for track in sender.tracks.values())):
@@ -515,8 +511,13 @@ class PublicationWriter:
         for track in self._sender.all_tracks:
             if track.moved_back:
                 raise _made_anew(track)
-            if self.keeps_places or self._sender.transaction_seconds > _LOOK_AGAIN_SECONDS:
+            if self._needs_same_partitions or self._sender.transaction_seconds > _LOOK_AGAIN_SECONDS:
                 self._look_again(track)
+
+    @property
+    def _needs_same_partitions(self) -> bool:
+        """Whether the topics must have no more Kafka partitions than before: for their keys, or to know all ends."""
+        return self.keeps_places or self._ends_before is not None
 
     def _look_again(self, track: Track) -> None:
         """Look whether a topic was deleted, and perhaps made anew, or has more Kafka partitions where that matters.
@@ -529,15 +530,16 @@ class PublicationWriter:
         except KafkaError as error:
             if error.code == "UNKNOWN_TOPIC_OR_PART":
                 raise _made_anew(track) from None
-            if error.remedy is not Remedy.RETRY or self.keeps_places:
+            if error.remedy is not Remedy.RETRY or self._needs_same_partitions:
                 raise
             return  # If nobody answers, the commit has more time to wait for that.
         if are_different(track.topic_id, now.id):
             raise _made_anew(track)
-        if self.keeps_places and now.partitions != track.partitions:
+        added = self._needs_same_partitions and now.partitions != track.partitions
+        if added and track.topic in self._sender.tracks:  # the dead-letter topic may have more
             raise KafkaError(
                 self._sender.name,
-                "Kafka partitions were added to the topic meanwhile, so that keys went to others than before",
+                f"Kafka partitions were added to {track.topic!r} meanwhile, to which records may have gone",
                 "Try again",
                 remedy=Remedy.RETRY,
             )
@@ -546,9 +548,10 @@ class PublicationWriter:
         timeout = self._config.producer.delivery_timeout
         name = f"commit of {publication.records} records to {', '.join(self._sender.tracks)!r}"
         try:
-            self._ledger.write(producer, publication, name)
-            self._committing = True
-            self._connection.resume(producer.commit_transaction, timeout, name)
+            if not self._committing:  # else it goes on
+                self._ledger.write(producer, publication, name)
+                self._committing = True
+            self._connection.resume(producer.commit_transaction, timeout, name, self._sender.has_failed)
         except KafkaError as error:
             raise self._commit_error(error, name) from None
         self._sender.in_transaction = False
@@ -570,15 +573,19 @@ class PublicationWriter:
                 code=error.code,
                 remedy=Remedy.FAIL,
             )
-        if failure is None and (error.remedy is Remedy.RETRY or error.code == "UNKNOWN"):
+        if fatal is not None and fatal.name() in FENCED_CODES:
+            error.add(unknown, "To learn the outcome, re-execute this run from failure: it reads the ledger")
+        elif failure is None and (error.remedy is Remedy.RETRY or error.code == "UNKNOWN"):
             error.remedy = Remedy.RETRY
             error.add(unknown, "Try again: the next attempt reads the outcome from the ledger")
         return error
 
     def abort(self, timeout: float = _ABORT_SECONDS) -> None:
         """Give up: nothing of the publication becomes visible. Called by an exception in the with block."""
-        self._sender.take_back(timeout)
-        self._close()
+        try:
+            self._sender.take_back(timeout)
+        finally:
+            self._close()
 
     def _end_span(self, done: Publication) -> None:
         if self._span is not None:
@@ -588,13 +595,15 @@ class PublicationWriter:
             self._span.succeed(records, done.bytes, replayed=done.replayed)
 
     def _abandon(self, error: BaseException) -> None:
-        if self._span is not None:
-            self._span.fail(error)
         passing = isinstance(error, KafkaError) and error.remedy is Remedy.RETRY
-        if passing and self._connection.silent:
-            self.abort(_VAIN_ABORT_SECONDS)
-        else:
-            self.abort(_HASTY_ABORT_SECONDS if passing or not isinstance(error, Exception) else _ABORT_SECONDS)
+        try:
+            if passing and self._connection.silent:
+                self.abort(_VAIN_ABORT_SECONDS)
+            else:
+                self.abort(_HASTY_ABORT_SECONDS if passing or not isinstance(error, Exception) else _ABORT_SECONDS)
+        finally:
+            if self._span is not None:
+                self._span.fail(error)
 
     def _close(self) -> None:
         # Neither is closed: a producer with an open transaction waits for minutes for a dead broker, a consumer for its
@@ -748,7 +757,8 @@ def publish(
         FencedError: Another attempt took over.
         InvalidRecordError: The output or a record of it cannot be published.
         KafkaError: The topic does not exist, an ACL is missing, a record was refused, a deadline passed. Nothing of the
-            publication is visible, unless the error says that its outcome is not known.
+            publication is visible, unless the error says that its outcome is not known, or delivery_guarantee is
+            'at_least_once'.
     """
 
     def attempt(reports: bool, repeats: OtherWriterError | None) -> Publication:

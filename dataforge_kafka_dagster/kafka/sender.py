@@ -22,7 +22,7 @@ from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, PublicationConf
 from dataforge_kafka_dagster.kafka.connection import (
     SLICE,
     Connection,
-    call_client,
+    buffer_bytes,
     refuse_larger_than_buffer,
     timed_out,
 )
@@ -56,7 +56,7 @@ _DIAGNOSIS_SECONDS: Final = 0.5
 class Sender:
     """The producer of one publication, its open transaction, and what was sent in it.
 
-    One thread at a time may send or poll: it holds `lock`.
+    One thread at a time may send or poll: it holds `lock`. `take_back`, after an error, waits for none.
 
     Args:
         config: Cluster, guarantee and deadlines.
@@ -110,7 +110,6 @@ class Sender:
         self.dead_topic = dead_topic
         self._dead_track: Track | None = None
         self._exactly_once = config.delivery_guarantee == "exactly_once"
-        self._in_order = self._exactly_once or config.producer.idempotent
         self._producer: confluent_kafka.Producer | None = None
         self._options: dict[str, Any] = {}
         self._first_sent = 0.0
@@ -194,7 +193,9 @@ class Sender:
             KafkaError: It is not open, or not any more.
         """
         if self._producer is None:
-            raise out_of_turn(f"publication {self._publication_id!r}", "it has ended", "Send inside the with block")
+            raise out_of_turn(
+                f"publication {self._publication_id!r}", "it has ended, or not begun", "Send inside the with block"
+            )
         return self._producer
 
     @property
@@ -277,15 +278,17 @@ class Sender:
                 at = len(chunk.values) - operator.length_hint(values) - 1
                 index = span.end = first + at
                 value, key = chunk.values[at], chunk.keys[at] if chunk.keys else None
-                if isinstance(exception, KafkaException):
-                    self._bury_sent(value, key, index, topic, self._refused(exception.args[0], topic, index, key))
-                    span = Span(index + 1, end)
-                    report = track.reporter(span)
-                else:
+                try:
+                    if isinstance(exception, KafkaException):
+                        raise self._refused(exception.args[0], topic, index, key) from None
                     extra = chunk.extras[at] if chunk.extras else PLAIN
                     record = {"value": value, "key": key, "on_delivery": report} | extra._asdict()
                     self._produce_with_room(topic, index, **record)
                     span.end = end
+                except KafkaError as error:
+                    self._bury_sent(value, key, index, topic, error)
+                    span = Span(index + 1, end)
+                    report = track.reporter(span)
             else:
                 return
 
@@ -336,7 +339,8 @@ class Sender:
         self, value: bytes | str | None, key: bytes | str | None, index: int, topic: str, error: KafkaError
     ) -> None:
         """The same for a record that was encoded; an error that is not the record's own is raised."""
-        if not isinstance(error, InvalidRecordError) and error.code != "MSG_SIZE_TOO_LARGE":
+        is_its_own = isinstance(error, InvalidRecordError) or error.code == "MSG_SIZE_TOO_LARGE"
+        if not is_its_own or error is self.broken:  # which is that of an earlier record
             raise error
         self.bury(KafkaRecord(value, key), index, error, topic)
         self.bytes -= text_size([value, key])
@@ -361,7 +365,8 @@ class Sender:
     def _longest_dead_letter(self) -> int:
         """A third of the largest record, so that value, key and headers find room."""
         most = int(self._config.producer.librdkafka_config.get("message.max.bytes", 1_000_000))
-        return min(most, (self._dead_track and self._dead_track.max_bytes) or most) // 3
+        buffer = buffer_bytes(self._options)
+        return min(most, buffer, (self._dead_track and self._dead_track.max_bytes) or most) // 3
 
     def _produce_with_room(self, topic: str, index: int, **record: Any) -> None:
         producer = self.live()
@@ -435,7 +440,8 @@ class Sender:
         error = first.error
         if error.name() == "_PURGE_QUEUE":
             error = self._transaction_error() or error
-        place, last, key = track.place(first, settled=self._give_up() and self._in_order)
+        # Else later records may have been delivered.
+        place, last, key = track.place(first, settled=self._give_up() and self._exactly_once)
         counts = ", ".join(f"{count} x {code}" for code, count in track.failures.items())
         which = f"record {place}" if place == last else f"one of records {place} to {last}"
         lost = f"{sum(track.failures.values())} records not delivered ({counts})"
@@ -460,7 +466,7 @@ class Sender:
             several = first.span.end - first.span.first > 1
             failure.add(
                 f"the topic's max.message.bytes is {most}, for a batch of compressed records",
-                f"If no record is that large, lower batch_size to {track.max_bytes or 'it'}" if several else "",
+                f"If no record is that large, lower batch_size to {track.max_bytes or 'that'}" if several else "",
             )
         failure.counts, failure.key = dict(track.failures), key
         failure.index, failure.among = (place, None) if place == last else (None, (place, last))
@@ -475,7 +481,7 @@ class Sender:
             # confluent-kafka 2.16 has its argument the wrong way round: blocking=False waits for every thread, one of
             # which may be at a slow name server, and all of Python with it.
             producer.purge()
-            call_client(producer.flush, SLICE)
+            self._connection.serve(producer.flush, SLICE, self.has_failed)
         return len(producer) == 0
 
     def _transaction_error(self) -> confluent_kafka.KafkaError | None:
@@ -490,7 +496,8 @@ class Sender:
             return error if error.txn_requires_abort() or error.fatal() else None
         return None
 
-    def _has_failed(self) -> bool:
+    def has_failed(self) -> bool:
+        """Whether librdkafka has given the transaction up."""
         return self.in_transaction and self._transaction_error() is not None
 
     def check(self) -> None:
@@ -507,7 +514,7 @@ class Sender:
     def _serve(self, wait: Callable[[float], object], seconds: float) -> None:
         producer, troubles = self.live(), self._connection.troubles
         left = len(producer) if troubles else 0
-        if self._connection.serve(wait, seconds, self._has_failed):
+        if self._connection.serve(wait, seconds, self.has_failed):
             taken = left and len(producer) < left and self._connection.troubles == troubles
             if taken and not any(track.first_failure for track in self.all_tracks):
                 # Brokers take records again: what fails later has another cause.
@@ -538,6 +545,10 @@ class Sender:
         """Take back what is on its way, and abort the transaction."""
         if self._producer is None:
             return
+        # For other threads, which see their records taken back.
+        self.broken = self.broken or out_of_turn(
+            self.name, "it was given up", "Look for the error that has ended its with block"
+        )
         with contextlib.suppress(Exception):
             self._producer.purge()
             if self._connection.fatal is None:
