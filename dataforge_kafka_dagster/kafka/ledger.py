@@ -338,8 +338,8 @@ def decode_ledger(
 class Ledger:
     """A publisher's ledger in its cluster: what its last publication was, whoever made it.
 
-    Used by one thread, beside which `warm_up` has its own. It is read by consumers: the admin client's request for group
-    offsets crashes the process now and then (confluent-kafka 2.16).
+    Used by one thread, beside which `warm_up` has its own. It is read by consumers: the admin client's request for
+    group offsets crashes the process now and then (confluent-kafka 2.16).
 
     Args:
         connection: Makes its clients.
