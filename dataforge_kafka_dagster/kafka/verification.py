@@ -11,10 +11,10 @@ from confluent_kafka import TopicPartition
 
 from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig
 from dataforge_kafka_dagster.kafka.connection import Connection
-from dataforge_kafka_dagster.kafka.errors import UNKNOWN_TOPIC_CODES, KafkaError, place_name
+from dataforge_kafka_dagster.kafka.errors import KafkaError, place_name
 from dataforge_kafka_dagster.kafka.ledger import PartitionOffsets, Publication
 from dataforge_kafka_dagster.kafka.reader import read_publication
-from dataforge_kafka_dagster.kafka.topics import are_different, look_at_topic
+from dataforge_kafka_dagster.kafka.topics import lost_since
 
 
 class Missing(NamedTuple):
@@ -79,15 +79,9 @@ def _missing_of_topic(
 ) -> Iterator[Missing]:
     places = [offsets for offsets in publication.offsets if offsets.topic == topic]
     records = sum(offsets.records for offsets in places)
-    try:
-        found = look_at_topic(connection, topic, timeout)
-    except KafkaError as error:
-        if error.code not in UNKNOWN_TOPIC_CODES:
-            raise
-        yield Missing(topic, None, records, "the topic was deleted")
-        return
-    if are_different(publication.topic_ids.get(topic), found.id):
-        yield Missing(topic, None, records, "the topic was deleted and made anew, or this is another cluster's")
+    lost = lost_since(connection, topic, publication.topic_ids.get(topic), timeout)
+    if lost is not None:
+        yield Missing(topic, None, records, f"the topic was {lost}, or this is another cluster")
         return
     for offsets in places:
         ask = functools.partial(
