@@ -1,11 +1,11 @@
 """Asset checks: what an asset published last is still in Kafka, whole."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, Literal
 
 import dagster as dg
 
-from dataforge_kafka_dagster.history import last_published, name_of
+from dataforge_kafka_dagster.history import Published, last_published, name_of, refuse_partition_for_whole
 from dataforge_kafka_dagster.io_manager import KafkaIOManager, topic_of
 from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError, place_name
 from dataforge_kafka_dagster.kafka.ledger import Publication
@@ -38,7 +38,8 @@ def build_publication_checks(
 
     It fails when retention has eaten records, somebody deleted them, or the topic was deleted or made anew. It costs a
     request for the topic, and one for each Kafka partition. In a run for some Dagster partitions it looks at theirs,
-    else at all that are materialized.
+    else at all that are materialized; those that were reported by hand, or stored elsewhere, it counts. An AssetSpec
+    says by its partitions_def whether there are any.
 
     An asset whose metadata gives a schema (``kafka/value_schema``, ``kafka/key_schema``) that is known without an
     output has a second check, ``schema_is_compatible``: the Schema Registry would take it for the topic, which is the
@@ -181,54 +182,85 @@ def _build_check(
         op_context = context.op_execution_context
         with kafka.errors_in_dagster(op_context):
             config = kafka.producer_config()
-            publications = dict(_publications(op_context, spec, bare))
+            publications, others = _publications(op_context, spec, bare)
             found = {
                 name: find_missing(config, publication, thorough=thorough, timeout=timeout)
                 for name, publication in publications.items()
                 if publication is not None
             }
-            return _result(publications, found, severity)
+            return _result(publications, found, others, severity)
 
     return publication_is_in_kafka
 
 
 def _publications(
     context: dg.OpExecutionContext, spec: dg.AssetSpec, bare: bool
-) -> Iterator[tuple[str, Publication | None]]:
-    """What the asset's materializations published, by name; each publication once."""
+) -> tuple[dict[str, Publication | None], list[KafkaError]]:
+    """What the asset's materializations published, by name, each publication once; and what was not published here."""
+    publications: dict[str, Publication | None] = {}
     seen = set()
-    for partition in _partitions(context, spec, bare):
-        last = last_published(context.instance, spec.key, partition)
-        if last is None:
-            raise KafkaError(name_of(spec.key, partition), "it was never materialized", "Materialize it first")
+    partitions, are_asked = _partitions(context, spec, bare)
+    others: list[KafkaError] = []
+    for partition in partitions:
+        try:
+            last = _last_published(context.instance, spec.key, partition, bare)
+        except KafkaError as error:
+            # Somebody has reported it by hand, or stored it elsewhere.
+            if are_asked:
+                raise
+            others.append(error)
+            continue
         identity = last.publication and last.publication.publication_id
         if identity is None or identity not in seen:
             seen.add(identity)
-            yield name_of(spec.key, partition), last.publication
+            publications[name_of(spec.key, partition)] = last.publication
+    if others and not publications:
+        raise others[0]
+    return publications, others
 
 
-def _partitions(context: dg.OpExecutionContext, spec: dg.AssetSpec, bare: bool) -> Sequence[str | None]:
-    """The Dagster partitions to look at: those of the run, or all that are materialized; None for an asset without.
+def _last_published(
+    instance: dg.DagsterInstance, asset_key: dg.AssetKey, partition: str | None, bare: bool
+) -> Published:
+    last = last_published(instance, asset_key, partition)
+    if last is None:
+        raise KafkaError(name_of(asset_key, partition), "it was never materialized", "Materialize it first")
+    if not bare:
+        refuse_partition_for_whole(asset_key, partition, last)
+    return last
+
+
+def _partitions(context: dg.OpExecutionContext, spec: dg.AssetSpec, bare: bool) -> tuple[Sequence[str | None], bool]:
+    """The Dagster partitions to look at, and whether the run asks for them.
+
+    They are those of the run, or all that are materialized; None for an asset without.
 
     Dagster's event log also has materializations from before an asset's partitions changed: what they are now, its
     definition says, and the log only where that is not known.
     """
     known = spec.partitions_def
     if known is None and not bare:
-        return [None]
+        return [None], True
     of_run = context.partition_keys if context.has_partition_key or context.has_partition_key_range else None
     if known is not None and of_run is not None:
-        return of_run
+        return of_run, True
     materialized = context.instance.get_materialized_partitions(spec.key)
     if known is not None:
         materialized &= set(known.get_partition_keys(dynamic_partitions_store=context.instance))
-    if not materialized:
-        return [None]
-    return sorted(materialized) if of_run is None else of_run
+        if not materialized:
+            raise KafkaError(
+                name_of(spec.key, None), "none of its Dagster partitions was materialized", "Materialize them first"
+            )
+    elif not materialized:
+        return [None], True
+    return (sorted(materialized), False) if of_run is None else (of_run, True)
 
 
 def _result(
-    publications: dict[str, Publication | None], found: dict[str, list[Missing]], severity: dg.AssetCheckSeverity
+    publications: dict[str, Publication | None],
+    found: dict[str, list[Missing]],
+    others: list[KafkaError],
+    severity: dg.AssetCheckSeverity,
 ) -> dg.AssetCheckResult:
     missing = [(name, gone) for name, some in found.items() for gone in some]
     records = sum(publication.records for publication in publications.values() if publication is not None)
@@ -237,6 +269,8 @@ def _result(
         "kafka/records": records,
         "kafka/missing_records": sum(gone.records for _, gone in missing),
     }
+    if others:
+        metadata["kafka/not_checked"] = f"{len(others)} Dagster partitions. The first: {others[0]}"
     if not missing:
         return dg.AssetCheckResult(passed=True, metadata=metadata, description=f"All {records:,} records are in Kafka")
     rows = [

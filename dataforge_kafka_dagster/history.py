@@ -22,7 +22,7 @@ class Published(NamedTuple):
 
     Attributes:
         publication: The publication; None if nothing was published.
-        partitions: The Dagster partitions that it covers together, if it covers several.
+        partitions: The Dagster partitions that it covers.
         partition: The one that the materialization is of, None if of none.
     """
 
@@ -60,6 +60,20 @@ def last_published(instance: dg.DagsterInstance, asset_key: dg.AssetKey, partiti
         if not page.has_more or page.cursor is None:
             return None
         limit, cursor = _PAGE, page.cursor
+
+
+def refuse_partition_for_whole(asset_key: dg.AssetKey, partition: str | None, last: Published) -> None:
+    """Refuse the last publication of one Dagster partition where that of the whole asset was asked for.
+
+    Raises:
+        KafkaError: It is such a one.
+    """
+    if partition is None and last.partition is not None:
+        raise KafkaError(
+            name_of(asset_key, partition),
+            f"it is read as a whole, but was last materialized for its Dagster partition {last.partition!r} only",
+            "Ask for a Dagster partition; of an AssetSpec, give it the partitions_def that the asset has",
+        )
 
 
 def name_of(asset_key: dg.AssetKey, partition: str | None) -> str:

@@ -10,12 +10,19 @@ import dagster as dg
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 
 from dataforge_kafka_dagster.failures import log_prefix
-from dataforge_kafka_dagster.history import HandledOutputs, Published, last_published, name_of, published
+from dataforge_kafka_dagster.history import (
+    HandledOutputs,
+    Published,
+    last_published,
+    name_of,
+    published,
+    refuse_partition_for_whole,
+)
 from dataforge_kafka_dagster.identity import Identity, has_sessions, is_again, output_identity, step_context_of
 from dataforge_kafka_dagster.inputs import form_of_each, in_form
 from dataforge_kafka_dagster.kafka.cloudevents import CloudEventHeaders
 from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, check_topic
-from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError
+from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError, SupersededError
 from dataforge_kafka_dagster.kafka.ledger import Publication
 from dataforge_kafka_dagster.kafka.publication import OtherWriterError, PublicationWriter, settle
 from dataforge_kafka_dagster.kafka.reader import ReadRecord, read_publication, refuse_lost_topics
@@ -181,10 +188,9 @@ class KafkaIOManager(dg.ConfigurableIOManager):
             for partition, output in outputs.items():
                 with self.kafka.errors_in_dagster(context, target.topic, (partition,)):
                     self._refuse_at_once(context, output, target, identity)
-            done = {}
+            done: dict[str, dict[str, Any]] = {}
             try:
-                for partition, output in outputs.items():
-                    done[partition] = self._publish(context, output, target, identity.of_partition(partition))
+                self._publish_each(context, outputs, target, identity, done)
             except BaseException:
                 _tell_at_once(context, done)
                 raise
@@ -199,6 +205,27 @@ class KafkaIOManager(dg.ConfigurableIOManager):
             same = {name: value for name, value in said.items() if name in added}
             if same:
                 context.step_context.add_asset_metadata(same, context.asset_key, of_partition)
+
+    def _publish_each(
+        self,
+        context: dg.OutputContext,
+        outputs: Mapping[str, Any],
+        target: "_Target",
+        identity: Identity,
+        done: dict[str, dict[str, Any]],
+    ) -> None:
+        """Publish the outputs of Dagster partitions, and note in `done` what their materializations say."""
+        superseded: dg.Failure | None = None
+        for partition, output in outputs.items():
+            try:
+                done[partition] = self._publish(context, output, target, identity.of_partition(partition))
+            except dg.Failure as failure:
+                # The others are still to be published.
+                if not isinstance(failure.__cause__, SupersededError):
+                    raise
+                superseded = superseded or failure
+        if superseded is not None:
+            raise superseded
 
     def _refuse_at_once(self, context: dg.OutputContext, output: Any, target: "_Target", identity: Identity) -> None:
         """Refuse what is no output, as far as a look tells that takes nothing of it."""
@@ -265,9 +292,10 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                 else:
                     untold = writer.predecessor(upsert.replaces)
                     more = [untold] if untold else []
-                    moved, stayed = upsert.find(writer.topic_ids, writer.partition_counts, more)
+                    moved, stayed = upsert.find(writer.topic_ids, writer.partition_counts, writer.partitioner, more)
                     writer.send_chunks(upsert.delete_all(moved))
                     writer.send_chunks(upsert.remember(encoded))
+                    writer.superseded = upsert.superseded
                     writer.send_chunks(upsert.delete_others(stayed))
             return writer.commit()
 
@@ -316,10 +344,11 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                 continue
             _refuse_others(
                 name_of(context.asset_key, partition),
-                last.partitions,
+                last,
                 list(replaced),
-                "Its keys cannot be told from theirs: materialize all of them in one run. If the asset has other"
-                " Dagster partitions by now, wipe its materializations in Dagster: rows that it has given up then stay",
+                "Its keys cannot be told from theirs: materialize all of them in one run, as one output, not a mapping."
+                " If the asset has other Dagster partitions by now, wipe its materializations in Dagster: rows that it"
+                " has given up then stay",
             )
             previous[last.publication.publication_id] = last.publication
         return Upsert(config.producer, list(previous.values()), target.topic, self.read_timeout)
@@ -701,25 +730,23 @@ def _publications(context: dg.InputContext) -> dict[str | None, Publication | No
             raise KafkaError(
                 name_of(asset_key, partition),
                 "it was never materialized",
-                "Materialize it first, with this IO manager: it does not read what other programs have written",
+                "Materialize it first, with this IO manager: it does not read what other programs have written. To read"
+                " the Dagster partitions that there are, set allow_missing_partitions in the input's metadata",
             )
-        publication, covered, of_partition = found
-        if partition is None and of_partition is not None:
-            raise KafkaError(
-                name_of(asset_key, partition),
-                f"it is read as a whole, but was last materialized for its Dagster partition {of_partition!r} only",
-                "Ask for a Dagster partition; of an AssetSpec, give it the partitions_def that the asset has",
-            )
+        publication, covered, _ = found
+        refuse_partition_for_whole(asset_key, partition, found)
         publications[partition] = publication
         if publication is None:
             continue
         _refuse_others(
             name_of(asset_key, partition),
-            covered,
+            found,
             asked,
             "Read them all, or return a mapping from partition key to records from the upstream asset",
         )
-        anew = next((other for other in covered if not _holds(last[other], publication)), None)
+        anew = next(
+            (other for other in covered if partition is not None and not _holds(last[other], publication)), None
+        )
         if anew is not None:
             raise KafkaError(
                 name_of(asset_key, partition),
@@ -760,10 +787,10 @@ def _replaced(
     return {partition: last_of(partition) for partition in sorted(instance.get_materialized_partitions(asset_key))}
 
 
-def _refuse_others(name: str, covered: Sequence[str], asked: Sequence[str | None], fix: str) -> None:
-    """Refuse a publication that holds more Dagster partitions than are asked for."""
-    if not set(covered) <= set(asked):
-        cause = f"it was published together with {len(covered) - 1} other Dagster partitions in one publication"
+def _refuse_others(name: str, last: Published, asked: Sequence[str | None], fix: str) -> None:
+    """Refuse a publication that holds more Dagster partitions than are asked for, of an asset that has them."""
+    if last.partition is not None and not set(last.partitions) <= set(asked):
+        cause = f"it was published together with {len(last.partitions) - 1} other Dagster partitions in one publication"
         raise KafkaError(name, cause, fix)
 
 

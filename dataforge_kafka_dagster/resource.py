@@ -522,7 +522,7 @@ def publication_metadata(publication: Publication, partitions: Sequence[str] = (
     """What a materialization says of a publication: where its records are, how many, how fast."""
     seconds = publication.seconds
     said: dict[str, Any] = {
-        "dagster/row_count": publication.records - publication.tombstones,
+        "dagster/row_count": publication.rows,
         "kafka/topic": ", ".join(publication.topics),
         "kafka/records": publication.records,
         "kafka/bytes": publication.bytes,

@@ -138,7 +138,7 @@ def test_reading_finds_a_publication_that_is_not_what_dagster_says(resources, ka
     assert _evaluate([asset], build_publication_checks([asset]), resources, instance).passed
     evaluation = _evaluate([asset], build_publication_checks([asset], thorough=True), resources, instance)
     assert not evaluation.passed
-    assert "there are 100 records" in evaluation.description
+    assert "its 100 records have" in evaluation.description
 
 
 def test_reading_passes_a_publication_that_is_whole(resources, kafka_topic, instance):
@@ -265,3 +265,60 @@ def test_an_interrupt_ends_the_look_for_missing_records_at_once(monkeypatch):
         done.set()
         signal.signal(signal.SIGINT, before)
     assert time.monotonic() - began < 2
+
+
+def _days(topic, **options):
+    @dg.asset(metadata={"kafka/topic": topic}, partitions_def=dg.DynamicPartitionsDefinition(name="days"), **options)
+    def days(context: dg.AssetExecutionContext):
+        return [{"day": context.partition_key}]
+
+    return days
+
+
+def _publish_days(asset, resources, instance, *keys):
+    instance.add_dynamic_partitions("days", list(keys))
+    for key in keys:
+        dg.materialize([asset], resources=resources, instance=instance, partition_key=key)
+
+
+def _fails(asset, checked, resources, instance):
+    checks = build_publication_checks([checked])
+    result = dg.materialize(
+        [asset, *checks],
+        resources=resources,
+        instance=instance,
+        selection=dg.AssetSelection.checks(*checks),
+        raise_on_error=False,
+    )
+    (failure,) = result.get_step_failure_events()
+    return failure.event_specific_data.user_failure_data.description
+
+
+def test_a_spec_that_hides_dagster_partitions_is_refused(resources, kafka_topic, instance):
+    asset = _days(kafka_topic())
+    _publish_days(asset, resources, instance, "mon", "tue")
+    assert "give it the partitions_def that the asset has" in _fails(asset, dg.AssetSpec("days"), resources, instance)
+    assert _plain(_evaluate([asset], build_publication_checks(["days"]), resources, instance))["kafka/records"] == 2
+
+
+def test_an_asset_whose_dagster_partitions_are_all_gone_does_not_pass(resources, kafka_topic, instance):
+    asset = _days(kafka_topic())
+    _publish_days(asset, resources, instance, "mon")
+    instance.delete_dynamic_partition("days", "mon")
+    assert "none of its Dagster partitions was materialized" in _fails(asset, asset, resources, instance)
+
+
+def test_dagster_partitions_that_were_not_published_here_are_counted(resources, kafka_topic, instance):
+    asset = _days(kafka_topic())
+    _publish_days(asset, resources, instance, "mon", "tue")
+    instance.add_dynamic_partitions("days", ["by hand"])
+    instance.report_runless_asset_event(dg.AssetMaterialization("days", partition="by hand"))
+    evaluation = _evaluate([asset], build_publication_checks([asset]), resources, instance)
+    assert evaluation.passed
+    said = _plain(evaluation)
+    assert (said["kafka/publications"], said["kafka/records"]) == (2, 2)
+    assert said["kafka/not_checked"].startswith("1 Dagster partitions. The first: asset 'days', partition 'by hand'")
+    # If they are all that there are, they are none to pass.
+    instance.delete_dynamic_partition("days", "mon")
+    instance.delete_dynamic_partition("days", "tue")
+    assert "it was never materialized" in _fails(asset, asset, resources, instance)

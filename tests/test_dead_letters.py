@@ -120,6 +120,12 @@ def test_the_dead_letter_topic_of_a_compacted_topic_is_not_made_compacted(writer
     assert len(read(new_topic)) == 1
 
 
+def test_a_dead_letter_topic_that_is_there_may_have_fewer_kafka_partitions(writer, topics, read):
+    with writer(create_topic=KafkaTopicSpec(partitions=2)) as publication:
+        publication.send({1})
+    assert len(read(topics[1])) == 1
+
+
 def _letters(found):
     """What a reader finds in the dead-letter topic: (index, code, value), by index."""
     letters = []

@@ -133,7 +133,7 @@ def test_a_replay_knows_the_formats_of_its_own_topic_however_many_others_there_a
 def test_a_ledger_of_another_version_is_none():
     ((entry, *_),) = encode_ledger(_publication([]))
     assert [header["records"] for _, header in find_headers([entry])] == [0]
-    older = types.SimpleNamespace(metadata=entry.metadata.replace('"v":2', '"v":1'))
+    older = types.SimpleNamespace(metadata=entry.metadata.replace('"v":3', '"v":2'))
     assert list(find_headers([older])) == []
 
 

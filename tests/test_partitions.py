@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import dagster as dg
 import polars as pl
 import pytest
+from dagster._core.definitions.job_base import InMemoryJob
+from dagster._core.execution.api import execute_run
 
 from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource
 from dataforge_kafka_dagster.kafka.ledger import make_transactional_id
@@ -304,3 +306,43 @@ def test_what_a_failed_run_has_published_of_a_range_is_told_but_not_as_done_by_t
             [ranged, reader], selection=[reader], partition_key=letter, resources=run["resources"], instance=instance
         ).success
     assert [json.loads(record.value)["letter"] for record in read(topic)] == ["a"]
+
+
+@pytest.mark.kafka
+def test_a_retry_of_a_range_publishes_what_is_missing_beside_what_another_run_has_published_anew(
+    manager, kafka_topic, read, instance
+):
+    letters = dg.StaticPartitionsDefinition(list("abcd"))
+    topic = kafka_topic()
+    runs = []
+
+    def rows(letter):
+        if letter == "c" and len(runs) == 1:
+            raise ZeroDivisionError
+        yield {"letter": letter, "run": len(runs)}
+
+    @dg.asset(partitions_def=letters, backfill_policy=dg.BackfillPolicy.single_run(), metadata={"kafka/topic": topic})
+    def ranged(context: dg.AssetExecutionContext):
+        runs.append(context.run.run_id)
+        return {letter: rows(letter) for letter in context.partition_keys}
+
+    job = dg.define_asset_job("job", executor_def=dg.in_process_executor)
+    resources = {"io_manager": manager}
+    definition = dg.Definitions([ranged], jobs=[job], resources=resources).resolve_job_def("job")
+    tags = {"dagster/asset_partition_range_start": "a", "dagster/asset_partition_range_end": "d"}
+    first = definition.execute_in_process(instance=instance, raise_on_error=False, tags=tags)
+    assert not first.success
+    assert definition.execute_in_process(instance=instance, partition_key="a").success
+    run = instance.create_run_for_job(
+        definition,
+        tags=tags | {"dagster/is_resume_retry": "true"},
+        parent_run_id=first.run_id,
+        root_run_id=first.run_id,
+    )
+    retry = execute_run(InMemoryJob(definition), run, instance, raise_on_error=False)
+    (failure,) = (event.event_specific_data.user_failure_data for event in retry.get_step_failure_events())
+    assert failure.description.startswith("Dagster partition 'a': ")
+    assert "it has been published anew since, by another run" in failure.description
+    published = [json.loads(record.value) for record in read(topic)]
+    assert [(row["letter"], row["run"]) for row in published] == [("a", 1), ("b", 1), ("a", 2), ("c", 3), ("d", 3)]
+    assert instance.get_materialized_partitions(ranged.key) == set("abcd")

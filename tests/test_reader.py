@@ -6,8 +6,8 @@ from confluent_kafka import KafkaError as KafkaCode
 from dataforge_kafka_dagster import KafkaError, KafkaProducerConfig
 from dataforge_kafka_dagster.kafka.connection import Connection
 from dataforge_kafka_dagster.kafka.errors import Remedy
-from dataforge_kafka_dagster.kafka.ledger import PartitionOffsets
-from dataforge_kafka_dagster.kafka.reader import _read_partition
+from dataforge_kafka_dagster.kafka.ledger import PartitionOffsets, Publication
+from dataforge_kafka_dagster.kafka.reader import _read_all
 
 TIMEOUT = 0.3
 
@@ -67,10 +67,13 @@ class _Consumer:
         return places
 
 
-def _read(consumer, records=5, timeout=TIMEOUT):
-    offsets = PartitionOffsets("t", 2, ((0, records - 1),))
+def _read(consumer, runs=((0, 4),), *, timeout=TIMEOUT, partial=False, **more):
+    offsets = PartitionOffsets("t", 2, runs)
+    fields = {"publication_id": "p", "transactional_id": "x", "topic": "t", "bytes": 0, "value_format": "bytes"}
+    counts = {"records": offsets.records, "replayed": False, "seconds": 0.0}
+    publication = Publication(**fields, offsets=(offsets,), **counts, **more)
     connection = Connection(KafkaProducerConfig(bootstrap_servers="localhost:1"))
-    return _read_partition(connection, consumer, offsets, timeout, partial=False)
+    return _read_all(connection, consumer, publication, timeout, partial=partial)
 
 
 def test_errors_that_pass_without_end_do_not_put_the_deadline_off():
@@ -139,6 +142,15 @@ class _CutLog:
 
 @pytest.mark.parametrize("runs", [((1000, 1009),), ((1000, 1004), (1006, 1009))])
 def test_in_a_log_that_was_cut_nothing_is_taken_for_the_last_publications(runs):
-    offsets = PartitionOffsets("t", 0, runs)
-    connection = Connection(KafkaProducerConfig(bootstrap_servers="localhost:1"))
-    assert list(_read_partition(connection, _CutLog(), offsets, 1.0, partial=True)) == []
+    assert list(_read(_CutLog(), runs, partial=True)) == []
+
+
+@pytest.mark.parametrize("more", [{"tombstones": 2}, {"superseded": 2}, {"tombstones": 1, "superseded": 1}])
+def test_what_compaction_removes_of_a_table_is_not_missed(more):
+    assert len(list(_read(_Ending(3, 3), timeout=30, **more))) == 3
+
+
+@pytest.mark.parametrize("more", [{}, {"tombstones": 1}, {"superseded": 1}])
+def test_what_compaction_removes_of_rows_is(more):
+    with pytest.raises(KafkaError, match=r"2 of 5 records are gone.*min.compaction.lag.ms"):
+        list(_read(_Ending(3, 3), timeout=30, **more))

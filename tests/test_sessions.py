@@ -326,6 +326,27 @@ def test_a_retry_of_an_asset_without_partitions_beside_one_with_them_finds_it(ka
     assert _values(read(topic)) == ["a", "b"]
 
 
+def test_an_asset_without_partitions_is_read_though_one_with_them_was_published_with_it(kafka, kafka_topic, instance):
+    topic, got = kafka_topic(), []
+    days = dg.StaticPartitionsDefinition(["x", "y"])
+
+    @dg.multi_asset(specs=[dg.AssetSpec("by_day", partitions_def=days), dg.AssetSpec("whole")], can_subset=True)
+    def both(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=topic) as publication:
+            publication.send({"a": 1})
+        yield publication.materialize_result("by_day")
+        yield publication.materialize_result("whole")
+
+    @dg.asset
+    def reads(whole: list[dict]) -> None:
+        got.extend(whole)
+
+    run = {"resources": {"kafka": kafka, "io_manager": KafkaIOManager(kafka=kafka)}, "instance": instance}
+    assert dg.materialize([both], partition_key="x", **run).success
+    assert dg.materialize([both, reads], selection=[reads], **run).success
+    assert got == [{"a": 1}]
+
+
 @pytest.mark.parametrize("named", [False, True])
 def test_a_session_is_not_taken_for_that_of_an_asset_which_is_not_retried(named, kafka, kafka_topic, read, instance):
     """The retry's first session on the topic has the default name that another asset's had."""

@@ -9,8 +9,15 @@ from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
 from conftest import make_anew
 
-from dataforge_kafka_dagster import KafkaIOManager, KafkaProducerResource, KafkaRecord, io_manager
+from dataforge_kafka_dagster import (
+    KafkaIOManager,
+    KafkaProducerConfig,
+    KafkaProducerResource,
+    KafkaRecord,
+    io_manager,
+)
 from dataforge_kafka_dagster.kafka import topics
+from dataforge_kafka_dagster.kafka.records import Chunk
 from dataforge_kafka_dagster.kafka.upserts import Upsert
 
 pytestmark = pytest.mark.kafka
@@ -22,16 +29,28 @@ DAYS = dg.StaticPartitionsDefinition(["mon", "tue"])
 @pytest.fixture
 def publish(kafka_bootstrap_servers, instance):
     """Publishes rows by an asset in upsert mode, and returns its metadata."""
-    kafka = KafkaProducerResource(
-        bootstrap_servers=kafka_bootstrap_servers,
-        transactional_id_prefix=PREFIX,
-        step_retry_delay=0.01,
-        librdkafka_config={"topic.metadata.refresh.interval.ms": 300},
-    )
-    manager = KafkaIOManager(kafka=kafka)
+
+    def manager(raw):
+        kafka = KafkaProducerResource(
+            bootstrap_servers=kafka_bootstrap_servers,
+            transactional_id_prefix=PREFIX,
+            step_retry_delay=0.01,
+            librdkafka_config={"topic.metadata.refresh.interval.ms": 300} | raw,
+        )
+        return KafkaIOManager(kafka=kafka)
 
     def publish(
-        topic, output, *, partition_key=None, mode="upsert", key="k", fail=False, partitions_def=None, tags=None, **more
+        topic,
+        output,
+        *,
+        partition_key=None,
+        mode="upsert",
+        key="k",
+        fail=False,
+        partitions_def=None,
+        tags=None,
+        raw=None,
+        **more,
     ):
         metadata = {f"kafka/{name}": value for name, value in more.items()} | {
             "kafka/topic": topic,
@@ -49,7 +68,7 @@ def publish(kafka_bootstrap_servers, instance):
 
         result = dg.materialize(
             [places],
-            resources={"io_manager": manager},
+            resources={"io_manager": manager(raw or {})},
             instance=instance,
             partition_key=partition_key,
             raise_on_error=not fail,
@@ -166,6 +185,40 @@ def test_each_dagster_partition_replaces_its_own_keys_only(publish, kafka_topic,
     publish(topic, _rows("a", v=3), partition_key="mon")
     # A key of two Dagster partitions is deleted by the one that gives it up: docs/upserts.md says so.
     assert _table(read(topic)) == {"a": 3, "b": 2}
+
+
+def test_keys_that_go_elsewhere_by_another_partitioner_are_there_once(publish, kafka_topic, read):
+    topic, keys = kafka_topic(partitions=4), [f"k{i}" for i in range(20)]
+    publish(topic, _rows(*keys))
+    said = publish(topic, _rows(*keys[1:], v=2), raw={"partitioner": "consistent_random"})
+    assert (said["kafka/tombstones"], said["dagster/row_count"]) == (20, 19)
+    assert _rows_by_place(read(topic)) == {key: [2] for key in keys[1:]}
+    assert publish(topic, [], raw={"partitioner": "consistent_random"})["kafka/tombstones"] == 19
+    assert _rows_by_place(read(topic)) == {}
+
+
+def test_a_key_that_comes_twice_is_one_row(publish, kafka_topic, read):
+    topic = kafka_topic()
+    said = publish(topic, [*_rows("a", "b"), *_rows("a", v=2)])
+    assert (said["kafka/records"], said["dagster/row_count"]) == (3, 2)
+    assert _table(read(topic)) == {"a": 2, "b": 1}
+    assert publish(topic, _rows("b", v=2))["kafka/tombstones"] == 1
+    assert _table(read(topic)) == {"b": 2}
+
+
+@pytest.mark.parametrize(
+    ("values", "superseded"),
+    [("vv", 1), ("vvv", 2), ("v.", 1), (".v", 0), ("v.v", 1), ("..", 0), (".vv", 1), ("vv.v", 2)],
+)
+@pytest.mark.parametrize("size", [1, 10])
+def test_records_that_later_ones_of_their_key_replace_are_counted(values, superseded, size):
+    upsert = Upsert(KafkaProducerConfig(), [], "t")
+    records = [(b"k", b"1" if value == "v" else None) for value in values] + [(b"other", b"1")]
+    for some in (records[at : at + size] for at in range(0, len(records), size)):
+        keys, found = zip(*some, strict=True)
+        chunk = Chunk(list(found), list(keys), None, 0, "bytes", found.count(None))
+        assert list(upsert.remember([chunk])) == [chunk]
+    assert upsert.superseded == superseded
 
 
 def test_what_another_writer_put_between_stays(publish, kafka_topic, read, kafka_bootstrap_servers):

@@ -97,6 +97,7 @@ class Connection:
         self.silent = False
         """Whether the last that was asked of the cluster had no answer in time."""
         self._admin: AdminClient | None = None
+        self._inherited = False
         self._making = threading.Lock()
         _open.add(self)
 
@@ -315,7 +316,9 @@ class Connection:
         Args:
             clients: Those that whoever calls this lets go of, too, when it returns.
         """
-        if clients or self.silent:
+        if self._inherited:
+            keep_for_ever(*clients)
+        elif clients or self.silent:
             patience = _END_SECONDS if self.silent else _RETURN_SECONDS
             kept: list[object] = [self._admin, *clients]
             if self.config.security_protocol != "PLAINTEXT":
@@ -514,8 +517,9 @@ class Connection:
 
     def _serve_errors(self) -> None:
         """The error callback of an admin client is called from its poll only."""
-        if self._admin is not None:
-            self._admin.poll(0)
+        admin = self._admin
+        if admin is not None:
+            admin.poll(0)
 
 
 def _remedy_of_token(error: Exception) -> Remedy:
@@ -552,8 +556,11 @@ def keep_for_ever(*things: object) -> None:
 
 
 def _keep_inherited() -> None:
-    keep_for_ever(*_kept, *(connection._admin for connection in _open))  # noqa: SLF001
+    keep_for_ever(*_kept)
     _kept.clear()
+    for connection in list(_open):
+        connection._inherited = True  # noqa: SLF001
+        keep_for_ever(connection._admin)  # noqa: SLF001
     _open.clear()
 
 

@@ -17,7 +17,7 @@ def dead_letter(bad: Any, error: KafkaError, topic: str, most: int) -> dict[str,
         bad: The record as it was given, or a `KafkaRecord` of its bytes if it was encoded already.
         error: Why it cannot be published.
         topic: Where it was to go.
-        most: Longest value and longest key, bytes; what is longer is cut, and a header says how long it was.
+        most: Longest value and longest key, bytes; what is longer is cut, and a header says how long the value was.
 
     Returns:
         ``value`` (the record's own bytes, or its repr), ``key`` (likewise, None if it has none) and ``headers``:

@@ -120,6 +120,10 @@ class FencedError(KafkaError):
     """
 
 
+class SupersededError(KafkaError):
+    """An earlier attempt had published the publication, and another run has published it anew since."""
+
+
 _RETRY: Final = (
     "_TRANSPORT _RESOLVE _MSG_TIMED_OUT _ALL_BROKERS_DOWN _TIMED_OUT _TIMED_OUT_QUEUE _QUEUE_FULL _ISR_INSUFF "
     "_NODE_UPDATE _WAIT_COORD _IN_PROGRESS _PREV_IN_PROGRESS _OUTDATED _WAIT_CACHE _INTR _RETRY _UNKNOWN_BROKER "

@@ -22,11 +22,11 @@ import orjson
 from confluent_kafka import KafkaException, TopicPartition
 
 from dataforge_kafka_dagster.kafka.connection import Connection
-from dataforge_kafka_dagster.kafka.errors import KafkaError, Remedy
+from dataforge_kafka_dagster.kafka.errors import KafkaError, SupersededError
 from dataforge_kafka_dagster.kafka.schemas import RegisteredSchema, SchemaFormat
 from dataforge_kafka_dagster.kafka.serialization import ValueFormat
 
-_LEDGER_VERSION: Final = 2
+_LEDGER_VERSION: Final = 3
 # Brokers refuse more than offset.metadata.max.bytes, 4096 by default.
 _LARGEST: Final = 4096
 _LEDGER_BYTES: Final = 3500
@@ -90,9 +90,12 @@ class Publication:
         replayed: True if an earlier attempt had published it, so that this one published nothing.
         seconds: Time this attempt took, from connecting to commit.
         tombstones: How many of the records have no value.
+        superseded: How many have one, and a later record of the same key behind them: compaction removes them, as it
+            does tombstones. Counted for upserts only.
         statistics: What librdkafka measured, by name: `Statistics.summary`; empty if it took no second.
         topic_ids: Kafka's own id of each topic, which another one of the same name does not have.
         partition_counts: How many Kafka partitions each topic had.
+        partitioner: How a key chose one of them, by librdkafka's name.
         dead_letters: Number of records that could not be published and went to the dead-letter topic instead; they are
             not among `records`, `bytes` and `offsets`.
         dead_letter_topic: That topic; None if bad records end a publication.
@@ -113,6 +116,8 @@ class Publication:
     dead_letters: int = 0
     dead_letter_topic: str | None = None
     tombstones: int = 0
+    superseded: int = 0
+    partitioner: str = ""
     schemas: tuple[RegisteredSchema, ...] = ()
     statistics: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
@@ -120,6 +125,11 @@ class Publication:
     def key_format(self) -> SchemaFormat | None:
         """The format of its keys if they have a schema, else None: they are text."""
         return next((schema.format for schema in self.schemas if schema.part == "key"), None)
+
+    @property
+    def rows(self) -> int:
+        """How many records are there once the topic is compacted."""
+        return self.records - self.tombstones - self.superseded
 
     @property
     def topics(self) -> tuple[str, ...]:
@@ -223,6 +233,8 @@ def encode_ledger(publication: Publication, earlier: Sequence[str] = ()) -> list
         "format": publication.value_format,
         "dead": [publication.dead_letters, publication.dead_letter_topic],
         "tombstones": publication.tombstones,
+        "superseded": publication.superseded,
+        "partitioner": publication.partitioner,
         "earlier": list(earlier),
     }
     is_long = len(orjson.dumps(header)) > _LEDGER_HEADER_BYTES
@@ -329,6 +341,8 @@ def decode_ledger(
         dead_letters=header["dead"][0],
         dead_letter_topic=header["dead"][1],
         tombstones=header["tombstones"],
+        superseded=header["superseded"],
+        partitioner=header["partitioner"],
         partition_counts={topic: count for topic, (_, count, _) in header["topics"].items() if count is not None},
         topic_ids={topic: one for topic, (_, _, one) in header["topics"].items() if one is not None},
         schemas=tuple(RegisteredSchema(*schema) for schema in header.get("schemas", ())),
@@ -383,12 +397,11 @@ class Ledger:
         if found is None:
             return None
         if _key_of(found[0]) != key:
-            raise KafkaError(
+            raise SupersededError(
                 f"publication {publication_id!r}",
                 "an earlier attempt had published it, and it has been published anew since, by another run",
-                "Nothing is to be done: its records are in Kafka once, and where the last ones are, that run says. To"
-                " publish them again, start a new run",
-                remedy=Remedy.FAIL,
+                "Nothing is to be done for it: its records are in Kafka once, and where the last ones are, that run"
+                " says. To publish them again, or what else is missing of this run, start a new one",
             )
         done = self._decoded(*found, publication_id)
         count = sum(offsets.records for offsets in done.offsets)

@@ -141,6 +141,10 @@ class PublicationWriter:
         """Takes bad records to the dead-letter topic; None if they end the publication. For `chunks`."""
         self.keeps_places = False
         """Whether Kafka partitions that are added meanwhile end the publication: keys would be in others."""
+        self.superseded = 0
+        """How many records another one of the same key has replaced; told by who counts them."""
+        self.partitioner = ""
+        """How keys choose their Kafka partitions, by librdkafka's name; known inside the with block."""
         self.publication: Publication | None = None
         self._config = config
         self._transactional_id = transactional_id
@@ -203,6 +207,7 @@ class PublicationWriter:
         if self._exactly_once:
             self._ledger.warm_up()
         options = publication_options(config, self._transactional_id)
+        self.partitioner = str(options["partitioner"])
         if not self._reports:
             options["delivery.report.only.error"] = True
         connected = self._sender.open(options)
@@ -212,7 +217,9 @@ class PublicationWriter:
         producer = self._sender.live()
         name = f"transactional id {self._transactional_id!r}, {connection.name}"
         try:
-            connection.resume(producer.init_transactions, config.producer.delivery_timeout, name)
+            connection.resume(
+                producer.init_transactions, config.producer.delivery_timeout, name, self._sender.has_failed
+            )
         except KafkaError as error:
             if error.code == "_TIMED_OUT":
                 error.add("no broker coordinates its transactions", fix_for("COORDINATOR_NOT_AVAILABLE"))
@@ -413,7 +420,8 @@ class PublicationWriter:
                 "another thread, or a generator, is still sending to it",
                 "Wait for them inside the with block",
             )
-        self._flush()
+        if not self._committing:
+            self._flush()
         for expired in filter(None, (track.expired for track in sender.tracks.values())):
             logger.warning("%s", expired)
         offsets = tuple(itertools.chain.from_iterable(track.offsets for track in sender.tracks.values()))
@@ -432,6 +440,8 @@ class PublicationWriter:
             topic_ids=self.topic_ids,
             partition_counts=self.partition_counts,
             tombstones=sender.tombstones,
+            superseded=self.superseded,
+            partitioner=self.partitioner,
             schemas=tuple(schema for encoders in self._encoders.values() for schema in encoders.registered),
         )
         if self._exactly_once:

@@ -41,7 +41,8 @@ def read_publication(
         config: The cluster.
         publication: What to read.
         timeout: Longest wait for the next records, seconds.
-        partial: Take what is left of it, also if that is nothing.
+        partial: Take what is left of it, also if that is nothing. If not, what compaction removes of a table may be
+            gone: tombstones, and of an upsert the records that it has superseded itself.
 
     Raises:
         KafkaError: Records are gone (retention, compaction, a deleted topic) and it is not partial, the broker does not
@@ -60,10 +61,31 @@ def read_publication(
         }
     )
     try:
-        for offsets in publication.offsets:
-            yield from _read_partition(connection, consumer, offsets, timeout, partial)
+        yield from _read_all(connection, consumer, publication, timeout, partial=partial)
     finally:
         consumer.close()
+
+
+def _read_all(
+    connection: Connection,
+    consumer: confluent_kafka.Consumer,
+    publication: Publication,
+    timeout: float,
+    *,
+    partial: bool,
+) -> Iterator[ReadRecord]:
+    rows, short = 0, []
+    for offsets in publication.offsets:
+        found = 0
+        for record in _read_partition(connection, consumer, offsets, timeout):
+            found += 1
+            rows += record.value is not None
+            yield record
+        if found < offsets.records:
+            short.append((offsets, offsets.records - found))
+    if short and not partial and rows < publication.rows:
+        offsets, gone = short[0]
+        raise _gone(offsets, f"{gone} of {offsets.records} records are gone")
 
 
 def refuse_lost_topics(config: KafkaProducerConfig, publications: Iterable[Publication], timeout: float) -> None:
@@ -93,7 +115,7 @@ def _lost(topic: str, cause: str) -> KafkaError:
 
 
 def _read_partition(
-    connection: Connection, consumer: confluent_kafka.Consumer, offsets: PartitionOffsets, timeout: float, partial: bool
+    connection: Connection, consumer: confluent_kafka.Consumer, offsets: PartitionOffsets, timeout: float
 ) -> Iterator[ReadRecord]:
     consumer.assign([TopicPartition(offsets.topic, offsets.partition, offsets.first)])
     whole = len(offsets.runs) == 1
@@ -121,8 +143,6 @@ def _read_partition(
             if position <= offsets.last and patience.lasts(position):
                 continue
         break
-    if found != offsets.records and not partial:
-        raise _gone(offsets, f"{offsets.records - found} of {offsets.records} records are gone")
 
 
 class _Patience:
@@ -187,5 +207,6 @@ def _gone(offsets: PartitionOffsets, cause: str) -> KafkaError:
     return KafkaError(
         f"{place_name(offsets.topic, offsets.partition)}, offsets {offsets.first} to {offsets.last}",
         f"{cause}: retention or compaction removed them, brokers lost them, or the topic was made anew",
-        "Materialize the upstream asset again, or raise the topic's retention.ms",
+        "Materialize the upstream asset again, or raise the topic's retention.ms, or min.compaction.lag.ms where it is"
+        " compacted",
     )

@@ -166,9 +166,9 @@ class Sender:
             track = self.tracks[topic] = self._track(topic, self._create_topic, ledger=self._exactly_once)
         return track
 
-    def _track(self, topic: str, spec: KafkaTopicSpec | None, *, ledger: bool = False) -> Track:
+    def _track(self, topic: str, spec: KafkaTopicSpec | None, **how: bool) -> Track:
         timeout = self._config.producer.connect_timeout
-        found = check_topic_exists(self._connection, topic, spec, timeout, ledger=ledger)
+        found = check_topic_exists(self._connection, topic, spec, timeout, **how)
         codec = self._options.get("compression.codec", self._options["compression.type"])
         return Track(topic, found, codec, cautious=self.dead_topic is not None)
 
@@ -177,7 +177,7 @@ class Sender:
         if spec is not None:
             kept = {name: value for name, value in spec.configs.items() if name != "cleanup.policy"}
             spec = spec.model_copy(update={"configs": kept})
-        track = self._track(topic, spec)
+        track = self._track(topic, spec, any_number=True)
         if track.compacted:
             raise KafkaConfigError(
                 f"dead-letter topic {topic!r}",
@@ -466,7 +466,7 @@ class Sender:
             several = first.span.end - first.span.first > 1
             failure.add(
                 f"the topic's max.message.bytes is {most}, for a batch of compressed records",
-                f"If no record is that large, lower batch_size to {track.max_bytes or 'that'}" if several else "",
+                f"If no record is that large, lower batch_size to {track.max_bytes or 'it'}" if several else "",
             )
         failure.counts, failure.key = dict(track.failures), key
         failure.index, failure.among = (place, None) if place == last else (None, (place, last))
@@ -561,7 +561,7 @@ class Sender:
             KafkaError: The broker refused, or did not answer in time.
         """
         if self.in_transaction:
-            self._connection.resume(self.live().abort_transaction, timeout, self.name)
+            self._connection.resume(self.live().abort_transaction, timeout, self.name, self.has_failed)
             self.in_transaction = False
 
     def let_go(self) -> confluent_kafka.Producer | None:

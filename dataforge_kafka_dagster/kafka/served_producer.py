@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import queue
 import threading
@@ -408,8 +409,13 @@ class ServedProducer:
         else:
             concurrent.futures.wait([last.future], seconds)
 
-    def end(self) -> None:
-        """Give up what is on its way, and close the client once all is told: beside, if a callback does not return."""
+    def end(self, seconds: float = math.inf) -> None:
+        """Give up what is on its way, and close the client once all is told.
+
+        Args:
+            seconds: Longest wait for that; it is done beside then, as where a callback does not return.
+        """
+        deadline = time.monotonic() + seconds
         with self._lock:
             self._stopping = True
             thread = self._thread
@@ -426,6 +432,8 @@ class ServedProducer:
             if self._told != before:  # what is left also counts librdkafka's own events
                 before, since = self._told, time.monotonic()
             elif time.monotonic() > since + _TOLD_SECONDS:
+                return
+            if time.monotonic() > deadline:
                 return
             thread.join(_FULL_SECONDS)
         self._logged.rest()
@@ -489,8 +497,9 @@ def deliver_at_exit() -> None:
     """Deliver what nobody has flushed when the process ends, or say that it is lost; end the clients."""
     deadline = time.monotonic() + _EXIT_SECONDS
     for producer in [one for one in _alive if not one.inherited]:
-        with contextlib.suppress(KafkaError):
+        with contextlib.suppress(Exception):  # also that of a log's handler
             producer.flush(max(0.0, deadline - time.monotonic()))
-        if left := producer.left:
-            logger.error("The process ends, and %d records are lost. Call flush() or close() before its end", left)
-        producer.end()
+        with contextlib.suppress(Exception):
+            if left := producer.left:
+                logger.error("The process ends, and %d records are lost. Call flush() or close() before its end", left)
+        producer.end(max(0.0, deadline - time.monotonic()) + _TOLD_SECONDS)

@@ -53,17 +53,23 @@ class Topic(NamedTuple):
 
 
 def check_topic_exists(
-    connection: Connection, topic: str, spec: KafkaTopicSpec | None, timeout: float, *, ledger: bool = False
+    connection: Connection,
+    topic: str,
+    spec: KafkaTopicSpec | None,
+    timeout: float,
+    *,
+    ledger: bool = False,
+    any_number: bool = False,
 ) -> Topic:
     """Check that a topic can be written to, by a request for it and one for its settings if it is as it should be.
 
     Args:
         connection: The cluster.
         topic: The topic.
-        spec: How to create it if it is missing, and the least Kafka partitions it must have; None creates nothing and
-            takes any number.
+        spec: How to create it if it is missing, and the least Kafka partitions it must have; None creates nothing.
         timeout: Longest wait, seconds.
         ledger: Whether a ledger will name its offsets, for which brokers want READ on it.
+        any_number: Whether it may have fewer Kafka partitions than it would be created with.
 
     Returns:
         The topic as it is.
@@ -93,7 +99,7 @@ def check_topic_exists(
         culprit, code = f"topic {topic!r}, {connection.name}", "TOPIC_AUTHORIZATION_FAILED"
         what = "write to it" if not found.writable else "read it, as the ledger needs"
         raise KafkaError(culprit, f"this user may not {what} [{code}]", fix_for(code), code=code)
-    if spec is not None and found.partitions < spec.partitions:
+    if spec is not None and found.partitions < spec.partitions and not any_number:
         raise KafkaError(
             f"topic {topic!r}, {connection.name}",
             f"it has {found.partitions} Kafka partitions, but create_topics asks for {spec.partitions}",

@@ -37,7 +37,11 @@ class Upsert:
         self._timeout = timeout
         # A digest each, whatever a key's length: about 100 bytes of memory.
         self._settled: set[bytes] = set()
+        # Those of them that this publication has deleted by itself.
+        self._deleted: set[bytes] = set()
         self._records = 0
+        self.superseded = 0
+        """How many of the records that went by have a later one of the same key."""
 
     def remember(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
         """Pass chunks on, and remember their keys.
@@ -55,9 +59,23 @@ class Upsert:
                     "Name the key's field, or set write_mode to 'append'",
                     index=index,
                 )
-            self._settled.update(_digest(key) for key in keys if key is not None)
+            self._settle([_digest(key) for key in keys if key is not None], chunk)
             self._records += len(chunk.values)
             yield chunk
+
+    def _settle(self, digests: Sequence[bytes], chunk: Chunk) -> None:
+        if not (chunk.tombstones or self._deleted):
+            known = len(self._settled)
+            self._settled.update(digests)
+            self.superseded += known + len(digests) - len(self._settled)
+            return
+        for digest, value in zip(digests, chunk.values, strict=True):
+            self.superseded += digest in self._settled and digest not in self._deleted
+            self._settled.add(digest)
+            if value is None:
+                self._deleted.add(digest)
+            else:
+                self._deleted.discard(digest)
 
     @property
     def replaces(self) -> list[str]:
@@ -65,13 +83,18 @@ class Upsert:
         return [publication.publication_id for publication in self._previous]
 
     def find(
-        self, topic_ids: Mapping[str, str], partition_counts: Mapping[str, int], more: Sequence[Publication] = ()
+        self,
+        topic_ids: Mapping[str, str],
+        partition_counts: Mapping[str, int],
+        partitioner: str,
+        more: Sequence[Publication] = (),
     ) -> tuple[list[Publication], list[Publication]]:
         """The last publications that are still in the topic.
 
         Args:
             topic_ids: Kafka's own ids of the topics as they are now: one that was made anew holds nothing to delete.
             partition_counts: How many Kafka partitions they have now.
+            partitioner: How a key chooses one of them now.
             more: Publications that it replaces too.
 
         Returns:
@@ -84,8 +107,8 @@ class Upsert:
             here = tuple(offsets for offsets in previous.offsets if offsets.topic == topic)
             publication = dataclasses.replace(previous, offsets=here)
             if here and not are_different(publication.topic_ids.get(topic), topic_ids.get(topic)):
-                same = publication.partition_counts.get(topic) == partition_counts.get(topic)
-                (stayed if same else moved).append(publication)
+                same = (previous.partition_counts.get(topic), previous.partitioner)
+                (stayed if same == (partition_counts.get(topic), partitioner) else moved).append(publication)
         return moved, stayed
 
     def delete_all(self, publications: Sequence[Publication]) -> Iterator[Chunk]:
