@@ -1029,3 +1029,41 @@ def test_the_client_of_a_producer_that_has_sent_nothing_is_closed_once(config, m
     producer._served.end()
     producer._served.end()
     assert closed == [1]
+
+
+LEAVES = """
+import logging, sys, time
+from dataforge_kafka_dagster import create_kafka_producer
+from dataforge_kafka_dagster.kafka.connection import Connection, logger
+
+Connection.answer = lambda *_: None
+told = []
+
+def slow(err, _):
+    told.append(err.name())
+    print(err.name(), flush=True)
+    time.sleep(0.5)
+
+def broken(_):
+    raise RuntimeError("the handler is broken")
+
+if sys.argv[2] == "broken":
+    logger.filter = broken
+producers = [create_kafka_producer({"bootstrap_servers": sys.argv[1]}) for _ in range(2)]
+for producer in producers:
+    for _ in range(int(sys.argv[3])):
+        producer.send_async("t", "x", callback=slow)
+"""
+
+
+def test_the_end_of_a_process_does_not_wait_for_each_slow_callback(closed_port):
+    began = time.monotonic()
+    code, said = _run_program(LEAVES, closed_port, "whole", "40")
+    assert time.monotonic() - began < 15
+    assert code == 0
+    assert said.startswith("_PURGE_QUEUE")
+
+
+def test_a_log_that_raises_keeps_no_failure_back_at_the_end_of_the_process_either(closed_port):
+    code, said = _run_program(LEAVES, closed_port, "broken", "1")
+    assert (code, said.split()) == (0, ["_PURGE_QUEUE"] * 2)

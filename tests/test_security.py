@@ -387,6 +387,38 @@ def test_a_process_that_ends_in_the_midst_of_handshakes_ends_well(is_closed, is_
         assert (process.returncode, process.stdout) == (0, "_SSL\n"), process.stderr
 
 
+FORKS_IN_A_SESSION = """
+import json, os, sys, uuid
+from dataforge_kafka_dagster import KafkaProducerConfig
+from dataforge_kafka_dagster.kafka.config import PublicationConfig
+from dataforge_kafka_dagster.kafka.publication import PublicationWriter
+
+options, topic = json.loads(sys.argv[1]), sys.argv[2]
+name = uuid.uuid4().hex
+config = PublicationConfig(producer=KafkaProducerConfig(**options))
+with PublicationWriter(config, transactional_id=name, publication_id=name, topic=topic) as writer:
+    writer.send("x")
+    writer._flush()
+    child = os.fork()
+    if not child:
+        sys.exit(7)
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+print(ended, writer.publication.records)
+"""
+
+
+def test_a_process_that_is_forked_in_a_session_ends_well(secured, topic):
+    process = subprocess.run(
+        [sys.executable, "-c", FORKS_IN_A_SESSION, json.dumps(_at("TLS")(secured)), topic],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert (process.returncode, process.stdout) == (0, "7 1\n"), process.stderr
+
+
 def test_a_token_signed_for_msk_reaches_the_broker(secured, monkeypatch):
     """A broker that is not Amazon's can but refuse it."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE")
