@@ -7,7 +7,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 import confluent_kafka
@@ -76,11 +76,8 @@ def _read_all(
 ) -> Iterator[ReadRecord]:
     rows, short = 0, []
     for offsets in publication.offsets:
-        found = 0
-        for record in _read_partition(connection, consumer, offsets, timeout):
-            found += 1
-            rows += record.value is not None
-            yield record
+        found, tombstones = yield from _read_partition(connection, consumer, offsets, timeout)
+        rows += found - tombstones
         if found < offsets.records:
             short.append((offsets, offsets.records - found))
     if short and not partial and rows < publication.rows:
@@ -116,11 +113,12 @@ def _lost(topic: str, cause: str) -> KafkaError:
 
 def _read_partition(
     connection: Connection, consumer: confluent_kafka.Consumer, offsets: PartitionOffsets, timeout: float
-) -> Iterator[ReadRecord]:
+) -> Generator[ReadRecord, None, tuple[int, int]]:
+    """The records of one Kafka partition; in the end, how many there were, and how many of them tombstones."""
     consumer.assign([TopicPartition(offsets.topic, offsets.partition, offsets.first)])
     whole = len(offsets.runs) == 1
     starts = [first for first, _ in offsets.runs]
-    found = 0
+    found = tombstones = 0
     patience = _Patience(connection, offsets, timeout)
     while True:
         # Not more than there can be: consume waits for as many as it is asked for.
@@ -132,17 +130,20 @@ def _read_partition(
                 continue
             offset = message.offset()
             if offset < offsets.first:
-                return  # the log was cut before it: what is at its offsets now is somebody else's
+                return found, tombstones  # the log was cut before it: its offsets are somebody else's now
             if offset > offsets.last:
                 break
             if whole or offset <= offsets.runs[bisect.bisect_right(starts, offset) - 1][1]:
                 found += 1
-                yield ReadRecord(message.value(), message.key(), message)
+                value = message.value()
+                if value is None:
+                    tombstones += 1
+                yield ReadRecord(value, message.key(), message)
         else:
             position = consumer.position([TopicPartition(offsets.topic, offsets.partition)])[0].offset
             if position <= offsets.last and patience.lasts(position):
                 continue
-        break
+        return found, tombstones
 
 
 class _Patience:
