@@ -138,7 +138,7 @@ def _build_schema_check(
 
 
 def _last_topic(instance: dg.DagsterInstance, asset_key: dg.AssetKey) -> str:
-    """The topic that an asset's last materialization names."""
+    """The topic that an asset's last materialization names, first if there are several."""
     event = instance.get_latest_materialization_event(asset_key)
     materialization = event.asset_materialization if event else None
     said = materialization.metadata.get("kafka/topic") if materialization else None
@@ -148,7 +148,7 @@ def _last_topic(instance: dg.DagsterInstance, asset_key: dg.AssetKey) -> str:
             "its topic has the name of the job that publishes it, which only a materialization tells",
             "Materialize it first, or give it a topic by the metadata kafka/topic",
         )
-    return str(said.value)
+    return str(said.value).partition(",")[0]
 
 
 def _specs(asset: dg.AssetsDefinition | dg.AssetSpec | dg.AssetKey | str) -> Iterable[tuple[dg.AssetSpec, str, bool]]:
