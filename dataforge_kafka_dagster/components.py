@@ -107,6 +107,9 @@ _RAW: Final = {
 }
 
 
+_TEMPLATES: Final = re.compile(r"\{\{.*?\}\}(?!\})", re.DOTALL)
+
+
 def _is_template(value: object) -> bool:
     return isinstance(value, str) and re.search(_TEMPLATE, value) is not None
 
@@ -259,7 +262,9 @@ def _resolved(context: dg.ResolutionContext, value: Any, *, text: bool = False) 
     if not _is_template(value):
         return value
     filled = context.resolve_value(value)
-    if filled is None:
+    # Inside of a text, nothing would be the word None, or no text.
+    parts = _TEMPLATES.findall(value) if filled is not None else []
+    if filled is None or any(context.resolve_value(part) is None for part in parts if part != value):
         raise KafkaConfigError(
             f"template {value!r}", "it gives nothing", "Set the environment variable that it names, or leave it out"
         )
@@ -489,7 +494,14 @@ def _takes_context(function: Callable[..., Any]) -> bool:
     Raises:
         KafkaConfigError: It takes more.
     """
-    signature = inspect.signature(function)
+    try:
+        signature = inspect.signature(function)
+    except ValueError as error:  # as that of some classes in C
+        raise KafkaConfigError(
+            f"function {getattr(function, '__name__', function)!r}",
+            str(error),
+            "Give a function of Python's that returns records",
+        ) from error
     first = next((one for one in signature.parameters.values() if one.kind not in _NOT_FIRST), None)
     takes_context = first is not None and (
         first.default is first.empty or first.name == "context" or "ExecutionContext" in str(first.annotation)

@@ -33,7 +33,8 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
-from dataforge_kafka_dagster.kafka.topics import ask_end_offsets
+from dataforge_kafka_dagster.kafka.config import as_text
+from dataforge_kafka_dagster.kafka.topics import ASK_WAIT, ask_end_offsets
 from dataforge_kafka_dagster.local_java import (
     JVM_OPTIONS,
     LAST_PORT,
@@ -43,6 +44,7 @@ from dataforge_kafka_dagster.local_java import (
     Supervisor,
     default_cache_dir,
     fetch_jars,
+    free_megabytes,
     free_ports,
     is_free,
     java_program,
@@ -64,6 +66,7 @@ _LISTENER = re.compile(r"(?!PLAINTEXT$|CONTROLLER$)[A-Z][A-Z0-9_]*")
 _REPLICATED = 3
 _QUIET = "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"
 _TOPIC_WAIT = 30.0
+_CONTROLLER_WAIT = 10.0
 
 
 class LocalKafka:
@@ -140,7 +143,7 @@ class LocalKafka:
         self._fixed_ports = None if ports is None else list(ports)
         self._data_dir = None if data_dir is None else Path(data_dir).absolute()
         self._listeners = dict(listeners or {})
-        self._config = dict(config or {})
+        self._config = {name: str(as_text(value)) for name, value in (config or {}).items()}
         self._format_args = list(format_args)
         self._client_config = dict(client_config or {})
         self._startup_timeout = startup_timeout
@@ -215,13 +218,24 @@ class LocalKafka:
 
         Raises:
             LocalKafkaError: Already started; the extra `local` is missing; the jars could not be fetched; a port is in
-                use; a broker ended or was not ready within `startup_timeout` (the message shows the end of its log).
+                use; a folder cannot be written; a broker ended or was not ready within `startup_timeout` (the message
+                shows the end of its log).
         """
         if self._supervisor is not None:
             raise LocalKafkaError("This LocalKafka is already started.")
+        try:
+            self._admin("127.0.0.1:1")
+        except KafkaException as error:
+            raise LocalKafkaError(f"The option `client_config` is refused: {error.args[0].str()}") from error
         java, classpath = self.java, self.classpath
         try:
             self._start(java, classpath)
+        except OSError as error:
+            self._end()
+            raise LocalKafkaError(
+                f"Could not use {self._data_dir or tempfile.gettempdir()}: {error}. Name another folder: "
+                "by `data_dir`, or where there is none, by the environment variable TMPDIR; or see whether it is full."
+            ) from error
         except BaseException:
             self._end()
             raise
@@ -258,12 +272,7 @@ class LocalKafka:
         """
         self._running()
         factor = replication_factor or min(_REPLICATED, len(self._nodes))
-        admin = self._admin()  # in a variable: it gives up its calls when it is collected
-        try:
-            topic = NewTopic(name, partitions, factor, config=dict(config or {}))
-            admin.create_topics([topic], request_timeout=_TOPIC_WAIT)[name].result(_TOPIC_WAIT)
-        except (KafkaException, futures.TimeoutError) as error:
-            raise LocalKafkaError(f"Could not create topic {name!r}: {error}") from error
+        self._create(NewTopic(name, partitions, factor, config=dict(config or {})))
 
         def known(node: int) -> bool:
             found = self._metadata(node).topics.get(name)
@@ -274,9 +283,27 @@ class LocalKafka:
         self._wait_each(running, known, _TOPIC_WAIT, f"does not show the new topic {name!r}")
 
         def led(_node: int) -> bool:
-            return bool(ask_end_offsets(admin, name, partitions, _TOPIC_WAIT))
+            # By a new client each time: one waits for a leader that has gone meanwhile.
+            return bool(ask_end_offsets(self._admin(), name, partitions, ASK_WAIT))
 
         self._wait_each(running[:1], led, _TOPIC_WAIT, f"does not lead the new topic {name!r}")
+
+    def _create(self, topic: NewTopic) -> None:
+        """Create a topic: by a new client each time, since one goes on waiting for a controller that has gone."""
+        deadline, is_late = time.monotonic() + _TOPIC_WAIT, False
+        while True:
+            admin = self._admin()  # in a variable: it gives up its calls when it is collected
+            try:
+                admin.create_topics([topic], request_timeout=_CONTROLLER_WAIT)[topic.topic].result(_TOPIC_WAIT)
+            except (KafkaException, futures.TimeoutError) as error:
+                code = error.args[0].name() if isinstance(error, KafkaException) else "_TIMED_OUT"
+                if is_late and code == "TOPIC_ALREADY_EXISTS":  # by the call that was late
+                    return
+                is_late = code in {"_TIMED_OUT", "REQUEST_TIMED_OUT"}
+                if not is_late or time.monotonic() > deadline:
+                    raise LocalKafkaError(f"Could not create topic {topic.topic!r}: {error}") from error
+            else:
+                return
 
     def stop_broker(self, node: int) -> None:
         """Stop a broker orderly (SIGTERM; SIGKILL after 10 s); one that is not running is left as it is."""
@@ -472,6 +499,9 @@ class LocalKafka:
     def _format(self) -> None:
         """Format the first node's folder with Kafka's tool, and derive the others' from it."""
         metas = {node: self._folder(node) / "data" / "meta.properties" for node in self._nodes}
+        for meta in self._root.glob("broker-*/data/meta.properties"):
+            if not _is_formatted(meta):  # as a full disk leaves it
+                shutil.rmtree(meta.parent)
         found = sorted(meta.parent.parent.name for meta in self._root.glob("broker-*/data/meta.properties"))
         if found == sorted(self._folder(node).name for node in self._nodes):
             return
@@ -483,10 +513,10 @@ class LocalKafka:
         properties = f"--config={self._folder(1) / 'server.properties'}"
         command = ("kafka.tools.StorageTool", "format", properties, f"--cluster-id={_kafka_uuid()}")
         result = self.run_tool(*command, *self._format_args, timeout=self._startup_timeout)
-        if result.returncode:
+        if result.returncode or not _is_formatted(metas[1]):
             raise LocalKafkaError(
-                "Kafka could not format its folder; check the options `config` and `format_args`:\n"
-                f"{tail(result.stdout + result.stderr)}"
+                f"Kafka could not format its folder, on a disk with {free_megabytes(self._root)} MB free; check the "
+                f"options `config` and `format_args`:\n{tail(result.stdout + result.stderr)}"
             )
         for node in self._nodes[1:]:
             shutil.copytree(metas[1].parent, metas[node].parent)
@@ -550,7 +580,8 @@ class LocalKafka:
         return (
             f"Kafka broker {node} on port {self._ports[node - 1]} {problem}. See its log below; check the "
             f"options `config`, `format_args` and `client_config`, and whether memory is left (heap={self._heap!r} "
-            f"each); on a slow machine raise `startup_timeout`.\n"
+            f"each), and room on the disk ({free_megabytes(self._root)} MB); "
+            "on a slow machine raise `startup_timeout`.\n"
             + "\n".join(["Its first errors:", *errors[:5], "The end of its log:", self.log_tail(node)])
         )
 
@@ -597,6 +628,11 @@ class LocalKafka:
 
     def _folder(self, node: int) -> Path:
         return self._root / f"broker-{node}"
+
+
+def _is_formatted(meta: Path) -> bool:
+    """Whether a folder's meta.properties is whole."""
+    return meta.exists() and "node.id=" in meta.read_text(encoding="utf-8")
 
 
 def _kafka_uuid() -> str:
@@ -661,6 +697,8 @@ def _main() -> int:
             while True:
                 time.sleep(1)
                 kafka.check()
+                if registry is not None:
+                    registry.check()
     except KeyboardInterrupt:
         return 0
     except (LocalKafkaError, ValueError) as error:

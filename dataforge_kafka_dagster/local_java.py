@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -206,7 +207,9 @@ def default_cache_dir() -> Path:
 # Runs as a process of its own, which can be killed. Fetches what Maven's coordinates name with all that it needs; or
 # the tar archive that coordinates with packaging and classifier name.
 _FETCH = """
-import os, pathlib, sys, tarfile
+import os, pathlib, sys, tarfile, threading
+# The other end is its parent's: it ends with that.
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
 parts = sys.argv[1].split(":")
 if len(parts) == 5 and "+" not in sys.argv[1]:
     from jgo.maven import MavenContext
@@ -231,6 +234,8 @@ def fetch_jars(
             with (cache_dir / "lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not final.exists():
+                    for left in cache_dir.glob("download-*"):  # by one that was killed
+                        shutil.rmtree(left, ignore_errors=True)
                     with tempfile.TemporaryDirectory(prefix="download-", dir=cache_dir) as folder:
                         _download(Path(folder), name, coordinates, progress, megabytes)
                         (Path(folder) / "jars").rename(final)
@@ -240,6 +245,11 @@ def fetch_jars(
                 "DATAFORGE_KAFKA_CACHE, or in Python by cache_dir."
             ) from error
     return os.pathsep.join(str(jar) for jar in sorted(final.glob("*.jar")))
+
+
+def free_megabytes(folder: Path) -> int:
+    """How much room there is on a folder's disk."""
+    return shutil.disk_usage(folder).free // 1_000_000
 
 
 def _download(folder: Path, name: str, coordinates: str, progress: Callable[[str], None], megabytes: int) -> None:
@@ -252,7 +262,7 @@ def _download(folder: Path, name: str, coordinates: str, progress: Callable[[str
             [sys.executable, "-c", _FETCH, coordinates, str(folder / "jgo")],
             cwd=folder,
             env=env,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
         )
@@ -268,13 +278,14 @@ def _download(folder: Path, name: str, coordinates: str, progress: Callable[[str
                     process.wait(1)
         finally:
             process.kill()
-            process.wait()
+            process.communicate()
         output.seek(0)
         jars = list((folder / "m2").rglob("*.jar"))
         damaged = [jar.name for jar in jars if not zipfile.is_zipfile(jar)]
         if process.returncode or damaged or not jars:
             raise LocalKafkaError(
-                f"Could not fetch {name} from Maven Central. Is there a way to the internet (HTTPS_PROXY)? "
+                f"Could not fetch {name} from Maven Central. Is there a way to the internet (HTTPS_PROXY), and room "
+                f"for {megabytes} MB in {folder.parent}, where {free_megabytes(folder)} are free? "
                 f"{'Damaged: ' if damaged else ''}{', '.join(damaged)}\n{tail(output.read(), 1)}"
             )
     (folder / "jars").mkdir()

@@ -42,6 +42,13 @@ _MEGABYTES = 280  # the archive and what is in it
 _MAIN = "io.quarkus.runner.GeneratedMain"
 
 
+_COMPATIBILITIES = {
+    None,
+    "NONE",
+    *(f"{name}{more}" for name in ("BACKWARD", "FORWARD", "FULL") for more in ("", "_TRANSITIVE")),
+}
+
+
 class LocalSchemaRegistry:
     """A Schema Registry on 127.0.0.1, for development and tests: Apicurio, with the API of Confluent's.
 
@@ -81,6 +88,9 @@ class LocalSchemaRegistry:
     ) -> None:
         if port is not None and not 0 < port <= LAST_PORT:
             raise ValueError(f"port={port}: a port from 1 to {LAST_PORT} is needed.")
+        if compatibility not in _COMPATIBILITIES:
+            names = ", ".join(sorted(filter(None, _COMPATIBILITIES)))
+            raise ValueError(f"compatibility={compatibility!r}: one of {names} or None is needed.")
         if startup_timeout <= 0:
             raise ValueError(f"startup_timeout={startup_timeout}: a number of seconds above 0 is needed.")
         if data_dir is not None and ";" in str(data_dir):
@@ -174,6 +184,12 @@ class LocalSchemaRegistry:
         except KafkaError as error:
             self.stop()
             raise LocalKafkaError(str(error)) from error
+        except OSError as error:
+            self.stop()
+            raise LocalKafkaError(
+                f"Could not use {self._data_dir or folder}: {error}. Name another folder (`data_dir`, or the "
+                "environment variable TMPDIR), or see whether it is full."
+            ) from error
         except BaseException:
             self.stop()
             raise
@@ -195,8 +211,22 @@ class LocalSchemaRegistry:
                     time.sleep(0.05)
                     continue
                 return
-            text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-            raise LocalKafkaError(f"The Schema Registry on port {self._port} {problem}. Its log ends:\n{tail(text)}")
+            raise self._problem(problem, log)
+
+    def check(self) -> None:
+        """Check that it is still there.
+
+        Raises:
+            LocalKafkaError: It ended by itself; the message shows the end of its log.
+        """
+        if self._supervisor is not None and self._temporary is not None:
+            returncode = self._supervisor.wait("registry")
+            if returncode is not None:
+                raise self._problem(f"ended with exit code {returncode}", self._temporary / "registry.log")
+
+    def _problem(self, what: str, log: Path) -> LocalKafkaError:
+        text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+        return LocalKafkaError(f"The Schema Registry on port {self._port} {what}. Its log ends:\n{tail(text)}")
 
     def stop(self) -> None:
         """End its process and remove its folder. It may be called again; in a forked child it does nothing."""

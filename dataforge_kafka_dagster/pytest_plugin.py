@@ -18,7 +18,7 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from dataforge_kafka_dagster.kafka.errors import KafkaError
-from dataforge_kafka_dagster.kafka.topics import ask_end_offsets
+from dataforge_kafka_dagster.kafka.topics import ASK_WAIT, ask_end_offsets
 from dataforge_kafka_dagster.local import LocalKafka
 from dataforge_kafka_dagster.local_registry import LocalSchemaRegistry
 
@@ -107,7 +107,7 @@ def kafka_topic(kafka_bootstrap_servers: str) -> Iterator[TopicFactory]:
         deadline = time.monotonic() + _WAIT
         while True:
             try:
-                ask_end_offsets(admin, topic, partitions, _WAIT)
+                ask_end_offsets(admin, topic, partitions, ASK_WAIT)
             except KafkaException:
                 if time.monotonic() > deadline:
                     raise

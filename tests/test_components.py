@@ -285,6 +285,27 @@ def test_a_function_that_does_not_exist_is_refused_when_loading(function, reason
         _component(KafkaTopicComponent, f"{{asset: {{key: a}}, function: '{function}'}}")
 
 
+def test_a_function_whose_arguments_are_not_known_is_refused():
+    with pytest.raises(KafkaConfigError, match="Give a function of Python's that returns records"):
+        _defs(_component(KafkaTopicComponent, "{asset: {key: a}, function: 'collections:OrderedDict'}"))
+
+
+def test_a_template_inside_a_text_that_names_nothing_is_refused():
+    with pytest.raises(Exception, match="'nobody' not found"):
+        _component(KafkaTopicComponent, "{asset: {key: a}, function: 'test_components:day', topic: '{{ nobody }}a'}")
+
+
+@pytest.mark.parametrize("text", ["{{ env.NAME_OF_TEST }}.flights", "day-{{ env.NAME_OF_TEST }}", "a{{ env.B }}c"])
+def test_a_template_inside_a_text_that_gives_nothing_is_refused(text, monkeypatch):
+    monkeypatch.delenv("NAME_OF_TEST", raising=False)
+    monkeypatch.setenv("B_OF_TEST", "b")
+    attributes = {"asset": {"key": "a"}, "function": "test_components:day", "topic": text}
+    with pytest.raises(KafkaConfigError, match="it gives nothing"):
+        _component(KafkaTopicComponent, json.dumps(attributes))
+    attributes["topic"] = "{{ env.NAME_OF_TEST or 'dev' }}.{{ env.B_OF_TEST }}"
+    assert _component(KafkaTopicComponent, json.dumps(attributes)).topic == "dev.b"
+
+
 @pytest.mark.parametrize("attribute", ["topic", "key", "value_schema", "path", "function"])
 def test_a_template_that_gives_nothing_does_not_stand_for_the_default(attribute, monkeypatch):
     monkeypatch.delenv("NAME_OF_TEST", raising=False)

@@ -197,6 +197,82 @@ def test_a_failed_download_leaves_nothing_and_says_why(monkeypatch, tmp_path):
     assert "Maven Central" in said[0]
 
 
+FETCHES = """
+import sys
+from dataforge_kafka_dagster import local_java
+local_java._FETCH = local_java._FETCH.partition("parts =")[0] + "import time; print('fetching'); time.sleep(60)"
+local_java.fetch_jars(local_java.Path(sys.argv[1]), "none", "a:b", lambda line: print(line, flush=True))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_no_download_behind(tmp_path, monkeypatch):
+    process = subprocess.Popen([sys.executable, "-c", FETCHES, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    with process:
+        assert "Fetching none" in process.stdout.readline()
+        (fetcher,) = psutil.Process(process.pid).children()
+        process.kill()
+    assert psutil.wait_procs([fetcher], 10)[1] == []
+    assert len(list(tmp_path.glob("download-*"))) == 1
+    monkeypatch.setattr(local, "_BROKER_JARS", ("kafka", "org.apache.kafka:"))
+    with pytest.raises(LocalKafkaError, match=rf"and room for 46 MB in {tmp_path}, where \d+ are free"):
+        _ = LocalKafka(cache_dir=tmp_path, progress=lambda _: None).classpath
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("make", [LocalKafka, LocalSchemaRegistry], ids=["Kafka", "Schema Registry"])
+@pytest.mark.kafka
+def test_a_folder_that_cannot_be_used_is_named(make, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(LocalKafkaError, match=rf"Could not use {tmp_path}/file: .*Name another folder"):
+        make(data_dir=tmp_path / "file").start()
+
+
+@pytest.mark.kafka
+def test_a_wrong_setting_of_the_client_is_told_at_once():
+    began = time.monotonic()
+    with pytest.raises(LocalKafkaError, match="The option `client_config` is refused: .*nonsense"):
+        LocalKafka(client_config={"nonsense": "x"}).start()
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.kafka
+def test_a_folder_that_was_formatted_by_half_is_formatted_anew(tmp_path):
+    folder = tmp_path / "broker-1" / "data"
+    folder.mkdir(parents=True)
+    (folder / "meta.properties").touch()
+    with LocalKafka(data_dir=tmp_path) as kafka:
+        kafka.create_topic("a")
+
+
+@pytest.mark.kafka
+def test_a_registry_that_ends_by_itself_is_noticed(eventually):
+    with LocalSchemaRegistry() as registry:
+        registry.check()
+        registry._supervisor.send("registry", signal.SIGKILL)
+        assert eventually(lambda: registry._supervisor.wait("registry") is not None)
+        with pytest.raises(LocalKafkaError, match="ended with exit code -9. Its log ends:"):
+            registry.check()
+
+
+def test_an_unknown_rule_of_compatibility_is_refused():
+    with pytest.raises(ValueError, match="compatibility='NOPE': one of BACKWARD, BACKWARD_TRANSITIVE, FORWARD"):
+        LocalSchemaRegistry(compatibility="NOPE")
+
+
+def test_settings_may_be_numbers():
+    said = rendered(config={"num.partitions": 3, "auto.create.topics.enable": True})
+    assert (said["num.partitions"], said["auto.create.topics.enable"]) == ("3", "true")
+
+
+@pytest.mark.kafka
+@pytest.mark.faults
+def test_a_topic_is_created_while_a_broker_is_dead():
+    with LocalKafka(brokers=3, config={"broker.session.timeout.ms": "3000"}) as kafka:
+        kafka.kill_broker(1)
+        kafka.create_topic("b", 3)
+
+
 def test_the_cache_folder_comes_from_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("DATAFORGE_KAFKA_CACHE", str(tmp_path))
     assert LocalKafka()._cache_dir == tmp_path
@@ -456,7 +532,7 @@ def test_a_start_without_a_supervisor_leaves_nothing(server, failing, monkeypatc
     monkeypatch.setattr(tempfile, "mkdtemp", lambda prefix: made.append(make(prefix=prefix, dir=tmp_path)) or made[-1])
     started = server()
     monkeypatch.setattr(failing, fail)
-    with pytest.raises(OSError, match="no more"):
+    with pytest.raises(LocalKafkaError, match="Could not use .*no more"):
         started.start()
     assert len(made) == 1
     assert list(tmp_path.iterdir()) == []

@@ -211,6 +211,10 @@ def end_offsets(connection: Connection, topic: str, partitions: int, timeout: fl
     return connection.in_thread(ask, timeout, f"topic {topic!r}, {connection.name}")
 
 
+ASK_WAIT: Final = 3.0
+"""Seconds in which `ask_end_offsets` has an answer, if the leaders that a client knows are still there."""
+
+
 def ask_end_offsets(admin: AdminClient, topic: str, partitions: int, timeout: float) -> list[int]:
     """As `end_offsets`, asked once: of a new topic, whether each leader takes requests already.
 
