@@ -571,6 +571,8 @@ class PublicationWriter:
         failure = self._sender.failure() if fatal is None else self._sender.explain(fatal, name)
         error = failure or error
         if not self._committing:
+            if error.code == "_TIMED_OUT":
+                self._sender.add_topic_trouble(error)
             return error
         unknown = "whether it was committed is not known"
         if isinstance(error, FencedError):

@@ -472,6 +472,13 @@ class Sender:
         failure.index, failure.among = (place, None) if place == last else (None, (place, last))
         return failure
 
+    def add_topic_trouble(self, error: KafkaError) -> None:
+        """Say what is wrong with a topic, if that is why there was no answer in time."""
+        troubles = (topic_trouble(self._connection, topic, _DIAGNOSIS_SECONDS) for topic in self.tracks)
+        trouble = next(filter(None, troubles), None)
+        if trouble is not None:
+            error.add(trouble)
+
     def _give_up(self) -> bool:
         """Take back what is on its way, since nothing can be committed; whether every record was settled in time."""
         producer = self.live()
