@@ -32,8 +32,6 @@ def failure_of(
         "kafka/topic": topic,
         "kafka/dagster_partition": partitions[0] if len(partitions) == 1 else None,
         "kafka/brokers": brokers,
-        "kafka/attempt": None if attempt is None else attempt + 1,
-        "kafka/retriable": error.remedy is not Remedy.FAIL,
         "kafka/error_code": error.code,
         "kafka/culprit": error.culprit,
         "kafka/cause": error.cause,
@@ -44,6 +42,8 @@ def failure_of(
         "kafka/record_among": None if error.among is None else "{} to {}".format(*error.among),
         "kafka/record_key": None if error.key is None else error.key[:_LONGEST_KEY].decode(errors="backslashreplace"),
         "kafka/field": error.field if isinstance(error, InvalidRecordError) else None,
+        "kafka/attempt": None if attempt is None else attempt + 1,
+        "kafka/retriable": error.remedy is not Remedy.FAIL,
     }
     return dg.Failure(
         description=f"{log_prefix(partitions)}{error}",
