@@ -53,4 +53,4 @@ def test_a_failure_says_in_the_ui_what_to_do(ui, page):
     fail(page, ui)
     text = page.inner_text("body")
     assert "record 0, field 'speed'" in text
-    assert "Replace it by None, or publish a data frame, where NaN is null" in text
+    assert "Replace it by None; in a data frame that is published, NaN is null" in text
