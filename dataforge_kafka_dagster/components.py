@@ -54,6 +54,7 @@ from dataforge_kafka_dagster.resource import KafkaProducerResource
 T = typing.TypeVar("T", bound=BaseModel)
 
 _TEMPLATE: Final = r"\{\{"
+_TEMPLATES: Final = re.compile(r"\{\{.*?\}\}(?!\})", re.DOTALL)
 _ENV: Final = {
     "type": "object",
     "properties": {"env": {"type": "string", "pattern": r"^[A-Za-z_][A-Za-z0-9_]*$"}},
@@ -105,9 +106,6 @@ _RAW: Final = {
     "patternProperties": {SECRET_SETTINGS: _SECRET},
     "additionalProperties": _or_env(_PLAIN),
 }
-
-
-_TEMPLATES: Final = re.compile(r"\{\{.*?\}\}(?!\})", re.DOTALL)
 
 
 def _is_template(value: object) -> bool:

@@ -263,10 +263,8 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                 )
                 return {}
             if done is None:
-                begin, beside = (
-                    log_prefix(identity.partition),
-                    " beside the body's sessions" if has_sessions(context) else "",
-                )
+                begin = log_prefix(identity.partition)
+                beside = " beside the body's sessions" if has_sessions(context) else ""
                 context.log.info(f"{begin}The output is None: nothing was published to {topic!r}{beside}")
                 return {"dagster/row_count": 0, "kafka/topic": topic, "kafka/records": 0}
             context.log.info(describe(done, identity.partition))
@@ -736,7 +734,7 @@ def _publications(context: dg.InputContext) -> dict[str | None, Publication | No
         publication, covered, _ = found
         refuse_partition_for_whole(asset_key, partition, found)
         publications[partition] = publication
-        if publication is None:
+        if publication is None or partition is None:  # which has no others beside it
             continue
         _refuse_others(
             name_of(asset_key, partition),
@@ -744,9 +742,7 @@ def _publications(context: dg.InputContext) -> dict[str | None, Publication | No
             asked,
             "Read them all, or return a mapping from partition key to records from the upstream asset",
         )
-        anew = next(
-            (other for other in covered if partition is not None and not _holds(last[other], publication)), None
-        )
+        anew = next((other for other in covered if not _holds(last[other], publication)), None)
         if anew is not None:
             raise KafkaError(
                 name_of(asset_key, partition),

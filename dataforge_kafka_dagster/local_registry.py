@@ -199,19 +199,16 @@ class LocalSchemaRegistry:
         # A proxy of the environment is for other hosts.
         direct, said = urllib.request.build_opener(urllib.request.ProxyHandler({})), "it was not asked"
         while supervisor is not None:
-            if (returncode := supervisor.wait("registry")) is not None:
-                problem = f"ended with exit code {returncode}"
-            elif time.monotonic() > deadline:
-                problem = f"is not ready after {self._startup_timeout:g} s: {said}"
+            self._check(supervisor, log)
+            if time.monotonic() > deadline:
+                raise self._problem(f"is not ready after {self._startup_timeout:g} s: {said}", log)
+            try:
+                direct.open(f"{self.url}/subjects", timeout=5).close()
+            except OSError as error:
+                said = str(error)
+                time.sleep(0.05)
             else:
-                try:
-                    direct.open(f"{self.url}/subjects", timeout=5).close()
-                except OSError as error:
-                    said = str(error)
-                    time.sleep(0.05)
-                    continue
                 return
-            raise self._problem(problem, log)
 
     def check(self) -> None:
         """Check that it is still there.
@@ -220,9 +217,12 @@ class LocalSchemaRegistry:
             LocalKafkaError: It ended by itself; the message shows the end of its log.
         """
         if self._supervisor is not None and self._temporary is not None:
-            returncode = self._supervisor.wait("registry")
-            if returncode is not None:
-                raise self._problem(f"ended with exit code {returncode}", self._temporary / "registry.log")
+            self._check(self._supervisor, self._temporary / "registry.log")
+
+    def _check(self, supervisor: Supervisor, log: Path) -> None:
+        returncode = supervisor.wait("registry")
+        if returncode is not None:
+            raise self._problem(f"ended with exit code {returncode}", log)
 
     def _problem(self, what: str, log: Path) -> LocalKafkaError:
         text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""

@@ -59,6 +59,19 @@ def _evaluate(assets, checks, resources, instance, selection=None, **options):
     return evaluation
 
 
+def _fails(asset, checked, resources, instance):
+    checks = build_publication_checks([checked])
+    result = dg.materialize(
+        [asset, *checks],
+        resources=resources,
+        instance=instance,
+        selection=dg.AssetSelection.checks(*checks),
+        raise_on_error=False,
+    )
+    (failure,) = result.get_step_failure_events()
+    return failure.event_specific_data.user_failure_data.description
+
+
 def _plain(evaluation):
     return {name: value.value for name, value in evaluation.metadata.items() if name != "kafka/missing"}
 
@@ -157,16 +170,7 @@ def test_an_output_of_nothing_passes(resources, kafka_topic, instance):
 
 def test_what_was_never_materialized_fails_with_what_to_do(resources, kafka_topic, instance):
     asset = _rows(kafka_topic())
-    checks = build_publication_checks([asset])
-    result = dg.materialize(
-        [asset, *checks],
-        resources=resources,
-        instance=instance,
-        selection=dg.AssetSelection.checks(*checks),
-        raise_on_error=False,
-    )
-    (event,) = result.get_step_failure_events()
-    assert "it was never materialized. Materialize it first" in str(event.event_specific_data.user_failure_data)
+    assert "it was never materialized. Materialize it first" in _fails(asset, asset, resources, instance)
 
 
 def test_a_run_for_a_dagster_partition_checks_that_one(resources, kafka_topic, admin, instance):
@@ -279,19 +283,6 @@ def _publish_days(asset, resources, instance, *keys):
     instance.add_dynamic_partitions("days", list(keys))
     for key in keys:
         dg.materialize([asset], resources=resources, instance=instance, partition_key=key)
-
-
-def _fails(asset, checked, resources, instance):
-    checks = build_publication_checks([checked])
-    result = dg.materialize(
-        [asset, *checks],
-        resources=resources,
-        instance=instance,
-        selection=dg.AssetSelection.checks(*checks),
-        raise_on_error=False,
-    )
-    (failure,) = result.get_step_failure_events()
-    return failure.event_specific_data.user_failure_data.description
 
 
 def test_a_spec_that_hides_dagster_partitions_is_refused(resources, kafka_topic, instance):

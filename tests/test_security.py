@@ -342,6 +342,17 @@ def test_a_broker_that_does_not_let_us_in_is_no_reason_not_to_ask_another(secure
             assert producer.send_sync(topic, {"a": 1}).offset >= 0
 
 
+def _run(program, *arguments, timeout):
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+
+
 ENDS_AT_ONCE = """
 import ctypes, json, os, sys
 from concurrent.futures import ThreadPoolExecutor
@@ -376,14 +387,7 @@ def test_a_process_that_ends_in_the_midst_of_handshakes_ends_well(is_closed, is_
     """Without an end of the clients, 4 of 10 such processes crash; a forked one would wait for its parent's for ever."""
     options = _at("TLS")(secured) | {"ssl_ca_location": str(secured.certificates.other_ca), "connect_timeout": 5.0}
     for _ in range(1 if is_forked else 4):
-        process = subprocess.run(
-            [sys.executable, "-c", ENDS_AT_ONCE, json.dumps(options), json.dumps(is_forked), json.dumps(is_closed)],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-        )
+        process = _run(ENDS_AT_ONCE, *map(json.dumps, (options, is_forked, is_closed)), timeout=30)
         assert (process.returncode, process.stdout) == (0, "_SSL\n"), process.stderr
 
 
@@ -408,14 +412,7 @@ print(ended, writer.publication.records)
 
 
 def test_a_process_that_is_forked_in_a_session_ends_well(secured, topic):
-    process = subprocess.run(
-        [sys.executable, "-c", FORKS_IN_A_SESSION, json.dumps(_at("TLS")(secured)), topic],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-    )
+    process = _run(FORKS_IN_A_SESSION, json.dumps(_at("TLS")(secured)), topic, timeout=60)
     assert (process.returncode, process.stdout) == (0, "7 1\n"), process.stderr
 
 

@@ -97,7 +97,8 @@ class Connection:
         self.silent = False
         """Whether the last that was asked of the cluster had no answer in time."""
         self._admin: AdminClient | None = None
-        self._inherited = False
+        self.inherited = False
+        """Whether this is a forked process, and the connection its parent's."""
         self._making = threading.Lock()
         _open.add(self)
 
@@ -316,7 +317,7 @@ class Connection:
         Args:
             clients: Those that whoever calls this lets go of, too, when it returns.
         """
-        if self._inherited:
+        if self.inherited:
             keep_for_ever(*clients)
         elif clients or self.silent:
             patience = _END_SECONDS if self.silent else _RETURN_SECONDS
@@ -559,7 +560,7 @@ def _keep_inherited() -> None:
     keep_for_ever(*_kept)
     _kept.clear()
     for connection in list(_open):
-        connection._inherited = True  # noqa: SLF001
+        connection.inherited = True
         keep_for_ever(connection._admin)  # noqa: SLF001
     _open.clear()
 

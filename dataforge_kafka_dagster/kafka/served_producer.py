@@ -110,7 +110,6 @@ class ServedProducer:
         connection: The cluster.
 
     Attributes:
-        inherited: Whether this is a forked process, and the producer its parent's: that thread is not here.
         closing: Whether records are taken from delivery callbacks only.
 
     Raises:
@@ -118,7 +117,6 @@ class ServedProducer:
     """
 
     def __init__(self, config: KafkaProducerConfig, connection: Connection) -> None:
-        self.inherited = False
         self.closing = False
         self._config = config
         self._connection = connection
@@ -144,6 +142,11 @@ class ServedProducer:
         self._ended = threading.Event()
         self._logged = _Logged()
         _alive.add(self)
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this is a forked process, and the producer its parent's: that thread is not here."""
+        return self._connection.inherited
 
     @property
     def failed(self) -> bool:
@@ -489,7 +492,6 @@ def _place(topic: str, msg: Any) -> RecordMetadata:
 def keep_inherited() -> None:
     """In a forked process, keep its parent's producers."""
     for producer in list(_alive):
-        producer.inherited = True
         keep_for_ever(producer._producer)  # noqa: SLF001
 
 
