@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 from confluent_kafka import KafkaError as Code
+from confluent_kafka import KafkaException
 from mock_cluster import ADD_OFFSETS, ADD_PARTITIONS, END_TXN, PRODUCE, TXN_OFFSETS, MockCluster
 
 from dataforge_kafka_dagster import (
@@ -18,7 +19,7 @@ from dataforge_kafka_dagster import (
 from dataforge_kafka_dagster.failures import failure_of
 from dataforge_kafka_dagster.kafka import publication, sender
 from dataforge_kafka_dagster.kafka.config import PublicationConfig
-from dataforge_kafka_dagster.kafka.connection import Connection
+from dataforge_kafka_dagster.kafka.connection import Connection, timed_out
 from dataforge_kafka_dagster.kafka.deliveries import Span
 from dataforge_kafka_dagster.kafka.errors import FencedError, Remedy
 from dataforge_kafka_dagster.kafka.publication import PublicationWriter
@@ -107,6 +108,29 @@ def test_a_commit_whose_answer_says_nothing_may_have_been_one(cluster):
     with pytest.raises(KafkaError, match="whether it was committed is not known") as caught:
         _publish(cluster, lambda: cluster.fail_next(END_TXN, Code.UNKNOWN))
     assert caught.value.remedy is Remedy.RETRY
+
+
+def test_a_commit_that_was_late_goes_on_at_the_end_of_the_block(cluster, monkeypatch):
+    writer, late = _writer(cluster), []
+    resume = writer._connection.resume
+
+    def once_late(call, timeout, culprit, *more):
+        if culprit.startswith("commit") and not late:
+            cluster.answer_after(2000)
+            with pytest.raises(KafkaException) as caught:
+                call(0)
+            cluster.answer_after(0)
+            late.append(caught.value.args[0].name())
+            raise timed_out(culprit, timeout)
+        return resume(call, timeout, culprit, *more)
+
+    monkeypatch.setattr(writer._connection, "resume", once_late)
+    with writer:
+        writer.send("x")
+        with pytest.raises(KafkaTimeoutError, match="whether it was committed is not known"):
+            writer.commit()
+    assert late == ["_TIMED_OUT"]
+    assert writer.publication.records == 1
 
 
 LOST = {

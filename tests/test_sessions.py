@@ -9,7 +9,6 @@ import threading
 import time
 import uuid
 
-import confluent_kafka
 import dagster as dg
 import polars as pl
 import pytest
@@ -22,11 +21,9 @@ from dataforge_kafka_dagster import (
     KafkaProducerConfig,
     KafkaProducerResource,
     KafkaRecord,
-    KafkaTimeoutError,
     build_publication_checks,
 )
 from dataforge_kafka_dagster.kafka.config import PublicationConfig
-from dataforge_kafka_dagster.kafka.connection import timed_out
 from dataforge_kafka_dagster.kafka.publication import PublicationWriter
 
 pytestmark = pytest.mark.kafka
@@ -664,27 +661,6 @@ def test_a_second_interrupt_leaves_no_session_open(writer, read, monkeypatch):
     with pytest.raises(KafkaError, match="it has ended, or not begun"):
         writer.send("later")
     assert read(writer.topic) == []
-
-
-def test_a_commit_that_was_late_goes_on_at_the_end_of_the_block(writer, read, monkeypatch):
-    resume, late = writer._connection.resume, []
-
-    def once_late(call, timeout, culprit, *more):
-        if culprit.startswith("commit") and not late:
-            with pytest.raises(confluent_kafka.KafkaException) as caught:
-                call(0)
-            late.append(caught.value.args[0].name())
-            raise timed_out(culprit, timeout)
-        return resume(call, timeout, culprit, *more)
-
-    monkeypatch.setattr(writer._connection, "resume", once_late)
-    with writer:
-        writer.send("x")
-        with pytest.raises(KafkaTimeoutError, match="whether it was committed is not known"):
-            writer.commit()
-    assert late == ["_TIMED_OUT"]
-    assert writer.publication.records == 1
-    assert [record.value for record in read(writer.topic)] == [b"x"]
 
 
 # An asset that publishes from its body, and has a KafkaIOManager
