@@ -361,6 +361,23 @@ def test_a_writer_without_reports_knows_its_limits(place, kafka_topic):
 
 
 @pytest.mark.kafka
+def test_acknowledged_records_that_no_leader_has_any_more_fail_it(place, read, monkeypatch):
+    ends, looks = PublicationWriter._ends, itertools.count()
+
+    def lost(self, track):
+        first, *others = ends(self, track)
+        return [first - (next(looks) > 0), *others]
+
+    monkeypatch.setattr(PublicationWriter, "_ends", lost)
+    writer = PublicationWriter(place.pop("config"), reports=False, **place)
+    failed = pytest.raises(KafkaError, match="5 records were sent, but 4 acknowledged: a broker that lacks")
+    with failed as caught, writer:
+        writer.send_all([KafkaRecord({"i": i}, partition=0) for i in range(5)])
+    assert caught.value.remedy is Remedy.REBUILD
+    assert read(place["topic"]) == []
+
+
+@pytest.mark.kafka
 def test_a_kafka_partition_that_is_added_meanwhile_hides_no_records(place):
     """As many records of another writer would make up for those that went to it."""
     config = place.pop("config")

@@ -503,7 +503,7 @@ class PublicationWriter:
             unseen = (
                 ": a broker may have refused some of them and taken later ones, as one that has just become leader does"
                 if self._ends_before is None
-                else ": Kafka partitions may have been added meanwhile"
+                else ": a broker that lacks some of them may have become leader (unclean.leader.election.enable)"
             )
             raise KafkaError(
                 self._sender.name,
