@@ -38,8 +38,8 @@ def build_publication_checks(
 
     It fails when retention has eaten records, somebody deleted them, or the topic was deleted or made anew. It costs a
     request for the topic, and one for each Kafka partition. In a run for some Dagster partitions it looks at theirs,
-    else at all that are materialized; those that were reported by hand, or stored elsewhere, it counts. An AssetSpec
-    says by its partitions_def whether there are any.
+    or, if the asset has none of those, at all that are materialized; those that were reported by hand, or stored
+    elsewhere, it counts. An AssetSpec says by its partitions_def whether there are any.
 
     An asset whose metadata gives a schema (``kafka/value_schema``, ``kafka/key_schema``) that is known without an
     output has a second check, ``schema_is_compatible``: the Schema Registry would take it for the topic, which is the
@@ -58,7 +58,7 @@ def build_publication_checks(
         The checks, for `dagster.Definitions(asset_checks=...)`.
 
     Raises:
-        KafkaConfigError: A single asset is given, or one's schema is none.
+        KafkaConfigError: A single asset is given, or something else than one, or one's schema is none.
 
     Example:
         >>> checks = build_publication_checks([flights], severity=dg.AssetCheckSeverity.WARN)
@@ -155,6 +155,12 @@ def _specs(asset: dg.AssetsDefinition | dg.AssetSpec | dg.AssetKey | str) -> Ite
     """Each asset's spec, the key of its IO manager, and whether only its key is known."""
     if isinstance(asset, dg.AssetsDefinition):
         return [(spec, asset.get_io_manager_key_for_asset_key(spec.key), False) for spec in asset.specs]
+    if not isinstance(asset, (str, dg.AssetKey, dg.AssetSpec)):
+        raise KafkaConfigError(
+            f"asset of type {type(asset).__qualname__}",
+            "nobody publishes such a one",
+            "Leave it out, or give a definition, an AssetSpec, an AssetKey or its name",
+        )
     spec = asset if isinstance(asset, dg.AssetSpec) else dg.AssetSpec(asset)
     return [(spec, spec.metadata.get("dagster/io_manager_key", "io_manager"), spec is not asset)]
 
@@ -233,7 +239,7 @@ def _last_published(
 def _partitions(context: dg.OpExecutionContext, spec: dg.AssetSpec, bare: bool) -> tuple[Sequence[str | None], bool]:
     """The Dagster partitions to look at, and whether the run asks for them.
 
-    They are those of the run, or all that are materialized; None for an asset without.
+    They are those of the run that the asset has, else all that are materialized; None for an asset without.
 
     Dagster's event log also has materializations from before an asset's partitions changed: what they are now, its
     definition says, and the log only where that is not known.
@@ -242,11 +248,14 @@ def _partitions(context: dg.OpExecutionContext, spec: dg.AssetSpec, bare: bool) 
     if known is None and not bare:
         return [None], True
     of_run = context.partition_keys if context.has_partition_key or context.has_partition_key_range else None
-    if known is not None and of_run is not None:
-        return of_run, True
     materialized = context.instance.get_materialized_partitions(spec.key)
     if known is not None:
-        materialized &= set(known.get_partition_keys(dynamic_partitions_store=context.instance))
+        keys = set(known.get_partition_keys(dynamic_partitions_store=context.instance))
+        of_both = [key for key in of_run or () if key in keys]
+        if of_both:
+            return of_both, True
+        of_run = None
+        materialized &= keys
         if not materialized:
             raise KafkaError(
                 name_of(spec.key, None), "none of its Dagster partitions was materialized", "Materialize them first"

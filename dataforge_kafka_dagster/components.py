@@ -490,7 +490,7 @@ def _takes_context(function: Callable[..., Any]) -> bool:
     An argument is one by name if it is called `context` or is annotated with a context of Dagster's.
 
     Raises:
-        KafkaConfigError: It takes more.
+        KafkaConfigError: It takes more, or is async.
     """
     try:
         signature = inspect.signature(function)
@@ -500,6 +500,12 @@ def _takes_context(function: Callable[..., Any]) -> bool:
             str(error),
             "Give a function of Python's that returns records",
         ) from error
+    if inspect.iscoroutinefunction(function):
+        raise KafkaConfigError(
+            f"function {getattr(function, '__name__', function)!r}",
+            "it is async, and would return a coroutine",
+            "Let it call asyncio.run(...), and return the records",
+        )
     first = next((one for one in signature.parameters.values() if one.kind not in _NOT_FIRST), None)
     takes_context = first is not None and (
         first.default is first.empty or first.name == "context" or "ExecutionContext" in str(first.annotation)

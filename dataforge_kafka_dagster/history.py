@@ -43,7 +43,7 @@ def last_published(instance: dg.DagsterInstance, asset_key: dg.AssetKey, partiti
         None if it was never materialized.
 
     Raises:
-        KafkaError: It was materialized by something else than this package.
+        KafkaError: It was materialized by something else than this package, or tells of another Dagster partition.
     """
     partitions = None if partition is None else [partition]
     filters = dg.AssetRecordsFilter(asset_key=asset_key, asset_partitions=partitions)
@@ -55,8 +55,16 @@ def last_published(instance: dg.DagsterInstance, asset_key: dg.AssetKey, partiti
         for record in page.records:
             materialization = record.asset_materialization
             if materialization is not None and (record.run_id or _SAID_HERE & materialization.metadata.keys()):
-                said = published(materialization.metadata, name_of(asset_key, partition))
-                return said._replace(partition=materialization.partition)
+                name = name_of(asset_key, partition)
+                said = published(materialization.metadata, name)._replace(partition=materialization.partition)
+                if said.partitions and said.partition is not None and said.partition not in said.partitions:
+                    raise KafkaError(
+                        name,
+                        f"its last materialization tells of a publication of {said.partitions[0]!r}",
+                        "Hand on that of each from the asset's body: context.add_asset_metadata("
+                        "publication.materialize_result().metadata, partition_key=...)",
+                    )
+                return said
         if not page.has_more or page.cursor is None:
             return None
         limit, cursor = _PAGE, page.cursor
@@ -72,7 +80,8 @@ def refuse_partition_for_whole(asset_key: dg.AssetKey, partition: str | None, la
         raise KafkaError(
             name_of(asset_key, partition),
             f"it is read as a whole, but was last materialized for its Dagster partition {last.partition!r} only",
-            "Ask for a Dagster partition; of an AssetSpec, give it the partitions_def that the asset has",
+            "Ask for a Dagster partition; of an AssetSpec, give it the partitions_def that the asset has; if the asset"
+            " has none any more, materialize it anew",
         )
 
 

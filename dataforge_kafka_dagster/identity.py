@@ -16,6 +16,8 @@ from typing import Any
 
 import dagster as dg
 
+from dataforge_kafka_dagster.kafka.errors import KafkaConfigError
+
 _NUMBER_TAG = "dagster/retry_number"
 _RESUME_TAG = "dagster/is_resume_retry"
 _ASSET_RESUME_TAG = "dagster/is_asset_resume_retry"
@@ -161,9 +163,20 @@ def is_again(context: Any, identity: Identity) -> bool:
 
 
 def session_identity(
-    context: dg.OpExecutionContext | dg.AssetExecutionContext | dg.AssetCheckExecutionContext, session: str
+    context: dg.OpExecutionContext | dg.AssetExecutionContext | dg.AssetCheckExecutionContext,
+    session: str,
+    partition_key: str | None = None,
 ) -> Identity:
-    """Names of what a step publishes from its body, in one of its sessions; the second of a name has another one."""
+    """Names of what a step publishes from its body, in one of its sessions; the second of a name has another one.
+
+    Args:
+        context: The step's.
+        session: The session's name.
+        partition_key: The one Dagster partition that it is of; all of the step's if None.
+
+    Raises:
+        KafkaConfigError: The step does not publish that one.
+    """
     op_context = op_context_of(context)
     step_context = step_context_of(context)
     if step_context is None:
@@ -172,10 +185,10 @@ def session_identity(
         return _identity(("call", call, session), (), call)
     step = step_context.step
     origin = origin_run_id(op_context.instance, op_context.run, step.key)
-    number = _number(step_context, session)
+    partition = _partition_of_session(op_context, partition_key)
+    number = _number(step_context, session, partition)
     # What comes first says how many names follow: no other publisher's can be the same ones.
     kind = "session" if number == 1 else f"session-{number}"
-    has_keys = op_context.has_partition_key or op_context.has_partition_key_range
     if op_context.has_assets_def:
         assets_def = op_context.assets_def
         # All keys, not those that this run selects, which may be fewer in a retry; and so with Dagster partitions.
@@ -190,25 +203,39 @@ def session_identity(
         # A graph has several steps, and a dynamic one many of a kind.
         _, graph, inside = step.key.partition(".")
         name = (f"step-of-{kind}", inside, *path, session) if graph else (kind, *path, session)
-        # Those of a check have no specs.
-        partitioned = has_keys and (not keys or any(spec.partitions_def is not None for spec in assets_def.specs))
     else:
         name = (f"job-{kind}", op_context.job_name, step.key, session, origin)
-        partitioned = has_keys
-    partition = tuple(map(str, op_context.partition_keys)) if partitioned else ()
     return _identity(name, partition, origin)
 
 
-_numbers: weakref.WeakKeyDictionary[Any, collections.Counter[str]] = weakref.WeakKeyDictionary()
+def _partition_of_session(op_context: dg.OpExecutionContext, partition_key: str | None) -> tuple[str, ...]:
+    """The Dagster partitions that a session of a step is of."""
+    partitioned = op_context.has_partition_key or op_context.has_partition_key_range
+    if partitioned and op_context.has_assets_def and op_context.assets_def.node_keys_by_output_name:
+        # Those of a check have no specs.
+        partitioned = any(spec.partitions_def is not None for spec in op_context.assets_def.specs)
+    of_step = tuple(map(str, op_context.partition_keys)) if partitioned else ()
+    if partition_key is None:
+        return of_step
+    if partition_key not in of_step:
+        raise KafkaConfigError(
+            f"partition_key={partition_key!r}",
+            f"the step publishes {len(of_step)} Dagster partitions, and that is none of them",
+            "Give one of context.partition_keys, or None where the asset has no Dagster partitions",
+        )
+    return (str(partition_key),)
+
+
+_numbers: weakref.WeakKeyDictionary[Any, collections.Counter[tuple[str, tuple[str, ...]]]] = weakref.WeakKeyDictionary()
 _numbers_lock = threading.Lock()
 
 
-def _number(step_context: Any, session: str) -> int:
-    """How many sessions of this name the step has had, with this one."""
+def _number(step_context: Any, session: str, partition: tuple[str, ...]) -> int:
+    """How many sessions of this name and these Dagster partitions the step has had, with this one."""
     with _numbers_lock:
         names = _numbers.setdefault(step_context, collections.Counter())
-        names[session] += 1
-        return names[session]
+        names[session, partition] += 1
+        return names[session, partition]
 
 
 def has_sessions(context: dg.OutputContext) -> bool:

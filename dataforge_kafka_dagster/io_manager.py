@@ -166,8 +166,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         mapped = {"kafka/mapping_key": context.mapping_key} if context.mapping_key else {}
         with self.kafka.errors_in_dagster(context):
             _check_names(context)
-            if obj is None and _metadata(context, PUBLICATION_METADATA) is not None:
-                # The body has published by itself, and hands on what it says.
+            if obj is None and _is_handed_on(context):
                 if not context.has_asset_key:
                     handed = {n: v for n, v in (context.output_metadata or {}).items() if n.startswith(_PREFIX)}
                     context.add_output_metadata(handed | mapped)
@@ -183,7 +182,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         identity = output_identity(context)
         with self.kafka.errors_in_dagster(context, target.topic):
             # An op's output is handed on as it is, also inside the graph of an asset.
-            outputs = _by_partition(obj, identity.partition) if context.has_asset_key else {}
+            outputs = _by_partition(context, obj, identity.partition) if context.has_asset_key else {}
         if len(outputs) > 1:
             for partition, output in outputs.items():
                 with self.kafka.errors_in_dagster(context, target.topic, (partition,)):
@@ -335,7 +334,9 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                 "a record that goes to a dead-letter topic would take the old record of its key with it",
                 "Set on_bad_record to 'fail'",
             )
-        replaced = _replaced(context.step_context.instance, context.asset_key, identity.partition)
+        step = step_context_of(context)
+        # Behind a context made by build_output_context is no event log.
+        replaced = _replaced(step.instance, context.asset_key, identity.partition) if step else {}
         previous: dict[str, Publication] = {}
         for partition, last in replaced.items():
             if last is None or last.publication is None:
@@ -472,11 +473,11 @@ def _refuse_upsert(guarantee: str) -> None:
         )
 
 
-def _by_partition(output: Any, partitions: Sequence[str]) -> dict[str, Any]:
+def _by_partition(context: dg.OutputContext, output: Any, partitions: Sequence[str]) -> dict[str, Any]:
     """The output of each of a run's Dagster partitions, if it is a mapping of them; else nothing.
 
     Raises:
-        InvalidRecordError: It is one of some of several Dagster partitions, or of more, which is no record either.
+        InvalidRecordError: It is one of other Dagster partitions, of more or of fewer, which is no record either.
     """
     if not isinstance(output, Mapping):
         return {}
@@ -494,12 +495,13 @@ def _by_partition(output: Any, partitions: Sequence[str]) -> dict[str, Any]:
     missing = min(asked - given, default=None)  # the first of days, in whatever order Dagster gives them
     if asked and not isinstance(other, str | None):
         cause = f"its key {other!r} is a {type(other).__qualname__}, and Dagster's partition keys are str"
-    elif len(asked) < 2 or not (given & asked or _is_of_outputs(output)):  # noqa: PLR2004
+    elif not asked or not _is_meant_by_partition(context, output, asked):
         return {}
     else:
         cause = f"{other!r} is not one of them" if missing is None else f"it has no output for {missing!r}"
+    whose = f"{len(asked)} Dagster partitions" if len(asked) > 1 else f"Dagster partition {partitions[0]!r}"
     raise InvalidRecordError(
-        f"mapping for {len(asked)} Dagster partitions",
+        f"mapping for {whose}",
         cause,
         "Return one with exactly context.partition_keys; an empty list publishes nothing. If it is a record, return a"
         " list of it",
@@ -520,8 +522,22 @@ def _refuse_own(output: Any) -> None:
             )
 
 
+def _is_meant_by_partition(context: dg.OutputContext, output: Mapping[str, Any], asked: set[str]) -> bool:
+    """Whether a mapping is meant as one of outputs by Dagster partition, and not as a record.
+
+    That of one Dagster partition may well be a record of lists, unless their names are those of Dagster partitions.
+    """
+    if len(asked) > 1:
+        return not asked.isdisjoint(output) or _is_of_outputs(output)
+    step = step_context_of(context)
+    if not output or not _is_of_outputs(output) or step is None:
+        return not output
+    keys = context.asset_partitions_def.get_partition_keys(dynamic_partitions_store=step.instance)
+    return not output.keys().isdisjoint(keys)
+
+
 def _is_of_outputs(output: Mapping[str, Any]) -> bool:
-    """Whether all that a mapping holds is rows, frames or generators, or it holds nothing: no record is such."""
+    """Whether all that a mapping holds is rows, frames or generators, or it holds nothing."""
     return all(
         (hasattr(value, "__iter__") or hasattr(value, "__arrow_c_stream__"))
         and not isinstance(value, (str, bytes, Mapping))
@@ -610,6 +626,8 @@ def _cloud_events_of(context: dg.OutputContext, identity: Identity) -> CloudEven
 def _check_names(context: dg.OutputContext) -> None:
     """Refuse metadata that is meant for this IO manager, and that would do nothing.
 
+    What says a publication is not meant for it.
+
     Raises:
         KafkaConfigError: A name is none of its own, or is of what a materialization says, or was added for one Dagster
             partition of several.
@@ -622,12 +640,13 @@ def _check_names(context: dg.OutputContext) -> None:
     _refuse_names(context.definition_metadata or ())
     if len(partitions) > 1:
         for partition, metadata in added.items():
-            mine = next((one for one in _NAMES if one in metadata), None)
+            mine = next((one for one in _NAMES if _is_meant(metadata, one)), None)
             if partition is not None and mine is not None:
                 raise KafkaConfigError(
                     f"metadata {mine}, added for Dagster partition {partition!r}",
                     f"this run publishes {len(partitions)} of them, all with the same",
-                    "Add it without a partition_key, or publish each from the asset's body",
+                    "Add it without a partition_key, or publish each from the asset's body:"
+                    " kafka.publishing(..., partition_key=...)",
                 )
 
 
@@ -646,6 +665,33 @@ def _refuse_names(names: Iterable[str]) -> None:
         )
 
 
+def _is_meant(metadata: Mapping[str, Any], name: str) -> bool:
+    """Whether an entry is there for this IO manager, and is not what a session says."""
+    return name in metadata and (name != "kafka/topic" or PUBLICATION_METADATA not in metadata)
+
+
+def _is_handed_on(context: dg.OutputContext) -> bool:
+    """Whether the body has published by itself, and hands on what it says; warns of what cannot be read back then."""
+    if _metadata(context, PUBLICATION_METADATA) is not None:
+        return True
+    partitions = _partitions_of(context)
+    added = _added_metadata(context, partitions)
+    said = {str(p): published(of_it, str(p)) for p, of_it in added.items() if PUBLICATION_METADATA in of_it}
+    whole = [one for one in said.values() if len(one.partitions) > 1]
+    if len({one.publication and one.publication.publication_id for one in whole}) > 1:
+        context.log.warning(
+            f"A publication of {len(whole[0].partitions)} Dagster partitions is handed on for one of them: it is read"
+            " back only with the others. Name the one that a session is of: kafka.publishing(..., partition_key=...)"
+        )
+    others = sorted(set(map(str, partitions)) - set(said))
+    if said and others:
+        context.log.warning(
+            f"Of {len(others)} Dagster partitions of the run, {others[0]!r} first, the body has handed on nothing that"
+            " was published: they are materialized, and cannot be read back. Hand on the metadata of each one's session"
+        )
+    return bool(said)
+
+
 def _metadata(context: dg.OutputContext, name: str) -> Any:
     """An entry of the output's metadata, else of the asset's in this step, else of its definition's, unwrapped.
 
@@ -656,7 +702,7 @@ def _metadata(context: dg.OutputContext, name: str) -> Any:
     # Those of several are refused by `_check_names`.
     added = _added_metadata(context, partitions if len(partitions) == 1 else ())
     for metadata in (context.output_metadata, *added.values(), context.definition_metadata):
-        value = (metadata or {}).get(name)
+        value = metadata[name] if metadata and _is_meant(metadata, name) else None
         if value is not None:
             if is_env_var(value):
                 raise KafkaConfigError(
@@ -729,7 +775,8 @@ def _publications(context: dg.InputContext) -> dict[str | None, Publication | No
                 name_of(asset_key, partition),
                 "it was never materialized",
                 "Materialize it first, with this IO manager: it does not read what other programs have written. To read"
-                " the Dagster partitions that there are, set allow_missing_partitions in the input's metadata",
+                " the Dagster partitions that there are, set allow_missing_partitions in the input's metadata; a check"
+                " that has the asset's partitions_def reads those of its run",
             )
         publication, covered, _ = found
         refuse_partition_for_whole(asset_key, partition, found)
@@ -794,7 +841,11 @@ def _publication_of_op(context: dg.InputContext, outputs: HandledOutputs) -> Pub
     """What the last attempt has published for the output of an op; None if that was None."""
     upstream = context.upstream_output
     if upstream is None:
-        raise KafkaError(f"input {context.name!r}", "it has no upstream output", "Connect it to an output")
+        raise KafkaError(
+            f"input {context.name!r}",
+            "it has no upstream output",
+            "Connect it to an output; of an asset, give the op my_asset.to_source_asset() in its job",
+        )
     name = f"output {upstream.name!r} of step {upstream.step_key!r}"
     handled = outputs.find(context.instance, upstream.run_id, upstream.step_key, upstream.name, upstream.mapping_key)
     if handled is None:

@@ -321,6 +321,7 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
         topic: str,
         key: str | Sequence[str] | None = None,
         name: str | None = None,
+        partition_key: str | None = None,
         create_topic: KafkaTopicSpec | None = None,
         on_bad_record: str | None = None,
         value_schema: KafkaSchema | Mapping[str, Any] | str | None = None,
@@ -339,6 +340,8 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
             key: Field that is the key of records that have none; several make a JSON object.
             name: Tells sessions of one step apart; the topic if None, numbered if it comes again. Give names where
                 a retry may have other sessions or another order of them, such as one for each selected asset.
+            partition_key: Which Dagster partition it is of, in a run of several; all of the run's if None. Hand what it
+                says on by ``context.add_asset_metadata(publication.materialize_result().metadata, partition_key=...)``.
             create_topic: How to create its topics if they are missing; the resource's create_topics if None.
             on_bad_record: 'fail' or a dead-letter topic; the resource's on_bad_record if None.
             value_schema: The schema of values, in the Schema Registry of this resource: whatever `KafkaSchema.parse`
@@ -360,7 +363,7 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
             session_name = name or check_topic(topic)
             if not isinstance(session_name, str):
                 raise KafkaConfigError(f"name={name!r}", "it is no str", "Give a name of your own, or None")
-            identity = session_identity(context, session_name)
+            identity = session_identity(context, session_name, partition_key)
             value, key_ = (None if one is None else KafkaSchema.parse(one) for one in (value_schema, key_schema))
             writer = self.writer(context, identity, topic, key, create_topic, on_bad_record, value, key_)
             writer.encoders()  # refuses a schema before anything is connected

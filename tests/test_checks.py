@@ -21,6 +21,7 @@ from dataforge_kafka_dagster import (
 )
 from dataforge_kafka_dagster.kafka import verification
 from dataforge_kafka_dagster.kafka.connection import Connection
+from dataforge_kafka_dagster.kafka.errors import KafkaConfigError
 from dataforge_kafka_dagster.kafka.ledger import PartitionOffsets
 
 pytestmark = pytest.mark.kafka
@@ -186,6 +187,23 @@ def test_a_run_for_a_dagster_partition_checks_that_one(resources, kafka_topic, a
     for some in (checks, build_publication_checks(["rows"])):
         evaluation = _evaluate([asset], some, resources, instance)
         assert evaluation.description.startswith("50 of 200 records are gone. asset 'rows', partition 'mon', topic")
+
+
+def test_a_run_for_dagster_partitions_that_the_asset_has_not_checks_all_of_its_own(resources, kafka_topic, instance):
+    asset = _rows(kafka_topic(), partitions_def=dg.StaticPartitionsDefinition(["mon", "tue"]))
+    for day in ("mon", "tue"):
+        dg.materialize([asset], resources=resources, instance=instance, partition_key=day)
+    other = dg.asset(name="other", partitions_def=dg.StaticPartitionsDefinition(["eu"]))(lambda: None)
+    checks = build_publication_checks([asset], blocking=True)
+    selection = dg.AssetSelection.checks(*checks) | dg.AssetSelection.assets(other)
+    evaluation = _evaluate([asset, other], checks, resources, instance, selection, partition_key="eu")
+    assert evaluation.passed
+    assert _plain(evaluation)["kafka/publications"] == 2
+
+
+def test_a_source_asset_is_refused():
+    with pytest.raises(KafkaConfigError, match="asset of type SourceAsset: nobody publishes such a one. Leave it out"):
+        build_publication_checks([dg.SourceAsset("outside")])
 
 
 def test_freshness_is_dagsters_own(resources, kafka_topic, instance):

@@ -702,6 +702,15 @@ def test_a_function_gets_the_context_if_it_asks_for_it(function, gets):
     assert [one if isinstance(one, int) else "context" for one in output.value] == gets
 
 
+def test_an_async_function_is_refused():
+    async def rows():
+        return []
+
+    for function in (rows, functools.partial(rows)):
+        with pytest.raises(KafkaConfigError, match="rows.*it is async, and would return a coroutine"):
+            KafkaTopicComponent(dg.AssetSpec("a"), function).build_defs(None)
+
+
 @pytest.mark.parametrize("function", [lambda context, other: [], lambda *, context: [], lambda n=3, *, m: []])
 def test_a_function_that_takes_more_than_the_context_is_refused(function):
     with pytest.raises(KafkaConfigError, match="function '<lambda>'.*argument.*take the context or nothing"):

@@ -765,6 +765,31 @@ def test_a_mapping_that_is_not_of_the_runs_dagster_partitions_is_no_record(
 
 
 @pytest.mark.parametrize(
+    ("letters", "cause"),
+    [("", "no output for 'b'"), ("a", "no output for 'b'"), ("bc", "'c' is not one of them")],
+    ids=["none", "another one", "more"],
+)
+def test_a_mapping_of_other_dagster_partitions_than_the_only_one_is_no_record(
+    letters, cause, manager, kafka_topic, read, instance
+):
+    topic = kafka_topic()
+    made = _ranged(topic, lambda _: {letter: [{"letter": letter}] for letter in letters})
+    failure = _failure(_materialize(made, manager, instance, partition_key="b", raise_on_error=False))
+    assert cause in failure.description
+    assert failure.metadata["kafka/culprit"].value == "mapping for Dagster partition 'b'"
+    assert read(topic) == []
+
+
+@pytest.mark.parametrize("record", [{"d": [1], "e": [2]}, {"a": 1, "b": 2}], ids=["lists", "letters"])
+def test_a_record_of_one_dagster_partition_may_have_lists_or_the_names_of_others(
+    record, manager, kafka_topic, read, instance
+):
+    topic = kafka_topic()
+    assert _materialize(_ranged(topic, lambda _: record), manager, instance, partition_key="b").success
+    assert [json.loads(one.value) for one in read(topic)] == [record]
+
+
+@pytest.mark.parametrize(
     ("bad", "mode", "cause"),
     [
         (42, "append", "output of type builtins.int"),
@@ -1441,10 +1466,12 @@ def test_the_default_topic_of_a_built_context_needs_no_job(closed_port):
         _manager(closed_port).handle_output(context, {1, 2})
 
 
-def test_published_from_a_built_context(manager, kafka_topic, read):
+@pytest.mark.parametrize("mode", ["append", "upsert"])
+def test_published_from_a_built_context(mode, manager, kafka_topic, read):
     topic = kafka_topic()
+    metadata = {"kafka/topic": topic, "kafka/key": "a", "kafka/write_mode": mode}
     for _ in range(2):
-        context = dg.build_output_context(asset_key="made", definition_metadata={"kafka/topic": topic})
+        context = dg.build_output_context(asset_key="made", definition_metadata=metadata)
         manager.handle_output(context, {"a": 1})
     assert len(read(topic)) == 2
 

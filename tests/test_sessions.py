@@ -447,6 +447,151 @@ def test_a_range_of_a_session_is_read_back_only_as_a_whole(kafka, kafka_topic, r
     assert "'2026-01-02' anew since" in _failure(result, "both_days")
 
 
+LETTERS = dg.StaticPartitionsDefinition(["a", "b", "c"])
+RANGE = {"dagster/asset_partition_range_start": "a", "dagster/asset_partition_range_end": "c"}
+
+
+def _letters(topic, hands_on="abc", fails=lambda: False):
+    """Publishes each of its Dagster partitions by a session, and hands on what some of them say."""
+
+    @dg.asset(
+        partitions_def=LETTERS,
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        retry_policy=dg.RetryPolicy(max_retries=1),
+        io_manager_key="kafka_io",
+    )
+    def letters(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        for letter in sorted(context.partition_keys):
+            with kafka.publishing(context, topic=topic, partition_key=letter) as publication:
+                publication.send(letter)
+            if letter in hands_on:
+                context.add_asset_metadata(publication.materialize_result().metadata, partition_key=letter)
+            if fails():
+                raise ZeroDivisionError
+        return None if hands_on else publication.materialize_result()
+
+    return letters
+
+
+@pytest.fixture
+def run_letters(kafka, instance):
+    """Materializes them, or what reads one of them back and has it in its metadata."""
+
+    @dg.asset(partitions_def=LETTERS, ins={"letters": dg.AssetIn(input_manager_key="kafka_io")})
+    def reader(letters: list[str]):
+        return dg.MaterializeResult(metadata={"read": "".join(letters)})
+
+    def run(letters, asset="letters", **options):
+        resources = {"kafka": kafka, "kafka_io": KafkaIOManager(kafka=kafka), "io_manager": dg.mem_io_manager}
+        return dg.materialize(
+            [letters, reader],
+            selection=[asset],
+            resources=resources,
+            instance=instance,
+            raise_on_error=False,
+            **options,
+        )
+
+    return run
+
+
+def test_a_session_of_one_dagster_partition_of_a_range_is_that_partitions_publication(run_letters, kafka_topic, read):
+    topic, fails = kafka_topic(), iter([False, True])
+    letters = _letters(topic, fails=lambda: next(fails, False))
+    told = run_letters(letters, tags=RANGE).asset_materializations_for_node("letters")
+    said = {one.partition: one.metadata for one in told}
+    assert {letter: of_it["kafka/replayed"].value for letter, of_it in said.items()} == {
+        "a": True,
+        "b": True,
+        "c": False,
+    }
+    assert _values(read(topic)) == ["a", "b", "c"]
+    # The names are those of a run for it alone.
+    (alone,) = run_letters(letters, partition_key="b").asset_materializations_for_node("letters")
+    assert len({of_it["kafka/publication"].value["transactional_id"] for of_it in (said["b"], alone.metadata)}) == 1
+    assert _values(read(topic)) == ["a", "b", "b", "c"]
+    for letter in "abc":
+        (told,) = run_letters(letters, "reader", partition_key=letter).asset_materializations_for_node("reader")
+        assert told.metadata["read"].value == letter
+
+
+def test_what_a_body_hands_on_of_some_dagster_partitions_is_told_of_those(run_letters, kafka_topic, instance):
+    letters = _letters(kafka_topic(), hands_on="ac")
+    result = run_letters(letters, tags=RANGE)
+    assert result.success
+    (warned,) = [entry.user_message for entry in instance.all_logs(result.run_id) if entry.level == logging.WARNING]
+    assert warned.startswith("Of 1 Dagster partitions of the run, 'b' first, the body has handed on nothing")
+    assert run_letters(letters, "reader", partition_key="c").success
+    assert "was not published by a KafkaIOManager" in _failure(
+        run_letters(letters, "reader", partition_key="b"), "reader"
+    )
+
+
+def test_a_session_of_a_range_that_is_handed_on_for_one_dagster_partition_is_warned_of(kafka, kafka_topic, instance):
+    topic = kafka_topic()
+
+    @dg.asset(partitions_def=LETTERS, backfill_policy=dg.BackfillPolicy.single_run())
+    def letters(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        for letter in context.partition_keys:
+            with kafka.publishing(context, topic=topic, name=letter) as publication:
+                publication.send(letter)
+            context.add_asset_metadata(publication.materialize_result().metadata, partition_key=letter)
+
+    resources = {"kafka": kafka, "io_manager": KafkaIOManager(kafka=kafka)}
+    result = dg.materialize([letters], tags=RANGE, resources=resources, instance=instance)
+    (warned,) = [entry.user_message for entry in instance.all_logs(result.run_id) if entry.level == logging.WARNING]
+    assert warned.startswith("A publication of 3 Dagster partitions is handed on for one of them")
+    assert "partition_key=" in warned
+
+
+def test_a_result_of_another_dagster_partition_is_not_read_for_it(run_letters, kafka_topic, kafka, instance):
+    letters = _letters(kafka_topic(), hands_on="")
+    assert run_letters(letters, tags=RANGE).success
+    assert run_letters(letters, "reader", partition_key="c").success
+    failure = _failure(run_letters(letters, "reader", partition_key="a"), "reader")
+    assert "asset 'letters', partition 'a': its last materialization tells of a publication of 'c'" in failure
+    checks = build_publication_checks([letters])
+    resources = {"kafka": kafka, "kafka_io": KafkaIOManager(kafka=kafka)}
+    selection = dg.AssetSelection.checks(*checks)
+    result = dg.materialize([letters, *checks], selection=selection, resources=resources, instance=instance)
+    (evaluation,) = result.get_asset_check_evaluations()
+    assert evaluation.metadata["kafka/publications"].value == 1
+    assert evaluation.metadata["kafka/not_checked"].value.startswith("2 Dagster partitions. The first: asset 'letters'")
+
+
+@pytest.mark.parametrize("options", [{"tags": RANGE}, {"partition_key": "a"}, {}], ids=["range", "one", "none"])
+def test_a_session_of_a_dagster_partition_that_the_step_does_not_publish_is_refused(
+    options, kafka, kafka_topic, instance
+):
+    topic = kafka_topic()
+
+    @dg.asset(partitions_def=LETTERS if options else None, backfill_policy=dg.BackfillPolicy.single_run())
+    def letters(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=topic, partition_key="z"):
+            pass
+
+    resources = {"kafka": kafka, "io_manager": dg.mem_io_manager}
+    result = dg.materialize([letters], resources=resources, instance=instance, raise_on_error=False, **options)
+    count = {"tags": 3, "partition_key": 1}.get(next(iter(options), ""), 0)
+    assert f"partition_key='z': the step publishes {count} Dagster partitions" in _failure(result, "letters")
+
+
+def test_what_a_session_says_beside_an_output_does_not_choose_its_topic(kafka, kafka_topic, read, instance):
+    topics = own, first, second = [kafka_topic() for _ in range(3)]
+
+    @dg.asset(metadata={"kafka/topic": own})
+    def made(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        with kafka.publishing(context, topic=first) as publication:
+            publication.send("in the body")
+            publication.send("in the body", topic=second)
+        return dg.Output("the output", metadata=publication.materialize_result().metadata)
+
+    resources = {"kafka": kafka, "io_manager": KafkaIOManager(kafka=kafka)}
+    (told,) = dg.materialize([made], resources=resources, instance=instance).asset_materializations_for_node("made")
+    assert [_values(read(topic)) for topic in topics] == [["the output"], ["in the body"], ["in the body"]]
+    assert told.metadata["kafka/publication"].value["topic"] == told.metadata["kafka/topic"].value == own
+
+
 def test_a_check_publishes(kafka, kafka_topic, read, instance):
     topic = kafka_topic()
 
