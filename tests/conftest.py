@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,11 +140,11 @@ def secured(tmp_path_factory):
 
 
 @pytest.fixture
-def closed_port() -> str:
+def closed_port() -> Iterator[str]:
     """An address where nothing listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
+    with socket.socket() as held:  # so that no other process gets it meanwhile
+        held.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{held.getsockname()[1]}"
 
 
 @pytest.fixture
@@ -174,6 +174,23 @@ def eventually() -> Callable[..., object]:
         return result
 
     return wait
+
+
+@pytest.fixture
+def in_time() -> Callable[..., object]:
+    """Lets something end in so many seconds: in one of three tries, since a busy machine may hold one up."""
+
+    def call(seconds: float, what: Callable[[], object], tries: int = 3) -> object:
+        took = []
+        while len(took) < tries:
+            began = time.monotonic()
+            result = what()
+            took.append(time.monotonic() - began)
+            if took[-1] < seconds:
+                return result
+        raise AssertionError(f"not in {seconds} s, but {took}")
+
+    return call
 
 
 @pytest.fixture

@@ -29,6 +29,10 @@ def _library():
         ("rd_kafka_mock_broker_set_rtt", "i", "p", "i", "i"),
         ("rd_kafka_mock_coordinator_set", "i", "p", "s", "s", "i"),
         ("rd_kafka_mock_partition_set_leader", "i", "p", "s", "i", "i"),
+        ("rd_kafka_mock_start_request_tracking", None, "p"),
+        ("rd_kafka_mock_get_requests", "a", "p", "n"),
+        ("rd_kafka_mock_request_api_key", "h", "p"),
+        ("rd_kafka_mock_request_destroy_array", None, "a", "z"),
     ]:
         kinds = {
             "p": ctypes.c_void_p,
@@ -37,6 +41,8 @@ def _library():
             "z": ctypes.c_size_t,
             "h": ctypes.c_int16,
             "e": ctypes.POINTER(ctypes.c_int),
+            "n": ctypes.POINTER(ctypes.c_size_t),
+            "a": ctypes.POINTER(ctypes.c_void_p),
             None: None,
         }
         function = getattr(library, name)
@@ -60,6 +66,7 @@ class MockCluster:
         self._client = self._library.rd_kafka_new(0, self._library.rd_kafka_conf_new(), text, 512)
         assert self._client, text.value
         self._cluster = self._library.rd_kafka_mock_cluster_new(self._client, self._brokers)
+        self._library.rd_kafka_mock_start_request_tracking(self._cluster)
         self.bootstrap_servers = self._library.rd_kafka_mock_cluster_bootstraps(self._cluster).decode()
         return self
 
@@ -76,8 +83,16 @@ class MockCluster:
         array = (ctypes.c_int * len(codes))(*codes)
         self._library.rd_kafka_mock_push_request_errors_array(self._cluster, request, len(codes), array)
 
+    def count(self, request):
+        """How many requests of this kind have come."""
+        size = ctypes.c_size_t()
+        requests = self._library.rd_kafka_mock_get_requests(self._cluster, ctypes.byref(size))
+        found = [self._library.rd_kafka_mock_request_api_key(requests[i]) for i in range(size.value)]
+        self._library.rd_kafka_mock_request_destroy_array(requests, size)
+        return found.count(request)
+
     def answer_after(self, milliseconds):
-        """Let every broker take this long for each answer."""
+        """Let every broker take this long for each answer, also for those that it has not given yet."""
         for broker in range(1, self._brokers + 1):
             assert self._library.rd_kafka_mock_broker_set_rtt(self._cluster, broker, milliseconds) == 0
 

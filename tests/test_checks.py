@@ -266,13 +266,13 @@ def test_an_interrupt_ends_the_look_for_missing_records_at_once(monkeypatch):
     class Reader:
         def get_watermark_offsets(self, *_, **__):
             asked.set()
-            done.wait(10)
+            done.wait(60)
 
         def close(self):
             pytest.fail("it is in use")
 
     def interrupt():
-        asked.wait(10)
+        asked.wait(60)
         _thread.interrupt_main()
 
     monkeypatch.setattr(verification, "lost_since", lambda *_: None)
@@ -282,11 +282,11 @@ def test_an_interrupt_ends_the_look_for_missing_records_at_once(monkeypatch):
     began = time.monotonic()
     try:
         with pytest.raises(KeyboardInterrupt):
-            verification.find_missing(KafkaProducerConfig(bootstrap_servers="localhost:1"), publication, timeout=8)
+            verification.find_missing(KafkaProducerConfig(bootstrap_servers="localhost:1"), publication, timeout=60)
     finally:
         done.set()
         signal.signal(signal.SIGINT, before)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 20
 
 
 def _days(topic, **options):

@@ -752,6 +752,14 @@ class _Answer(http.server.BaseHTTPRequestHandler):
 
 @pytest.mark.parametrize("status", [200, 503])
 def test_the_local_registry_is_asked_without_the_proxy_and_what_it_says_is_told(status, monkeypatch, tmp_path):
+    now = 0.0
+
+    def sleep(seconds):
+        nonlocal now
+        now += seconds
+
+    # Its time is that between its questions, not what the answers take.
+    monkeypatch.setattr(local_registry, "time", types.SimpleNamespace(monotonic=lambda: now, sleep=sleep))
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)

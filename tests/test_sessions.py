@@ -191,12 +191,12 @@ def _ends(error, after):
 
 
 THREADS = {
-    "error": lambda began: _ends(ZeroDivisionError(), 300),
-    "error before the first record": lambda began: _ends(ZeroDivisionError(), 0),
-    "exit": lambda began: _ends(SystemExit("no"), 300),
-    "slow first record": lambda began: (began.set() or time.sleep(1.5) or {"i": i} for i in range(1)),
-    "slow frame": lambda began: pl.LazyFrame({"i": [1]}).map_batches(
-        lambda frame: began.set() or time.sleep(1.5) or frame
+    "error": lambda *_: _ends(ZeroDivisionError(), 300),
+    "error before the first record": lambda *_: _ends(ZeroDivisionError(), 0),
+    "exit": lambda *_: _ends(SystemExit("no"), 300),
+    "slow first record": lambda began, go_on: (began.set() or (go_on.wait(30) and {"i": i}) for i in range(1)),
+    "slow frame": lambda began, go_on: pl.LazyFrame({"i": [1]}).map_batches(
+        lambda frame: began.set() or (go_on.wait(30) and frame)
     ),
 }
 
@@ -204,17 +204,22 @@ THREADS = {
 @pytest.mark.parametrize("what", THREADS)
 def test_what_another_thread_could_not_send_is_not_left_out(what, kafka, kafka_topic, read, instance):
     """Its error is in a future that nobody may look at."""
-    topic, began = kafka_topic(), threading.Event()
+    topic, began, go_on = kafka_topic(), threading.Event(), threading.Event()
 
     @dg.asset
     def threads(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
-        with concurrent.futures.ThreadPoolExecutor(1) as pool, kafka.publishing(context, topic=topic) as publication:
+        with (
+            concurrent.futures.ThreadPoolExecutor(1) as pool,
+            contextlib.ExitStack() as after,
+            kafka.publishing(context, topic=topic) as publication,
+        ):
+            after.callback(go_on.set)
             publication.send({"i": -1})
-            sent = pool.submit(publication.send_all, THREADS[what](began))
+            sent = pool.submit(publication.send_all, THREADS[what](began, go_on))
             if "slow" in what:
-                assert began.wait(10)
+                assert began.wait(30)
             else:
-                concurrent.futures.wait([sent], 10)
+                concurrent.futures.wait([sent], 30)
         return publication.materialize_result()
 
     result = dg.materialize([threads], resources={"kafka": kafka}, instance=instance, raise_on_error=False)
@@ -234,7 +239,7 @@ def test_a_record_that_another_thread_could_not_send_is_not_left_out(value, kafk
             publication.send({"i": -1})
             with contextlib.suppress(KafkaError):  # one's own error is one's own to judge
                 publication.send(value)
-            concurrent.futures.wait([pool.submit(publication.send, value)], 10)
+            concurrent.futures.wait([pool.submit(publication.send, value)], 30)
         return publication.materialize_result()
 
     result = dg.materialize([threads], resources={"kafka": kafka}, instance=instance, raise_on_error=False)
@@ -761,21 +766,24 @@ def writer(kafka_bootstrap_servers, kafka_topic):
 
 
 def test_a_send_of_another_thread_that_is_under_way_is_not_left_out(writer, read):
-    entered = threading.Event()
+    entered, go_on = threading.Event(), threading.Event()
     take = writer._send
 
     def send(*record):
         entered.set()
-        time.sleep(0.5)
+        assert go_on.wait(30)
         take(*record)
 
     writer._send = send
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        with pytest.raises(KafkaError, match="is still sending to it"), writer:
-            late = pool.submit(writer.send, "late")
-            assert entered.wait(10)
+        try:
+            with pytest.raises(KafkaError, match="is still sending to it"), writer:
+                late = pool.submit(writer.send, "late")
+                assert entered.wait(30)
+        finally:
+            go_on.set()
         with pytest.raises(KafkaError, match="it has ended, or not begun"):
-            late.result(10)
+            late.result(30)
     assert read(writer.topic) == []
 
 
