@@ -560,7 +560,7 @@ def test_close_lets_in_nobody_who_waits_for_room(unconnected):
         for thread in threads:
             thread.join(30)
         assert refused == ["_STATE"] * 4
-        assert [future.exception(0).code for future in sent] == ["_PURGE_QUEUE"] * len(sent)
+        assert [future.exception(30).code for future in sent] == ["_PURGE_QUEUE"] * len(sent)
 
 
 def test_a_callback_that_sends_again_on_failure_does_not_hold_close_up(unconnected, caplog):
