@@ -441,6 +441,9 @@ def test_an_interrupt_that_a_call_has_lost_ends_what_goes_on_calling(connection)
         connection.resume(_raising(lost), 5, "the commit", lambda: True)
     with pytest.raises(KeyboardInterrupt):
         connection.resume(_raising(SystemError("a result with an exception set"), KeyboardInterrupt()), 5, "the commit")
+    fenced = confluent_kafka.KafkaException(_theirs("_FENCED"))
+    with pytest.raises(FencedError):
+        connection.resume(_raising(SystemError("a result with an exception set"), fenced), 5, "the commit")
 
 
 def _closed(_):
@@ -465,8 +468,26 @@ class _LibrarysError(Exception):
     response = types.SimpleNamespace(status_code=429)
 
 
+class _SDKsError(_LibrarysError):
+    """As those whose code is a word."""
+
+    code = "ServiceUnavailable"
+
+
+class _SystemsError(OSError):
+    code = 7
+
+
 def _throttled(_):
     raise _LibrarysError
+
+
+def _throttled_in_words(_):
+    raise _SDKsError
+
+
+def _numbered(_):
+    raise _SystemsError("no name server")
 
 
 @pytest.mark.parametrize(
@@ -477,6 +498,8 @@ def _throttled(_):
         ("_refused", "HTTP Error 401: no", Remedy.FAIL),
         ("_busy", "HTTP Error 503: no", Remedy.RETRY),
         ("_throttled", "it raised _LibrarysError: ", Remedy.RETRY),
+        ("_throttled_in_words", "it raised _SDKsError: ", Remedy.RETRY),
+        ("_numbered", "no name server", Remedy.RETRY),
     ],
 )
 def test_an_error_of_the_token_function_is_the_cause_at_once(name, said, remedy):

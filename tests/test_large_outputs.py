@@ -378,6 +378,21 @@ def test_acknowledged_records_that_no_leader_has_any_more_fail_it(place, read, m
 
 
 @pytest.mark.kafka
+def test_a_writer_without_reports_waits_for_brokers_as_long_as_for_a_delivery(place, monkeypatch):
+    """Its topic has to be looked at before the commit, where one with reports may go on."""
+    waits, look = [], publication.current
+
+    def current(connection, topic, timeout):
+        waits.append(timeout)
+        return look(connection, topic, timeout)
+
+    monkeypatch.setattr(publication, "current", current)
+    with PublicationWriter(place.pop("config"), reports=False, **place) as writer:
+        writer.send({"i": 1})
+    assert waits == [120.0]
+
+
+@pytest.mark.kafka
 def test_a_kafka_partition_that_is_added_meanwhile_hides_no_records(place):
     """As many records of another writer would make up for those that went to it."""
     config = place.pop("config")

@@ -178,6 +178,32 @@ def test_a_topic_that_was_there_and_is_not_known_any_more_is_tried_again(code, t
     assert caught.value.fix == "Try again"
 
 
+def test_a_ledger_that_no_broker_takes_is_not_the_topics_fault(cluster, monkeypatch):
+    monkeypatch.setattr(sender, "topic_trouble", lambda *_: "Kafka partition 0 has 2 of its 3 replicas in sync")
+    never = [Code.COORDINATOR_NOT_AVAILABLE] * 10_000
+    with pytest.raises(KafkaError, match="no broker takes its ledger.*__consumer_offsets") as caught:
+        _publish(cluster, lambda: cluster.fail_next(TXN_OFFSETS, *never), delivery_timeout=2)
+    assert "replicas in sync" not in str(caught.value)
+    assert caught.value.remedy is Remedy.RETRY
+
+
+def test_brokers_that_tell_nothing_of_one_topic_are_not_asked_for_the_next(cluster, monkeypatch):
+    asked = []
+
+    def silent(_connection, topic, timeout):
+        asked.append((topic, timeout))
+        raise KafkaError(f"topic {topic!r}", "no answer", "Try again", remedy=Remedy.RETRY)
+
+    monkeypatch.setattr(publication, "current", silent)
+    monkeypatch.setattr(publication, "_LOOK_AGAIN_SECONDS", 0)
+    cluster.create_topic("u", partitions=2)
+    with _writer(cluster) as writer:
+        writer.send("x")
+        writer.send("x", topic="u")
+    assert writer.publication.records == 2
+    assert asked == [("t", 10)]
+
+
 def test_too_few_replicas_for_good_ends_at_the_deadline(cluster):
     began = time.monotonic()
     with pytest.raises(KafkaError) as caught:

@@ -6,7 +6,7 @@ from dataforge_kafka_dagster.kafka import reader
 from dataforge_kafka_dagster.kafka.connection import Connection
 from dataforge_kafka_dagster.kafka.errors import Remedy
 from dataforge_kafka_dagster.kafka.ledger import PartitionOffsets, Publication
-from dataforge_kafka_dagster.kafka.reader import _read_all
+from dataforge_kafka_dagster.kafka.reader import GoneError, _read_all
 
 TIMEOUT = 0.3
 
@@ -42,10 +42,10 @@ class _Told:
 
 
 class _Record:
-    """A record at an offset."""
+    """A record at an offset, which is its value, and its key if it has no other."""
 
-    def __init__(self, offset):
-        self._offset = offset
+    def __init__(self, offset, key=None):
+        self._offset, self._key = offset, key
 
     def error(self):
         return None
@@ -54,7 +54,7 @@ class _Record:
         return self._offset
 
     def key(self):
-        return None
+        return self._key or self.value()
 
     def value(self):
         return b"%d" % self._offset
@@ -166,7 +166,58 @@ def test_what_compaction_removes_of_a_table_is_not_missed(more, clock):
     assert len(list(_read(_Ending(clock, 3, 3), timeout=30, **more))) == 3
 
 
-@pytest.mark.parametrize("more", [{}, {"tombstones": 1}, {"superseded": 1}])
-def test_what_compaction_removes_of_rows_is(more, clock):
-    with pytest.raises(KafkaError, match=r"2 of 5 records are gone.*min.compaction.lag.ms"):
+@pytest.mark.parametrize(
+    ("more", "gone"), [({}, "2 of 5"), ({"tombstones": 1}, "1 of 4"), ({"superseded": 1}, "1 of 4")]
+)
+def test_what_compaction_removes_of_rows_is(more, gone, clock):
+    with pytest.raises(KafkaError, match=f"{gone} records are gone.*min.compaction.lag.ms"):
         list(_read(_Ending(clock, 3, 3), timeout=30, **more))
+
+
+class _Compacted:
+    """A consumer of two Kafka partitions of which compaction has left these offsets and keys."""
+
+    def __init__(self, clock, *left):
+        self._clock, self._left = clock, left
+
+    def assign(self, places):
+        (place,) = places
+        self._given = [_Record(offset, key) for offset, key in self._left[place.partition].items()]
+
+    def consume(self, _count, _seconds):
+        self._clock.now += 0.01
+        given, self._given = self._given, [_Told(KafkaCode(KafkaCode._PARTITION_EOF), 10)]
+        return given
+
+    def position(self, places):
+        places[0].offset = 10
+        return places
+
+
+SURVIVORS = {
+    "all": ({0: b"a", 1: b"b"}, {0: b"x", 1: b"x"}, None, ""),
+    "a replaced one gone": ({0: b"a", 1: b"b"}, {1: b"x"}, None, ""),
+    "a row gone": ({1: b"b"}, {0: b"x", 1: b"x"}, 1, "topic 't', Kafka partition 0, offsets 0 to 1: 1 of 3 records"),
+    "a row and a replaced one": (
+        {1: b"b"},
+        {1: b"x"},
+        1,
+        "one of 2 Kafka partitions, topic 't', Kafka partition 0, top",
+    ),
+    "all rows": ({}, {}, 3, "one of 2 Kafka partitions"),
+}
+
+
+@pytest.mark.parametrize(("first", "second", "gone", "said"), SURVIVORS.values(), ids=SURVIVORS)
+def test_a_replaced_record_stands_for_no_other_row(first, second, gone, said, clock):
+    offsets = tuple(PartitionOffsets("t", partition, ((0, 1),)) for partition in (0, 1))
+    publication = Publication("p", "x", "t", 4, 0, "bytes", offsets, replayed=False, seconds=0.0, superseded=1)
+    connection = Connection(KafkaProducerConfig(bootstrap_servers="localhost:1"))
+    reading = _read_all(connection, _Compacted(clock, first, second), publication, TIMEOUT, partial=False)
+    if gone is None:
+        assert len(list(reading)) == len(first) + len(second)
+        return
+    with pytest.raises(GoneError) as caught:
+        list(reading)
+    assert caught.value.records == gone
+    assert str(caught.value).startswith(said)

@@ -427,7 +427,7 @@ def test_a_topic_that_is_deleted_before_a_commit_is_told(kafka_bootstrap_servers
     """The ledger cannot name offsets in it: librdkafka asks again until the time is up."""
     admin = AdminClient({"bootstrap.servers": kafka_bootstrap_servers})
     writer = _writer(kafka_bootstrap_servers, new_topic, KafkaTopicSpec(), delivery_timeout=2)
-    with pytest.raises(KafkaError, match="the topic does not exist any more") as caught, writer:
+    with pytest.raises(KafkaError, match=f"the topic '{new_topic}' does not exist any more") as caught, writer:
         writer.send_all([{"i": 0}])
         writer._sender.flush()
         admin.delete_topics([new_topic], operation_timeout=30)[new_topic].result(30)

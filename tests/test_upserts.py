@@ -18,6 +18,7 @@ from dataforge_kafka_dagster import (
 )
 from dataforge_kafka_dagster.kafka import topics
 from dataforge_kafka_dagster.kafka.records import Chunk
+from dataforge_kafka_dagster.kafka.sources import chunks
 from dataforge_kafka_dagster.kafka.upserts import Upsert
 
 pytestmark = pytest.mark.kafka
@@ -221,6 +222,20 @@ def test_records_that_later_ones_of_their_key_replace_are_counted(values, supers
     assert upsert.superseded == superseded
 
 
+@pytest.mark.parametrize(
+    ("places", "superseded"),
+    [((0, 1), 0), ((0, 0), 1), ((0, 1, 0), 1), ((None, None), 1)],
+)
+@pytest.mark.parametrize("last", ["v", None])
+def test_a_record_replaces_none_in_a_kafka_partition_that_was_chosen_for_it(places, superseded, last):
+    upsert = Upsert(KafkaProducerConfig(), [], "t")
+    for place in places:
+        records = [KafkaRecord("v", "k", partition=place), KafkaRecord(last, f"other of {place}")]
+        assert list(upsert.remember(chunks(records, ())))
+    others = 0 if last is None else len(places) - len(set(places))
+    assert upsert.superseded == superseded + others
+
+
 def test_what_another_writer_put_between_stays(publish, kafka_topic, read, kafka_bootstrap_servers):
     topic = kafka_topic()
     publish(topic, _rows("a"))
@@ -402,8 +417,6 @@ def test_one_that_was_published_for_a_range_and_has_no_dagster_partitions_any_mo
 
 def test_memory_is_a_digest_for_each_key():
     upsert = Upsert(None, [], "topic")
-    from dataforge_kafka_dagster.kafka.records import Chunk
-
     long = [f"{i:>10000}".encode() for i in range(100)]
     list(upsert.remember([Chunk([b"v"] * 100, long, None, 0, "bytes")]))
     assert {len(digest) for digest in upsert._settled} == {16}

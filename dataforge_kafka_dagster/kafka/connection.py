@@ -78,6 +78,7 @@ _TOKEN_SIZES: Final = (2, 3, 4)
 # Statuses of HTTP that may be others soon: Request Timeout, Too Early, Too Many Requests, and the server's own faults.
 _PASSING: Final = frozenset({408, 425, 429})
 _SERVERS_FAULT: Final = 500
+_STATUSES: Final = range(100, 600)
 # No time in seconds is so late; each in milliseconds is, since 2001.
 _MILLISECONDS: Final = 1e12
 
@@ -454,6 +455,8 @@ class Connection:
                     raise self.cause(error, f"{culprit}, {timeout:.0f} s") from None
             except SystemError as error:
                 self._raise_interrupt(error, failed)
+                if self.fatal is not None:
+                    raise self.cause(self.fatal, culprit) from None
                 raise
             else:
                 self.connected()
@@ -526,8 +529,9 @@ class Connection:
 def _remedy_of_token(error: Exception) -> Remedy:
     """Whether what a token function raised may pass: what it asks was away, or has answered so (RFC 9110, 15)."""
     # As urllib, requests and httpx name it.
-    status = getattr(error, "code", None) or getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(status, int):
+    told = (getattr(error, "code", None), getattr(getattr(error, "response", None), "status_code", None))
+    status = next((one for one in told if isinstance(one, int) and one in _STATUSES), None)
+    if status is not None:
         return Remedy.RETRY if status in _PASSING or status >= _SERVERS_FAULT else Remedy.FAIL
     return Remedy.RETRY if isinstance(error, OSError) else Remedy.FAIL
 

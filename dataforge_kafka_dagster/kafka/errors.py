@@ -205,7 +205,7 @@ _FIXES: Final[dict[str, str]] = {
     "INVALID_CONFIG": "Correct the topic settings in create_topics",
     "TOPIC_AUTHORIZATION_FAILED": (
         "Grant this user the ACLs on the topic: WRITE to publish, READ to read back and for the ledger of"
-        " delivery_guarantee='exactly_once'; or correct its name: Kafka says the same of a topic that is not there"
+        " delivery_guarantee='exactly_once'"
     ),
     "GROUP_AUTHORIZATION_FAILED": (
         "Grant this user the READ ACL on Group, prefixed with the resource's transactional_id_prefix,"

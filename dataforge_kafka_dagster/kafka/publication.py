@@ -518,31 +518,39 @@ class PublicationWriter:
         In a long publication, and where keys are to stay in their Kafka partitions, the topic is looked at once more;
         in others only what its offsets tell is seen.
         """
-        for track in self._sender.all_tracks:
+        tracks = list(self._sender.all_tracks)
+        for track in tracks:
             if track.moved_back:
                 raise _made_anew(track)
-            if self._needs_same_partitions or self._sender.transaction_seconds > _LOOK_AGAIN_SECONDS:
-                self._look_again(track)
+        if self._needs_same_partitions or self._sender.transaction_seconds > _LOOK_AGAIN_SECONDS:
+            for track in tracks:
+                if not self._look_again(track):
+                    break  # If nobody answers, the commit has more time to wait for that.
 
     @property
     def _needs_same_partitions(self) -> bool:
         """Whether the topics must have no more Kafka partitions than before: for their keys, or to know all ends."""
         return self.keeps_places or self._ends_before is not None
 
-    def _look_again(self, track: Track) -> None:
+    def _look_again(self, track: Track) -> bool:
         """Look whether a topic was deleted, and perhaps made anew, or has more Kafka partitions where that matters.
 
+        Returns:
+            Whether the brokers answered, which can wait unless it matters.
+
         Raises:
-            KafkaError: It was, or has; or the brokers do not say, and that cannot wait for the commit.
+            KafkaError: It was, or has; or the brokers do not say, and that matters.
         """
+        limits = self._config.producer
+        timeout = limits.delivery_timeout if self._needs_same_partitions else limits.connect_timeout
         try:
-            now = current(self._connection, track.topic, self._config.producer.connect_timeout)
+            now = current(self._connection, track.topic, timeout)
         except KafkaError as error:
             if error.code == "UNKNOWN_TOPIC_OR_PART":
                 raise _made_anew(track) from None
             if error.remedy is not Remedy.RETRY or self._needs_same_partitions:
                 raise
-            return  # If nobody answers, the commit has more time to wait for that.
+            return False
         if are_different(track.topic_id, now.id):
             raise _made_anew(track)
         added = self._needs_same_partitions and now.partitions != track.partitions
@@ -553,6 +561,7 @@ class PublicationWriter:
                 "Try again",
                 remedy=Remedy.RETRY,
             )
+        return True
 
     def _commit_transaction(self, producer: confluent_kafka.Producer, publication: Publication) -> None:
         timeout = self._config.producer.delivery_timeout
@@ -572,7 +581,11 @@ class PublicationWriter:
         error = failure or error
         if not self._committing:
             if error.code == "_TIMED_OUT":
-                self._sender.add_topic_trouble(error)
+                gone = self._sender.gone_topic()
+                if gone is None:
+                    error.add("no broker takes its ledger", fix_for("COORDINATOR_NOT_AVAILABLE"))
+                else:
+                    error.add(f"the topic {gone!r} does not exist any more")
             return error
         unknown = "whether it was committed is not known"
         if isinstance(error, FencedError):

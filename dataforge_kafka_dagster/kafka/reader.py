@@ -22,6 +22,25 @@ from dataforge_kafka_dagster.kafka.topics import lost_since
 _BATCH: Final = 5_000
 # The end of a log may move on: a broker that has just become leader learns it from the others.
 _LAG_SECONDS: Final = 1.0
+# How many Kafka partitions an error names.
+_SHOWN: Final = 5
+
+
+class GoneError(KafkaError):
+    """Records are not in Kafka any more.
+
+    Attributes:
+        records: How many, without those that compaction may remove; None if that is not known.
+    """
+
+    def __init__(self, culprit: str, cause: str, records: int | None = None) -> None:
+        super().__init__(
+            culprit,
+            f"{cause}: retention or compaction removed them, brokers lost them, or the topic was made anew",
+            "Materialize the upstream asset again, or raise the topic's retention.ms, or min.compaction.lag.ms where it"
+            " is compacted",
+        )
+        self.records = records
 
 
 class ReadRecord(NamedTuple):
@@ -45,8 +64,8 @@ def read_publication(
             gone: tombstones, and of an upsert the records that it has superseded itself.
 
     Raises:
-        KafkaError: Records are gone (retention, compaction, a deleted topic) and it is not partial, the broker does not
-            let us read, or it gives no more of them within the timeout.
+        GoneError: Records are gone (retention, compaction, a deleted topic), and it is not partial.
+        KafkaError: The broker does not let us read, or it gives no more of them within the timeout.
     """
     if not publication.offsets:
         return
@@ -63,7 +82,7 @@ def read_publication(
     try:
         yield from _read_all(connection, consumer, publication, timeout, partial=partial)
     finally:
-        consumer.close()
+        connection.close(consumer)
 
 
 def _read_all(
@@ -76,13 +95,19 @@ def _read_all(
 ) -> Iterator[ReadRecord]:
     rows, short = 0, []
     for offsets in publication.offsets:
-        found, tombstones = yield from _read_partition(connection, consumer, offsets, timeout)
-        rows += found - tombstones
+        # A superseded record that is still there does not stand for another key's.
+        keys: set[bytes] | None = set() if publication.superseded else None
+        found, tombstones = yield from _read_partition(connection, consumer, offsets, timeout, keys)
+        rows += found - tombstones if keys is None else len(keys)
         if found < offsets.records:
-            short.append((offsets, offsets.records - found))
-    if short and not partial and rows < publication.rows:
-        offsets, gone = short[0]
-        raise _gone(offsets, f"{gone} of {offsets.records} records are gone")
+            short.append(offsets)
+    gone = publication.rows - rows
+    if short and not partial and gone > 0:
+        cause = f"{gone} of {publication.rows} records are gone"
+        if len(short) == 1:
+            raise GoneError(_place(short[0]), cause, gone)
+        names = ", ".join(dict.fromkeys(place_name(offsets.topic, offsets.partition) for offsets in short[:_SHOWN]))
+        raise GoneError(f"one of {len(short)} Kafka partitions, {names}", cause, gone)
 
 
 def refuse_lost_topics(config: KafkaProducerConfig, publications: Iterable[Publication], timeout: float) -> None:
@@ -112,9 +137,16 @@ def _lost(topic: str, cause: str) -> KafkaError:
 
 
 def _read_partition(
-    connection: Connection, consumer: confluent_kafka.Consumer, offsets: PartitionOffsets, timeout: float
+    connection: Connection,
+    consumer: confluent_kafka.Consumer,
+    offsets: PartitionOffsets,
+    timeout: float,
+    keys: set[bytes] | None,
 ) -> Generator[ReadRecord, None, tuple[int, int]]:
-    """The records of one Kafka partition; in the end, how many there were, and how many of them tombstones."""
+    """The records of one Kafka partition; in the end, how many there were, and how many of them tombstones.
+
+    In the end, `keys` holds those whose last record has a value.
+    """
     consumer.assign([TopicPartition(offsets.topic, offsets.partition, offsets.first)])
     whole = len(offsets.runs) == 1
     starts = [first for first, _ in offsets.runs]
@@ -138,6 +170,8 @@ def _read_partition(
                 value = message.value()
                 if value is None:
                     tombstones += 1
+                if keys is not None:
+                    (keys.discard if value is None else keys.add)(message.key())
                 yield ReadRecord(value, message.key(), message)
         else:
             position = consumer.position([TopicPartition(offsets.topic, offsets.partition)])[0].offset
@@ -197,17 +231,12 @@ class _Patience:
 
 def _check(connection: Connection, error: confluent_kafka.KafkaError, offsets: PartitionOffsets) -> None:
     if error.name() in {"OFFSET_OUT_OF_RANGE", "_AUTO_OFFSET_RESET"}:
-        raise _gone(offsets, f"offset {offsets.first} is gone")
+        raise GoneError(_place(offsets), f"offset {offsets.first} is gone")
     if error.name() == "GROUP_AUTHORIZATION_FAILED":
         return  # the group is never used
     if remedy_of(error.name()) is not Remedy.RETRY:
         raise connection.cause(error, place_name(offsets.topic, offsets.partition))
 
 
-def _gone(offsets: PartitionOffsets, cause: str) -> KafkaError:
-    return KafkaError(
-        f"{place_name(offsets.topic, offsets.partition)}, offsets {offsets.first} to {offsets.last}",
-        f"{cause}: retention or compaction removed them, brokers lost them, or the topic was made anew",
-        "Materialize the upstream asset again, or raise the topic's retention.ms, or min.compaction.lag.ms where it is"
-        " compacted",
-    )
+def _place(offsets: PartitionOffsets) -> str:
+    return f"{place_name(offsets.topic, offsets.partition)}, offsets {offsets.first} to {offsets.last}"

@@ -40,7 +40,7 @@ from dataforge_kafka_dagster.kafka.errors import (
 from dataforge_kafka_dagster.kafka.records import PLAIN, Chunk, KafkaRecord
 from dataforge_kafka_dagster.kafka.serialization import ValueFormat, text_size
 from dataforge_kafka_dagster.kafka.statistics import Statistics
-from dataforge_kafka_dagster.kafka.topics import check_topic_exists, topic_trouble
+from dataforge_kafka_dagster.kafka.topics import GONE, check_topic_exists, topic_trouble
 
 # So many bytes may be on their way before anything is known of how fast brokers take them.
 _AHEAD_BYTES: Final = 16_000_000
@@ -472,12 +472,11 @@ class Sender:
         failure.index, failure.among = (place, None) if place == last else (None, (place, last))
         return failure
 
-    def add_topic_trouble(self, error: KafkaError) -> None:
-        """Say what is wrong with a topic, if that is why there was no answer in time."""
-        troubles = (topic_trouble(self._connection, topic, _DIAGNOSIS_SECONDS) for topic in self.tracks)
-        trouble = next(filter(None, troubles), None)
-        if trouble is not None:
-            error.add(trouble)
+    def gone_topic(self) -> str | None:
+        """A topic that was deleted, among those that brokers tell of at once."""
+        deadline = time.monotonic() + _DIAGNOSIS_SECONDS
+        looks = ((topic, deadline - time.monotonic()) for topic in self.tracks)
+        return next((t for t, left in looks if left > 0 and topic_trouble(self._connection, t, left) == GONE), None)
 
     def _give_up(self) -> bool:
         """Take back what is on its way, since nothing can be committed; whether every record was settled in time."""

@@ -17,12 +17,14 @@ from dataforge_kafka_dagster.kafka.errors import KafkaError, fix_for
 if TYPE_CHECKING:
     from confluent_kafka.admin import AdminClient
 
+GONE: Final = "the topic does not exist any more"
+ASK_WAIT: Final = 3.0
+"""Seconds in which `ask_end_offsets` has an answer, if the leaders that a client knows are still there."""
 _UNKNOWN: Final = "UNKNOWN_TOPIC_OR_PART"
 # Brokers hear of a new topic one after the other.
 _NEW_TOPIC_SECONDS: Final = 1.0
 # To learn its settings, once a broker has told the rest.
 _SETTINGS_SECONDS: Final = 1.0
-_LOOK_SECONDS: Final = 3.0
 _DENIED: Final = frozenset({"TOPIC_AUTHORIZATION_FAILED", "CLUSTER_AUTHORIZATION_FAILED"})
 
 
@@ -86,6 +88,8 @@ def check_topic_exists(
     except KafkaError as error:
         if spec is not None and error.code in _DENIED:
             error.add("the topic may be missing, too", "To create it, this user needs the CREATE ACL on it besides")
+        elif error.code in _DENIED:
+            error.add("Kafka says the same of a topic that is not there", "Correct its name if it is wrong")
         if error.code != _UNKNOWN:
             raise
         if spec is None:
@@ -203,16 +207,12 @@ def end_offsets(connection: Connection, topic: str, partitions: int, timeout: fl
     Raises:
         KafkaError: A leader does not answer in time, or refuses.
     """
-    seconds = min(timeout, _LOOK_SECONDS)
+    seconds = min(timeout, ASK_WAIT)
 
     def ask() -> list[int]:
         return ask_end_offsets(connection.admin, topic, partitions, seconds)
 
     return connection.in_thread(ask, timeout, f"topic {topic!r}, {connection.name}")
-
-
-ASK_WAIT: Final = 3.0
-"""Seconds in which `ask_end_offsets` has an answer, if the leaders that a client knows are still there."""
 
 
 def ask_end_offsets(admin: AdminClient, topic: str, partitions: int, timeout: float) -> list[int]:
@@ -287,7 +287,7 @@ def topic_trouble(connection: Connection, topic: str, timeout: float) -> str | N
     try:
         partitions = connection.answer(ask, timeout, topic).partitions
     except KafkaError as error:
-        return "the topic does not exist any more" if error.code == _UNKNOWN else None
+        return GONE if error.code == _UNKNOWN else None
     for partition in partitions:
         if partition.leader is None or partition.leader.id < 0:
             return f"Kafka partition {partition.id} has no leader"

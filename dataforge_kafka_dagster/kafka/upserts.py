@@ -59,17 +59,25 @@ class Upsert:
                     "Name the key's field, or set write_mode to 'append'",
                     index=index,
                 )
-            self._settle([_digest(key) for key in keys if key is not None], chunk)
+            self._settle(keys, chunk)
             self._records += len(chunk.values)
             yield chunk
 
-    def _settle(self, digests: Sequence[bytes], chunk: Chunk) -> None:
-        if not (chunk.tombstones or self._deleted):
+    def _settle(self, keys: Sequence[bytes | str | None], chunk: Chunk) -> None:
+        places = itertools.repeat(None) if chunk.extras is None else (extra.partition for extra in chunk.extras)
+        named = [(key, place) for key, place in zip(keys, places, strict=False) if key is not None]
+        # In a Kafka partition of their own choice, records supersede none of the same key elsewhere.
+        digests = [_digest(key, place) for key, place in named]
+        if chunk.tombstones or self._deleted:
+            self._settle_each(digests, chunk.values)
+        else:
             known = len(self._settled)
             self._settled.update(digests)
             self.superseded += known + len(digests) - len(self._settled)
-            return
-        for digest, value in zip(digests, chunk.values, strict=True):
+        self._settled.update(_digest(key) for key, place in named if place is not None)
+
+    def _settle_each(self, digests: Sequence[bytes], values: Sequence[bytes | str | None]) -> None:
+        for digest, value in zip(digests, values, strict=True):
             self.superseded += digest in self._settled and digest not in self._deleted
             self._settled.add(digest)
             if value is None:
@@ -154,5 +162,6 @@ def _in_chunks(deleted: Iterator[tuple[bytes, int]]) -> Iterator[Chunk]:
         yield Chunk([None] * len(keys), keys, extras, sum(map(len, keys)), None, len(keys))
 
 
-def _digest(key: bytes | str) -> bytes:
-    return hashlib.blake2b(key.encode() if isinstance(key, str) else key, digest_size=16).digest()
+def _digest(key: bytes | str, partition: int | None = None) -> bytes:
+    salt = b"" if partition is None else b"%d" % partition
+    return hashlib.blake2b(key.encode() if isinstance(key, str) else key, digest_size=16, salt=salt).digest()

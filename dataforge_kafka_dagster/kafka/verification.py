@@ -11,9 +11,9 @@ from confluent_kafka import TopicPartition
 
 from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig
 from dataforge_kafka_dagster.kafka.connection import Connection
-from dataforge_kafka_dagster.kafka.errors import KafkaError, place_name
+from dataforge_kafka_dagster.kafka.errors import place_name
 from dataforge_kafka_dagster.kafka.ledger import PartitionOffsets, Publication
-from dataforge_kafka_dagster.kafka.reader import read_publication
+from dataforge_kafka_dagster.kafka.reader import GoneError, read_publication
 from dataforge_kafka_dagster.kafka.topics import lost_since
 
 
@@ -107,10 +107,9 @@ def _missing_when_read(config: KafkaProducerConfig, publication: Publication, ti
         for record in read_publication(config, publication, timeout):
             records += 1
             size += len(record.value or b"") + len(record.key or b"")
-    except KafkaError as error:
-        if error.code is not None:
-            raise
-        yield Missing(publication.topic, None, publication.records - records, error.cause)
+    except GoneError as error:
+        gone = publication.records - records if error.records is None else error.records
+        yield Missing(publication.topic, None, gone, error.cause)
         return
     # Where compaction has removed tombstones, their bytes are not known.
     if records == publication.records and size != publication.bytes:
