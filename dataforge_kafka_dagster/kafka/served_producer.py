@@ -504,4 +504,5 @@ def deliver_at_exit() -> None:
         with contextlib.suppress(Exception):
             if left := producer.left:
                 logger.error("The process ends, and %d records are lost. Call flush() or close() before its end", left)
-        producer.end(max(0.0, deadline - time.monotonic()) + _TOLD_SECONDS)
+        with contextlib.suppress(Exception):
+            producer.end(max(0.0, deadline - time.monotonic()) + _TOLD_SECONDS)
