@@ -906,7 +906,7 @@ def test_a_producer_that_nobody_has_any_more_delivers_and_ends(config, kafka_top
 
 def test_of_a_flood_of_failures_the_first_are_logged_and_then_how_many(config, no_room, caplog):
     with DataForgeKafkaProducer(config) as producer:
-        futures = [producer.send_async(no_room, os.urandom(200), callback=lambda *_: None) for _ in range(200)]
+        futures = [producer.send_async(no_room, os.urandom(2000), callback=lambda *_: None) for _ in range(200)]
         producer.flush()
         assert all(isinstance(future.exception(0), KafkaError) for future in futures)
     lines = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
@@ -1024,7 +1024,7 @@ def test_a_thread_that_does_not_start_is_told_and_tried_again(producer, kafka_to
 def test_a_flood_of_failures_is_counted_also_where_nobody_flushes(config, no_room, caplog, eventually):
     with DataForgeKafkaProducer(config) as producer:
         for _ in range(100):
-            producer.send_async(no_room, os.urandom(200), callback=lambda *_: None)
+            producer.send_async(no_room, os.urandom(2000), callback=lambda *_: None)
         eventually(lambda: "more records were not delivered" in caplog.text)
 
 
