@@ -6,6 +6,7 @@ import base64
 import contextlib
 import datetime as dt
 import json
+import os
 import threading
 import zlib
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -142,12 +143,16 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
         ),
     )
     step_retry_delay: float = Field(
-        default=2.0, gt=0, description="Wait before the first of them, seconds; doubled before each next one."
+        default=2.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Wait before the first of them, seconds; doubled before each next one.",
     )
 
     _producer: DataForgeKafkaProducer | None = PrivateAttr(default=None)
     _lost: KafkaError | None = PrivateAttr(default=None)
-    _lock: Any = PrivateAttr(default_factory=threading.Lock)
+    # By process: that of a forked one's parent may be held by a thread that is not there.
+    _locks: dict[int, Any] = PrivateAttr(default_factory=dict)
 
     @field_validator("bootstrap_servers", mode="before")
     @classmethod
@@ -228,8 +233,17 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
                     self._lost = self._lost or error
                 self._producer = None
             if self._producer is None:
-                self._producer = DataForgeKafkaProducer(self.producer_config())
+                made = DataForgeKafkaProducer(self.producer_config())
+                if self._producer is None:
+                    self._producer = made
+                else:  # a signal handler has sent meanwhile
+                    made.close()
             return self._producer
+
+    @property
+    def _lock(self) -> Any:
+        """Lets in one thread, and signal handlers in the midst of it."""
+        return self._locks.setdefault(os.getpid(), threading.RLock())
 
     def send_sync(
         self,

@@ -148,6 +148,10 @@ REFUSED = {
         {"security_protocol": "SSL", "ssl_ca_location": "/no/ca.pem"},
         ["ssl_ca_location", "/no/ca.pem", "no such file"],
     ),
+    "verification off without TLS": (
+        {"enable_ssl_certificate_verification": False},
+        ["enable_ssl_certificate_verification", "would be ignored", "PLAINTEXT"],
+    ),
     "CA twice": (
         {"security_protocol": "SSL", "ssl_ca_location": "/", "ssl_ca_pem": CANARY},
         ["ssl_ca_location", "ssl_ca_pem", "one of them"],
@@ -301,11 +305,54 @@ def test_wrong_timeouts_are_refused_by_name_and_value(option, value):
     assert f"{option}={value!r}" in str(caught.value)
 
 
-@pytest.mark.parametrize("servers", ["a", "a:1,b:2", ["a:1", "b:2"], "[::1]:9092", "SASL_SSL://a.b-c:9092"])
+@pytest.mark.parametrize("servers", ["a", "a:1,b:2", ["a:1", "b:2"], "[::1]:9092", "PLAINTEXT://a.b-c:9092"])
 def test_servers_are_accepted(servers):
     assert KafkaProducerConfig(bootstrap_servers=servers).servers == (
         servers if isinstance(servers, str) else ",".join(servers)
     )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {
+            "security_protocol": "SASL_PLAINTEXT",
+            "sasl_mechanism": "PLAIN",
+            "sasl_username": "u",
+            "sasl_password": CANARY,
+        },
+    ],
+    ids=["PLAINTEXT", "SASL"],
+)
+def test_a_server_with_the_prefix_of_another_protocol_is_refused(options):
+    KafkaProducerConfig(bootstrap_servers="SSL://a:1,b:2", security_protocol="SSL")
+    KafkaProducerConfig(bootstrap_servers="SSL://a:1", librdkafka_config={"security.protocol": "ssl"})
+    with pytest.raises(ValidationError, match="'SSL://a:1' and security_protocol='.*PLAINTEXT' contradict"):
+        KafkaProducerConfig(bootstrap_servers="b:2,SSL://a:1", **options)
+
+
+KEY = f"-----BEGIN PRIVATE KEY-----\n{CANARY * 200}\n-----END PRIVATE KEY-----"
+
+
+@pytest.mark.parametrize(
+    "key", [KEY, KEY[:60], KEY.replace("\n", " "), CANARY * 200], ids=["whole", "short", "one line", "no PEM"]
+)
+def test_a_key_in_place_of_its_file_is_not_shown(key):
+    options = {"security_protocol": "SSL", "ssl_certificate_location": __file__, "ssl_key_location": key}
+    with pytest.raises(ValidationError) as caught:
+        KafkaProducerConfig(**options)
+    assert "canary" not in str(caught.value)
+    assert ("Set ssl_key_pem" if "BEGIN" in key else "name too long") in str(caught.value)
+    with pytest.raises(ValidationError) as caught:
+        SchemaRegistryConfig(url="http://h", ssl_certificate_location=__file__, ssl_key_location=key)
+    assert "canary" not in str(caught.value)
+    assert "ssl_key_location is not possible" in str(caught.value)
+
+
+def test_what_no_number_holds_is_refused_by_name():
+    with pytest.raises(ValidationError, match="batch_size=.* is not possible"):
+        KafkaProducerConfig(batch_size=10**400)
 
 
 def test_servers_are_trimmed():
@@ -358,7 +405,7 @@ def test_producer_options_have_librdkafkas_units():
         "compression.type": "zstd",
         "message.timeout.ms": 1250,
         "partitioner": "murmur2_random",
-        "topic.metadata.propagation.max.ms": 5000,
+        "topic.metadata.propagation.max.ms": 625,
         "allow.auto.create.topics": "false",
     }
     confluent_kafka.Producer(options)

@@ -446,6 +446,13 @@ def test_an_interrupt_that_a_call_has_lost_ends_what_goes_on_calling(connection)
         connection.resume(_raising(SystemError("a result with an exception set"), fenced), 5, "the commit")
 
 
+def test_a_record_that_was_given_up_in_flight_may_be_there():
+    error = from_broker(_theirs("_PURGE_INFLIGHT"), "topic 't'")
+    assert isinstance(error, KafkaTimeoutError)
+    assert "it may have been written" in error.cause
+    assert not isinstance(from_broker(_theirs("_PURGE_QUEUE"), "topic 't'"), KafkaTimeoutError)
+
+
 def _closed(_):
     raise LookupError("no such tenant")
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import uuid
 import weakref
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from dataforge_kafka_dagster import (
     create_kafka_producer,
 )
 from dataforge_kafka_dagster.kafka.connection import Connection, logger
-from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, Remedy
+from dataforge_kafka_dagster.kafka.errors import UNKNOWN_TOPIC_CODES, InvalidRecordError, Remedy
 
 pytestmark = pytest.mark.kafka
 
@@ -245,6 +246,15 @@ def test_callback_and_future_of_delivered_records(producer, kafka_topic, read):
     assert [places[metadata.partition, metadata.offset] for metadata in told] == [str(i).encode() for i in range(50)]
 
 
+@pytest.mark.parametrize("seconds", [1, 4])
+def test_a_topic_that_does_not_exist_is_told_before_the_time_is_up(config, seconds):
+    with DataForgeKafkaProducer(config.model_copy(update={"delivery_timeout": seconds})) as producer:
+        with pytest.raises(KafkaError, match="Create the topic") as caught:
+            producer.send_sync("no-such-topic", "x")
+        assert not producer.failed
+    assert caught.value.code in UNKNOWN_TOPIC_CODES
+
+
 @pytest.fixture
 def no_room(kafka_topic):
     """A topic that refuses records of more than 1000 bytes, as the broker says in the delivery report."""
@@ -280,6 +290,7 @@ def test_flush_raises_for_records_lost_without_a_callback_once(kafka_bootstrap_s
         producer.flush()
     assert caught.value.code == "MSG_SIZE_TOO_LARGE"
     assert "3 x MSG_SIZE_TOO_LARGE" in str(caught.value)
+    assert caught.value.counts == {"MSG_SIZE_TOO_LARGE": 3}
     assert repr(no_room) in str(caught.value)
     producer.flush()
     producer.close()
@@ -532,6 +543,23 @@ def unconnected(closed_port, monkeypatch):
     """Makes producers for an address where nothing listens."""
     monkeypatch.setattr(Connection, "answer", lambda *_: None)
     return lambda **options: create_kafka_producer({"bootstrap_servers": closed_port, **options})
+
+
+def test_a_time_out_without_a_connection_is_not_told_as_a_topic_made_anew(unconnected):
+    with unconnected(delivery_timeout=1, linger_ms=0) as producer, pytest.raises(KafkaTimeoutError) as caught:
+        producer.send_sync("t", "x")
+    assert "the last connection error" in caught.value.cause
+    assert "made anew" not in caught.value.cause
+    assert "new producer" not in caught.value.fix
+
+
+def test_a_fatal_error_that_no_new_try_helps_says_that_the_producer_has_ended(unconnected):
+    producer = unconnected()
+    fatal = confluent_kafka.KafkaError(confluent_kafka.KafkaError.CLUSTER_AUTHORIZATION_FAILED, fatal=True)
+    producer._served._connection.fatal = fatal
+    error = producer._served._explain(fatal, types.SimpleNamespace(topic="t", partition=-1))
+    assert "Grant this user the WRITE ACL on the topic" in str(error)
+    assert str(error).endswith(", then make a new producer")
 
 
 def _send_until_refused(producer, sent, refused, queued):
@@ -919,7 +947,11 @@ def test_of_a_flood_of_failures_the_first_are_logged_and_then_how_many(config, n
 async def _async_callback(_err, _msg): ...
 
 
-@pytest.mark.parametrize("callback", ["print", _async_callback])
+class _AsyncCallback:
+    async def __call__(self, _err, _msg): ...
+
+
+@pytest.mark.parametrize("callback", ["print", _async_callback, _AsyncCallback()])
 def test_what_cannot_be_called_back_is_refused_before_anything_is_sent(callback, producer, kafka_topic, read):
     topic = kafka_topic()
     with pytest.raises(KafkaError, match="callback="):

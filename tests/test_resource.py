@@ -14,6 +14,7 @@ import dagster as dg
 import pytest
 from conftest import mostly_slow
 from dagster._core.definitions.reconstruct import ReconstructableJob
+from pydantic import ValidationError
 
 from dataforge_kafka_dagster import (
     DataForgeKafkaProducer,
@@ -22,6 +23,7 @@ from dataforge_kafka_dagster import (
     KafkaProducerResource,
     Publication,
 )
+from dataforge_kafka_dagster import resource as resource_module
 from dataforge_kafka_dagster.kafka import publication as publication_module
 from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, Remedy
 from dataforge_kafka_dagster.kafka.publication import PublicationWriter
@@ -882,6 +884,67 @@ def test_a_later_attempt_fences_the_one_before(kafka, kafka_topic, read):
     assert type(caught.value).__name__ == "FencedError"
     assert "another attempt" in str(caught.value)
     assert _values(read(topic)) == [b"second"]
+
+
+def test_a_signal_handler_may_use_the_resource_while_its_producer_connects(monkeypatch):
+    kafka, closed = KafkaProducerResource(), []
+
+    class Connects:
+        inherited = failed = False
+
+        def __init__(self, _):
+            if Connects in made:
+                return
+            made.append(Connects)
+            kafka.flush()  # as a handler would, in the midst of it
+            made.append(kafka.producer)
+
+        def flush(self, _): ...
+
+        def close(self):
+            closed.append(self)
+
+    made = []
+    monkeypatch.setattr(resource_module, "DataForgeKafkaProducer", Connects)
+    thread = threading.Thread(target=lambda: made.append(kafka.producer), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert made[1:] == [kafka.producer] * 2
+    assert len(closed) == 1
+    assert closed[0] is not kafka.producer
+
+
+def test_a_process_that_is_forked_while_another_thread_connects_is_not_held_up():
+    kafka = KafkaProducerResource()
+    held, go = threading.Event(), threading.Event()
+
+    def connect():
+        with kafka._lock:
+            held.set()
+            go.wait(60)
+
+    thread = threading.Thread(target=connect)
+    thread.start()
+    try:
+        assert held.wait(30)
+        child = multiprocessing.get_context("fork").Process(target=kafka.flush)
+        child.start()
+        child.join(30)
+        assert child.exitcode == 0
+    finally:
+        child.kill()
+        child.join(30)
+        go.set()
+        thread.join(30)
+
+
+def test_a_raw_setting_may_be_an_environment_variable(monkeypatch):
+    monkeypatch.setenv("LINGER", "7")
+    with pytest.raises(ValidationError, match=r"'linger.ms': EnvVar.int\('LINGER'\).*Give EnvVar\('LINGER'\)"):
+        KafkaProducerResource(librdkafka_config={"linger.ms": dg.EnvVar.int("LINGER")})
+    resource = KafkaProducerResource(librdkafka_config={"linger.ms": dg.EnvVar("LINGER")})
+    with resource.process_config_and_initialize_cm() as kafka:
+        assert kafka.producer_config().librdkafka_config == {"linger.ms": "7"}
 
 
 @pytest.mark.kafka

@@ -18,7 +18,12 @@ from typing import Annotated, Any, Final, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError, Remedy, without_secrets
-from dataforge_kafka_dagster.kafka.registry import OF_VARIABLES, SchemaRegistryConfig, refuse_variables
+from dataforge_kafka_dagster.kafka.registry import (
+    OF_VARIABLES,
+    SchemaRegistryConfig,
+    refuse_missing_file,
+    refuse_variables,
+)
 
 DeliveryGuarantee = Literal["exactly_once", "at_least_once"]
 
@@ -86,7 +91,9 @@ _PEMS: Final = ("ssl_ca_pem", "ssl_certificate_pem", "ssl_key_pem", "https_ca_pe
 _NOT_LIBRDKAFKAS: Final = (
     "sasl_mechanism", "sasl_oauthbearer_callback", "sasl_aws_region", "sasl_aws_profile", "sasl_aws_role_arn"
 )  # fmt: skip
-_SERVER: Final = re.compile(r"^(?:[A-Z_]+://)?(?P<host>\[[0-9A-Fa-f:.]+\]|[^\s:,\[\]/]+)(?::(?P<port>\d+))?$")
+_SERVER: Final = re.compile(
+    r"^(?:(?P<protocol>[A-Z_]+)://)?(?P<host>\[[0-9A-Fa-f:.]+\]|[^\s:,\[\]/]+)(?::(?P<port>\d+))?$"
+)
 _MAX_TOPIC: Final = 249
 _TOPIC: Final = re.compile(r"[A-Za-z0-9._-]+")
 
@@ -250,7 +257,16 @@ class KafkaOptions(BaseModel):
     @classmethod
     def _as_texts(cls, value: Any) -> Any:
         """Numbers and booleans as librdkafka writes them."""
-        return {name: as_text(one) for name, one in value.items()} if isinstance(value, Mapping) else value
+        if not isinstance(value, Mapping):
+            return value
+        for name, one in value.items():
+            if isinstance(one, int) and hasattr(one, "env_var_name"):
+                variable = one.env_var_name
+                raise ValueError(
+                    f"librdkafka_config={{{name!r}: EnvVar.int({variable!r})}} is not possible: its values are texts."
+                    f" Give EnvVar({variable!r})"
+                )
+        return {name: as_text(one) for name, one in value.items()}
 
 
 class SchemaRegistryOptions(BaseModel):
@@ -352,7 +368,7 @@ class KafkaProducerConfig(KafkaOptions):
         whole = cls.model_fields[name].annotation is int
         try:
             number = float("nan") if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = float("nan")
         if math.isnan(number) or (whole and number % 1):
             raise _not(name, value, "give a whole number" if whole else "give a number")
@@ -448,6 +464,8 @@ class KafkaProducerConfig(KafkaOptions):
         fields = type(self).model_fields
         given = {name for name in fields if name in later or getattr(self, name) is not None}
         if "security_protocol" not in later:
+            if "bootstrap_servers" not in later:
+                self._check_protocols()
             self._check_sasl(given, later)
             self._check_ssl(given)
         waits = self.linger_ms >= self.delivery_timeout * 1000
@@ -490,6 +508,16 @@ class KafkaProducerConfig(KafkaOptions):
                 raise ValueError(
                     f"librdkafka_config={{{name!r}: {raw[name]!r}}} is not possible: give whole milliseconds, no more"
                     " than delivery_timeout, which all other waits keep to. Set delivery_timeout"
+                )
+
+    def _check_protocols(self) -> None:
+        protocol = self.librdkafka_config.get("security.protocol", self.security_protocol).upper()
+        for server in self.servers.split(","):
+            match = _SERVER.match(server)
+            if match and match["protocol"] not in {None, protocol}:
+                raise ValueError(
+                    f"bootstrap_servers={server!r} and security_protocol={protocol!r} contradict each"
+                    " other, and librdkafka would leave that server out: leave out the prefix, or set security_protocol"
                 )
 
     def _check_sasl(self, given: Container[str], later: Container[str]) -> None:
@@ -563,6 +591,8 @@ class KafkaProducerConfig(KafkaOptions):
 
     def _check_ssl(self, given: Container[str]) -> None:
         ours = [n for n in type(self).model_fields if n.startswith("ssl_") and n in given]
+        if not self.enable_ssl_certificate_verification:
+            ours.append("enable_ssl_certificate_verification")
         if ours and not self.security_protocol.endswith("SSL"):
             raise ValueError(
                 f"{', '.join(ours)} would be ignored with security_protocol={self.security_protocol!r}:"
@@ -586,11 +616,9 @@ class KafkaProducerConfig(KafkaOptions):
         location = getattr(self, name)
         if not location or (name.endswith("ca_location") and location == "probe"):  # librdkafka looks itself
             return
-        path = Path(location)
-        if not path.exists():
-            relative = "" if path.is_absolute() else "; give an absolute path: steps may have another working directory"
-            raise _not(name, location, f"there is no such file{relative}")
-        if path.is_dir() and not name.endswith("ca_location"):
+        text = name.removesuffix("location") + "pem"
+        refuse_missing_file(name, location, f"Set {text}" if text in _PEMS else "Write it into one")
+        if Path(location).is_dir() and not name.endswith("ca_location"):
             raise _not(name, location, "it is a folder, give the file")
 
     @property
@@ -786,7 +814,7 @@ def client_options(config: KafkaProducerConfig) -> dict[str, Any]:
 
 def producer_options(config: KafkaProducerConfig) -> dict[str, Any]:
     """librdkafka's settings for a producer of single records."""
-    return {
+    options: dict[str, Any] = {
         "acks": ACKS[str(config.acks)],
         "enable.idempotence": config.idempotent,
         "message.send.max.retries": config.retries,
@@ -797,9 +825,10 @@ def producer_options(config: KafkaProducerConfig) -> dict[str, Any]:
         "message.timeout.ms": round(config.delivery_timeout * 1000),
         # The Java client, Connect, Spark and Flink use murmur2: a key goes to the same Kafka partition as theirs.
         "partitioner": "murmur2_random",
-        # How long a topic may be unknown to a broker before its records fail; librdkafka waits 30 s.
-        "topic.metadata.propagation.max.ms": 5000,
     } | client_options(config)
+    # How long a topic may be unknown to a broker before its records fail, where librdkafka waits 30 s: less than they
+    # may be undelivered, which would be told instead.
+    return {"topic.metadata.propagation.max.ms": min(5000, int(options["message.timeout.ms"]) // 2)} | options
 
 
 def publication_options(config: PublicationConfig, transactional_id: str) -> dict[str, Any]:

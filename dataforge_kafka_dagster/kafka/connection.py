@@ -180,7 +180,7 @@ class Connection:
             extra["oauth_cb"] = self._first_token_at_once(token, options)
         try:
             return make(options | extra)
-        except (confluent_kafka.KafkaException, ValueError, TypeError) as error:
+        except (confluent_kafka.KafkaException, ValueError, TypeError, AttributeError) as error:
             text = error.args[0].str() if isinstance(error, confluent_kafka.KafkaException) else str(error)
             raise KafkaConfigError(
                 "librdkafka's settings",
@@ -349,6 +349,11 @@ class Connection:
     def _add_transport(self, error: KafkaError) -> None:
         if self._transport is not None:
             error.add(f"the last connection error: {self.config.redact(self._transport.str())}")
+
+    @property
+    def is_in_trouble(self) -> bool:
+        """Whether a connection error is known since brokers last answered."""
+        return self._transport is not None
 
     def _hidden_cause(self) -> KafkaError | None:
         if self._oauth_error is not None:

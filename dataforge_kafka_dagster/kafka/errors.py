@@ -236,14 +236,17 @@ _FIXES: Final[dict[str, str]] = {
         " or set delivery_guarantee='at_least_once'"
     ),
     "_INVALID_ARG": "Correct the option that the message names",
-    "_QUEUE_FULL": "Raise buffer_memory, or send more slowly",
+    "_QUEUE_FULL": (
+        "Raise buffer_memory and, for more than 100,000 small records at once, 'queue.buffering.max.messages' in"
+        " librdkafka_config; or send more slowly"
+    ),
     "_INCONSISTENT": (
         "Try again, with a new producer if this one has failed; 'max.in.flight.requests.per.connection': 1 in"
         " librdkafka_config rules this out, and is slower"
     ),
     "_STATE": "Make a new producer: this one was closed or has failed",
-    "_PURGE_QUEUE": "Call flush() before close() and give it time enough",
-    "_PURGE_INFLIGHT": "Call flush() before close() and give it time enough",
+    "_PURGE_QUEUE": "Give close() more time, or flush() first",
+    "_PURGE_INFLIGHT": "Look whether it is there before you send it again; give close() more time, or flush() first",
 }
 
 
@@ -281,7 +284,9 @@ def from_broker(error: confluent_kafka.KafkaError, culprit: str) -> KafkaError:
             code=code,
             remedy=Remedy.FAIL,
         )
-    timed_out = code in {"_MSG_TIMED_OUT", "_TIMED_OUT", "_TIMED_OUT_QUEUE", "REQUEST_TIMED_OUT"}
+    if code == "_PURGE_INFLIGHT":
+        cause += "; it was sent, and given up before an answer came, so that it may have been written"
+    timed_out = code in {"_MSG_TIMED_OUT", "_TIMED_OUT", "_TIMED_OUT_QUEUE", "REQUEST_TIMED_OUT", "_PURGE_INFLIGHT"}
     return (KafkaTimeoutError if timed_out else KafkaError)(culprit, cause, fix_for(code), code=code)
 
 

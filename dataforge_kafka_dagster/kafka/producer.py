@@ -252,7 +252,7 @@ def _check_callback(callback: Any) -> None:
     if callback is None:
         return
     cause = "it is no function" if not callable(callback) else "it is async, and nobody would await it"
-    if not callable(callback) or inspect.iscoroutinefunction(callback):
+    if not callable(callback) or any(map(inspect.iscoroutinefunction, (callback, type(callback).__call__))):
         raise KafkaConfigError(
             f"callback={callback!r}", cause, "Give a function of (err, msg); asyncio.wrap_future() awaits the future"
         )

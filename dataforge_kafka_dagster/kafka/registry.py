@@ -35,6 +35,29 @@ OF_VARIABLES: Final = (
 """What to do with an EnvVar that is no option of a resource."""
 
 
+def refuse_missing_file(option: str, location: str, for_text: str) -> None:
+    """Refuse the path of a file that is not there, or a PEM text in its place, which is not shown: it may be a key.
+
+    Args:
+        option: Its name.
+        location: The path.
+        for_text: What to do with a text.
+
+    Raises:
+        ValueError: It is such a one.
+    """
+    if "-----BEGIN" in location or "\n" in location:
+        raise ValueError(f"{option} is not possible: it is a text, not the path of a file. {for_text}")
+    path = Path(location)
+    try:
+        exists = path.exists()
+    except OSError as error:  # it is too long, say
+        raise ValueError(f"{option} is not possible: {error.strerror}") from None
+    if not exists:
+        relative = "" if path.is_absolute() else "; give an absolute path: steps may have another working directory"
+        raise ValueError(f"{option}={location!r} is not possible: there is no such file{relative}")
+
+
 def refuse_variables(option: str, value: Any, fix: str) -> None:
     """Refuse Dagster's EnvVar as an option, or in one that is a mapping or list, where nothing looks it up.
 
@@ -100,8 +123,8 @@ class SchemaRegistryConfig(BaseModel):
             raise ValueError("ssl_key_location needs ssl_certificate_location")
         for name in _FILES:
             location = getattr(self, name)
-            if location is not None and not Path(location).exists():
-                raise ValueError(f"{name}={location!r} is not possible: there is no such file")
+            if location is not None:
+                refuse_missing_file(name, location, "Write it into one")
         return self
 
     def redact(self, text: str) -> str:

@@ -31,7 +31,7 @@ from dataforge_kafka_dagster.kafka.connection import (
     refuse_larger_than_buffer,
     timed_out,
 )
-from dataforge_kafka_dagster.kafka.errors import KafkaError, KafkaTimeoutError, place_name
+from dataforge_kafka_dagster.kafka.errors import KafkaError, KafkaTimeoutError, Remedy, fix_for, place_name
 from dataforge_kafka_dagster.kafka.records import Extra
 
 DeliveryCallback = Callable[["confluent_kafka.KafkaError | None", confluent_kafka.Message], object]
@@ -247,7 +247,7 @@ class ServedProducer:
             raise KafkaTimeoutError(
                 f"topic {topic!r}, buffer_memory",
                 "the buffer is full, and stays so until this delivery callback has ended [_QUEUE_FULL]",
-                "Raise buffer_memory, or hand the record to the thread that sends the others",
+                f"Hand the record to the thread that sends the others. {fix_for('_QUEUE_FULL')}",
                 code="_QUEUE_FULL",
             )
         if time.monotonic() > deadline:
@@ -362,7 +362,11 @@ class ServedProducer:
         error = self._connection.cause(self._connection.fatal or err, _culprit(report.topic, report.partition))
         if error.code == "_MSG_TIMED_OUT":
             self._late = True
-            error.add("or the topic was made anew, which this client does not see", "Try a new producer")
+            if not self._connection.is_in_trouble:
+                error.add("or the topic was made anew, which this client does not see", "Try a new producer")
+        if self._connection.fatal is not None and error.remedy is Remedy.FAIL:
+            error.fix += ", then make a new producer"
+            error.add("this producer has ended with that")
         if error.code == "_UNKNOWN_PARTITION" and report.partition < 0:
             # It was there when the record was sent, and may be for all but one broker (librdkafka 4401).
             error.fix = "Look whether the topic is still there, and send again"
@@ -392,13 +396,15 @@ class ServedProducer:
             self._first_failure, self._failures = None, collections.Counter()
         if first is not None:
             counts = ", ".join(f"{count} x {code}" for code, count in failures.items())
-            raise type(first)(
+            error = type(first)(
                 f"{sum(failures.values())} records were not delivered ({counts}); the first: {first.culprit}",
                 first.cause,
                 first.fix,
                 code=first.code,
                 remedy=first.remedy,
-            ) from first
+            )
+            error.counts = failures
+            raise error from first
 
     def _wait_for_last(self, deadline: float) -> None:
         if self._is_resting:  # it has events of librdkafka's own to take, which count as records
