@@ -7,6 +7,7 @@ schema cannot say.
 
 import dataclasses
 import inspect
+import os
 import re
 import typing
 from collections.abc import Callable, Container, Mapping
@@ -29,7 +30,7 @@ from pydantic import (
 from typing_extensions import Self
 
 from dataforge_kafka_dagster.failures import failure_of
-from dataforge_kafka_dagster.io_manager import WRITE_MODES, KafkaIOManager, check_write_mode
+from dataforge_kafka_dagster.io_manager import WRITE_MODES, KafkaIOManager, check_write_mode, refuse_other_cluster
 from dataforge_kafka_dagster.kafka.config import (
     ACKS,
     BOUNDS,
@@ -206,6 +207,7 @@ _IOManagerAttributes: Any = _model("_IOManagerAttributes", _Attributes, KafkaIOM
 
 _PARTITION_KEY: Final = "{partition_key}"
 _OF_TEXTS: Final = ("create_topics", "librdkafka_config", "schema_registry_client_config")
+_IO_MANAGERS: Final = (dg.IOManager, dg.ResourceDefinition)
 _OWN_KEYS: Final = ("resource_key", "io_manager_key", "io_manager")
 
 
@@ -245,6 +247,20 @@ class _ResourceAttributesBase(_Attributes):
 
 
 _ResourceAttributes: Final = _model("_ResourceAttributes", _ResourceAttributesBase, KafkaProducerResource)
+
+
+def _made(name: str, given: Any, kinds: tuple[type, ...], make: Callable[[Any], Any], fix: str) -> Any:
+    """An attribute made of what Python gives for it.
+
+    Raises:
+        KafkaConfigError: It is of none of these kinds, or has options that are not allowed.
+    """
+    if not isinstance(given, kinds):
+        raise KafkaConfigError(name, f"it is of type {type(given).__name__}", fix)
+    try:
+        return make(given)
+    except pydantic.ValidationError as error:
+        raise KafkaConfigError(name, "; ".join(map(_told, error.errors())), fix) from None
 
 
 def _resolved(context: dg.ResolutionContext, value: Any, *, text: bool = False) -> Any:
@@ -312,16 +328,33 @@ class KafkaResourceComponent(_Component):
     whole numbers may be ``{env: NAME}``, the value that an environment variable has when a run starts; secrets must be.
 
     Attributes:
-        kafka: The resource.
-        io_manager: The IO manager; None for none.
+        kafka: The resource; made of a mapping of its options.
+        io_manager: The IO manager, made of a mapping of its options; None for none.
         resource_key: Name of the resource.
         io_manager_key: Name of the IO manager.
+
+    Raises:
+        KafkaConfigError: The resource or the IO manager is none, or has options that are not allowed.
     """
 
     kafka: KafkaProducerResource
-    io_manager: KafkaIOManager | None
+    io_manager: KafkaIOManager | None = None
     resource_key: str = "kafka"
     io_manager_key: str = "kafka_io"
+
+    def __post_init__(self) -> None:
+        given: Any = self.kafka
+        if isinstance(given, Mapping):
+            fix = "Give kafka=KafkaProducerResource(bootstrap_servers=...), or a mapping of its options"
+            self.kafka = _made("kafka", given, (Mapping,), lambda options: KafkaProducerResource(**options), fix)
+        refuse_other_cluster("kafka of the KafkaResourceComponent", self.kafka)
+        given = self.io_manager
+        # A partial of an IO manager is none, but has this method.
+        if not (given is None or isinstance(given, _IO_MANAGERS) or hasattr(type(given), "get_resource_definition")):
+            fix = "Give io_manager=KafkaIOManager(kafka=...), a mapping of its options, or None for none"
+            self.io_manager = _made(
+                "io_manager", given, (Mapping,), lambda options: KafkaIOManager(**{"kafka": self.kafka, **options}), fix
+            )
 
     @classmethod
     def model(cls) -> type[BaseModel]:
@@ -521,28 +554,37 @@ def _takes_context(function: Callable[..., Any]) -> bool:
     return takes_context
 
 
+def _schema(given: Any) -> KafkaSchema:
+    return KafkaSchema.parse(os.fspath(given) if isinstance(given, os.PathLike) else given)
+
+
 @dg.scaffold_with(_TopicScaffolder)
 @dataclasses.dataclass
 class KafkaTopicComponent(_Component):
     """An asset whose records are published to a topic: all of them or none, once.
 
     Attributes:
-        asset: Key, Dagster partitions and all else that Dagster wants to know.
+        asset: Key, Dagster partitions and all else that Dagster wants to know; made of a key.
         source: Returns the records, and may take the asset's context, by an argument that has no default, is named
             ``context`` or is annotated with a context; or the path of their file, relative to the component's folder,
             in which {partition_key} is filled in.
         topic: The topic; the IO manager's if None.
         key: Field that is the record's key, or several.
-        create_topic: How to create the topic if it is missing; the resource's ``create_topics`` if None.
-        value_schema: Schema of the values, its file relative to the component's folder; the IO manager's if None.
+        create_topic: How to create the topic if it is missing, made of a mapping; the resource's ``create_topics`` if
+            None.
+        value_schema: Schema of the values, made of whatever `KafkaSchema.parse` takes, or of a path; its file relative
+            to the component's folder; the IO manager's if None.
         key_schema: Schema of the keys, likewise.
         write_mode: "append" or "upsert"; the IO manager's if None.
         io_manager_key: Name of the `KafkaIOManager`.
-        op: Of the op that computes the asset: name, tags, description, pool and backfill policy.
+        op: Of the op that computes the asset: name, tags, description, pool and backfill policy; made of a mapping.
+
+    Raises:
+        KafkaConfigError: An attribute is of another type, or has options that are not allowed.
     """
 
     asset: dg.AssetSpec
-    source: Callable[..., Any] | str
+    source: Callable[..., Any] | str | os.PathLike[str]
     topic: str | None = None
     key: str | list[str] | None = None
     create_topic: KafkaTopicSpec | None = None
@@ -551,6 +593,27 @@ class KafkaTopicComponent(_Component):
     write_mode: str | None = None
     io_manager_key: str = "kafka_io"
     op: OpSpec = dataclasses.field(default_factory=OpSpec)
+
+    def __post_init__(self) -> None:
+        given: Any = self.asset
+        if not isinstance(given, dg.AssetSpec):
+            self.asset = _made("asset", given, (str, dg.AssetKey), dg.AssetSpec, "Give a dagster.AssetSpec, or a key")
+        if not callable(self.source):
+            fix = "Give a function that returns the records, or the path of their file"
+            self.source = _made("source", self.source, (str, os.PathLike), os.fspath, fix)
+        if self.create_topic is not None:
+            kinds: tuple[type, ...] = (KafkaTopicSpec, Mapping)
+            fix = f"Give a KafkaTopicSpec, or a mapping of {', '.join(KafkaTopicSpec.model_fields)}"
+            self.create_topic = _made("create_topic", self.create_topic, kinds, KafkaTopicSpec.model_validate, fix)
+        kinds = (KafkaSchema, str, os.PathLike, Mapping)
+        fix = "Give a KafkaSchema, or 'avro', 'json_schema', 'protobuf', 'latest', a file, or a mapping of options"
+        for name in ("value_schema", "key_schema"):
+            given = getattr(self, name)
+            if given is not None:
+                setattr(self, name, _made(name, given, kinds, _schema, fix))
+        given = OpSpec() if self.op is None else self.op
+        fix = f"Give an OpSpec, or a mapping of {', '.join(OpSpec.model_fields)}"
+        self.op = _made("op", given, (OpSpec, Mapping), OpSpec.model_validate, fix)
 
     @classmethod
     def model(cls) -> type[BaseModel]:
@@ -600,9 +663,9 @@ class KafkaTopicComponent(_Component):
         if self.write_mode is not None:
             check_write_mode(self.write_mode)
         key_fields(self.key)
-        source = self.source
-        if callable(source):
-            return dg.Definitions(assets=[self._build_asset(context, source)])
+        if callable(self.source):
+            return dg.Definitions(assets=[self._build_asset(context, self.source)])
+        source = os.fspath(self.source)
         # A key may end in the name's end.
         format_of_file(Path(source.replace(_PARTITION_KEY, "key.csv")))
         if _PARTITION_KEY in source and self.asset.partitions_def is None:

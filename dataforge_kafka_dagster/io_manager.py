@@ -133,7 +133,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        _refuse_other_cluster(self.kafka)
+        refuse_other_cluster("kafka of the KafkaIOManager", self.kafka)
         guarantee = getattr(options.get("kafka"), "delivery_guarantee", None)
         if self.write_mode == "upsert" and guarantee is not None and not is_env_var(guarantee):
             _refuse_upsert(guarantee)
@@ -444,8 +444,12 @@ def check_write_mode(mode: Any) -> str:
     return str(mode)
 
 
-def _refuse_other_cluster(kafka: Any) -> None:
-    """Refuse what neither is a `KafkaProducerResource` nor may give one when the run starts."""
+def refuse_other_cluster(name: str, kafka: Any) -> None:
+    """Refuse what neither is a `KafkaProducerResource` nor may give one when the run starts.
+
+    Raises:
+        KafkaConfigError: It is none; the error calls it by the name.
+    """
     cls = getattr(kafka, "resource_cls", type(kafka))  # of a partial
     gives_itself = issubclass(cls, dg.ConfigurableResource) and (
         (cls.create_resource, cls.yield_for_execution)
@@ -457,7 +461,7 @@ def _refuse_other_cluster(kafka: Any) -> None:
         return
     what = f"the class {kafka.__qualname__} itself" if isinstance(kafka, type) else f"a {type(kafka).__qualname__}"
     raise KafkaConfigError(
-        "kafka of the KafkaIOManager",
+        name,
         "it is missing" if kafka is None else f"it is {what}",
         "Give kafka=KafkaProducerResource(bootstrap_servers=...)",
     )

@@ -14,6 +14,7 @@ from confluent_kafka.schema_registry import SchemaRegistryClient
 from confluent_kafka.schema_registry.avro import AvroDeserializer
 from conftest import mostly_slow
 from dagster.components.core.package_entry import discover_entry_point_package_objects
+from dagster.components.resolved.core_models import OpSpec
 from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 
@@ -724,6 +725,76 @@ def test_a_function_that_takes_more_than_the_context_is_refused(function):
 def test_a_component_made_in_python_is_checked_when_it_is_built(options, said):
     with pytest.raises(KafkaConfigError, match=said):
         KafkaTopicComponent(dg.AssetSpec("a"), numbers, **options).build_defs(None)
+
+
+@pytest.mark.parametrize(
+    ("given", "attributes"),
+    [
+        ({"source": Path("a.csv")}, {"source": "a.csv"}),
+        ({"create_topic": {"partitions": 3}}, {"create_topic": KafkaTopicSpec(partitions=3)}),
+        ({"value_schema": "avro"}, {"value_schema": KafkaSchema(format="avro")}),
+        ({"value_schema": {"format": "protobuf"}}, {"value_schema": KafkaSchema(format="protobuf")}),
+        ({"key_schema": Path("a.avsc")}, {"key_schema": KafkaSchema(file="a.avsc")}),
+        ({"op": {"pool": "x"}}, {"op": OpSpec(pool="x")}),
+        ({"op": None}, {"op": OpSpec()}),
+        ({"asset": "flights"}, {"asset": dg.AssetSpec("flights")}),
+        ({"asset": dg.AssetKey(["a", "b"])}, {"asset": dg.AssetSpec(dg.AssetKey(["a", "b"]))}),
+    ],
+    ids=lambda named: next(iter(named)),
+)
+def test_a_topic_made_in_python_takes_what_stands_for_an_attribute(given, attributes):
+    component = KafkaTopicComponent(**{"asset": dg.AssetSpec("a"), "source": numbers} | given)
+    assert {name: getattr(component, name) for name in attributes} == attributes
+    assert component.build_defs(types.SimpleNamespace(path=Path())).assets
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"asset": {"key": "a"}}, "asset: it is of type dict. Give a dagster.AssetSpec"),
+        ({"source": None}, "source: it is of type NoneType. Give a function"),
+        ({"source": [{"n": 1}]}, "source: it is of type list. Give a function"),
+        ({"create_topic": 3}, "create_topic: it is of type int. Give a KafkaTopicSpec"),
+        ({"create_topic": {"partitions": 0}}, "create_topic: partitions: Input should be greater than or equal to 1"),
+        ({"value_schema": 3}, "value_schema: it is of type int. Give a KafkaSchema"),
+        ({"key_schema": "avvro"}, "schema 'avvro': it names no schema"),
+        ({"op": "x"}, "op: it is of type str. Give an OpSpec"),
+        ({"op": {"polo": "x"}}, "op: polo: Extra inputs are not permitted"),
+    ],
+    ids=repr,
+)
+def test_a_topic_made_in_python_refuses_an_attribute_of_another_type(given, said):
+    with pytest.raises(KafkaConfigError, match=said):
+        KafkaTopicComponent(**{"asset": dg.AssetSpec("a"), "source": numbers} | given)
+
+
+def test_a_cluster_made_in_python_takes_mappings_of_options_and_needs_no_io_manager():
+    assert set(_defs(KafkaResourceComponent(KafkaProducerResource())).resources) == {"kafka"}
+    component = KafkaResourceComponent({"bootstrap_servers": "broker:9092"}, {"topic": "{name}"})
+    assert component.kafka.bootstrap_servers == "broker:9092"
+    assert (component.io_manager.kafka, component.io_manager.topic) == (component.kafka, "{name}")
+
+
+def test_a_cluster_made_in_python_may_be_configured_at_launch():
+    late = KafkaProducerResource.configure_at_launch()
+    manager = KafkaIOManager.configure_at_launch(kafka=late)
+    assert _defs(KafkaResourceComponent(late, manager)).resources == {"kafka": late, "kafka_io": manager}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["broker:9092"], "kafka of the KafkaResourceComponent: it is a str. Give kafka=KafkaProducerResource"),
+        ([None], "kafka of the KafkaResourceComponent: it is missing"),
+        ([{"bootstrap_server": "x"}], "kafka: unknown option 'bootstrap_server': did you mean 'bootstrap_servers'"),
+        ([{}, "io"], "io_manager: it is of type str. Give io_manager=KafkaIOManager"),
+        ([{}, {"topics": "x"}], "io_manager: topics: Extra inputs are not permitted"),
+    ],
+    ids=repr,
+)
+def test_a_cluster_made_in_python_refuses_what_is_none(given, said):
+    with pytest.raises(KafkaConfigError, match=said):
+        KafkaResourceComponent(*given)
 
 
 @pytest.mark.parametrize("path", ["{partition_key}", "x-{partition_key}.ndjson", "x.{partition_key}.gz", "X.CSV.GZ"])
