@@ -46,7 +46,7 @@ from dataforge_kafka_dagster.kafka.config import (
     check_topic,
     import_function,
 )
-from dataforge_kafka_dagster.kafka.errors import KafkaConfigError
+from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError
 from dataforge_kafka_dagster.kafka.records import key_fields
 from dataforge_kafka_dagster.kafka.schemas import KafkaSchema
 from dataforge_kafka_dagster.kafka.streams import format_of_file
@@ -666,8 +666,11 @@ class KafkaTopicComponent(_Component):
         if callable(self.source):
             return dg.Definitions(assets=[self._build_asset(context, self.source)])
         source = os.fspath(self.source)
-        # A key may end in the name's end.
-        format_of_file(Path(source.replace(_PARTITION_KEY, "key.csv")))
+        try:
+            # A key may end in the name's end.
+            format_of_file(Path(source.replace(_PARTITION_KEY, "key.csv")))
+        except InvalidRecordError as error:
+            raise InvalidRecordError(f"path={source!r}", error.cause, error.fix) from None
         if _PARTITION_KEY in source and self.asset.partitions_def is None:
             raise KafkaConfigError(
                 f"path={source!r}",

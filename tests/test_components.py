@@ -659,6 +659,7 @@ def test_a_project_made_with_create_dagster_publishes_with_the_built_wheel(
     ("attributes", "said"),
     [
         ("path: 'x-{partition_key}.ndjson'", "no Dagster partitions.*partitions_def"),
+        ("path: 'x_{partition_key}.xyz'", "path='x_{partition_key}.xyz': its name does not say what is in it"),
         ("path: x.txt", "'x.txt': its name does not say what is in it"),
         ("path: x.parquet.gz", "its name does not say"),
         ("path: ''", "its name does not say"),
