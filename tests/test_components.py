@@ -807,6 +807,18 @@ def test_a_path_may_get_its_end_from_the_partition_key(path):
     assert component.build_defs(types.SimpleNamespace(path=Path())).assets
 
 
+def test_the_name_of_an_op_tells_assets_apart_whose_keys_give_one_name():
+    def names(op):
+        texts = ["{asset: {key: a/b}, function: 'test_components:numbers'}"]
+        texts.append(f"{{asset: {{key: a__b}}, function: 'test_components:numbers', op: {op}}}")
+        defs = _defs(KafkaResourceComponent({}, {}), *(_component(KafkaTopicComponent, text) for text in texts))
+        return {node.name for node in defs.resolve_implicit_global_asset_job_def().nodes}
+
+    with pytest.raises(dg.DagsterInvalidDefinitionError, match="conflicting node definitions"):
+        names("{}")
+    assert names("{name: another}") == {"a__b", "another"}
+
+
 def test_resource_and_io_manager_need_two_names():
     component = _component(KafkaResourceComponent, "{resource_key: x, io_manager_key: x}")
     with pytest.raises(KafkaConfigError, match="resource_key='x': it is the io_manager_key too"):
