@@ -63,6 +63,8 @@ TOOL_JARS = ("kafka-tools-4.3.1", f"org.apache.kafka:kafka-tools:4.3.1+{_LOGGING
 _OWNED_PROPERTIES = ("process.roles", "node.id", "controller.quorum.voters", "log.dirs", "log.dir", "metadata.log.dir")
 _PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
 _LISTENER = re.compile(r"(?!PLAINTEXT$|CONTROLLER$)[A-Z][A-Z0-9_]*")
+# The files of a folder that no broker has started on, whole or in parts; the checkpoint is that of offset 0.
+_FORMATTED = re.compile(r"(meta\.properties|bootstrap\.checkpoint|0{20}-0{10}.*\.checkpoint)(\.tmp|\.part)?")
 _REPLICATED = 3
 _QUIET = "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"
 _TOPIC_WAIT = 30.0
@@ -497,19 +499,30 @@ class LocalKafka:
         }
 
     def _format(self) -> None:
-        """Format the first node's folder with Kafka's tool, and derive the others' from it."""
+        """Format the first node's folder with Kafka's tool, and derive the others' from it.
+
+        A folder is formatted once it has its meta.properties, which comes last. Where some only are, as a kill leaves
+        them, none has been used: all are formatted anew.
+        """
         metas = {node: self._folder(node) / "data" / "meta.properties" for node in self._nodes}
-        for meta in self._root.glob("broker-*/data/meta.properties"):
-            if not _is_formatted(meta):  # as a full disk leaves it
-                shutil.rmtree(meta.parent)
-        found = sorted(meta.parent.parent.name for meta in self._root.glob("broker-*/data/meta.properties"))
-        if found == sorted(self._folder(node).name for node in self._nodes):
+        found = sorted(folder / "meta.properties" for folder in self._root.glob("broker-*/data"))
+        if found == sorted(metas.values()) and all(map(_is_formatted, found)):
             return
-        if found:
+        used = [meta for meta in found if _is_used(meta.parent)]
+        for meta in used:
+            if not _is_formatted(meta):
+                raise LocalKafkaError(
+                    f"{meta} is missing or damaged, beside what a broker has stored. Put that file back as it was; or "
+                    f"remove {self._root}, and with it all records; or use another data_dir."
+                )
+        if used:
+            names = ", ".join(meta.parent.parent.name for meta in found)
             raise LocalKafkaError(
-                f"{self._root} holds the data of {', '.join(found)}, which does not fit brokers={len(self._nodes)}. "
+                f"{self._root} holds the data of {names}, which does not fit brokers={len(self._nodes)}. "
                 "Use the number of brokers it was made with, or another data_dir."
             )
+        for meta in found:
+            shutil.rmtree(meta.parent)
         properties = f"--config={self._folder(1) / 'server.properties'}"
         command = ("kafka.tools.StorageTool", "format", properties, f"--cluster-id={_kafka_uuid()}")
         result = self.run_tool(*command, *self._format_args, timeout=self._startup_timeout)
@@ -519,10 +532,12 @@ class LocalKafka:
                 f"options `config` and `format_args`:\n{tail(result.stdout + result.stderr)}"
             )
         for node in self._nodes[1:]:
-            shutil.copytree(metas[1].parent, metas[node].parent)
+            shutil.copytree(metas[1].parent, metas[node].parent, ignore=shutil.ignore_patterns(metas[1].name))
             text = re.sub(r"(?m)^node\.id=.*$", f"node.id={node}", metas[1].read_text(encoding="utf-8"))
             text = re.sub(r"(?m)^directory\.id=.*$", f"directory.id={_kafka_uuid()}", text)
-            metas[node].write_text(text, encoding="utf-8")
+            part = metas[node].with_suffix(".properties.part")
+            part.write_text(text, encoding="utf-8")
+            part.replace(metas[node])
 
     def _launch(self, node: int, *options: str) -> None:
         folder = self._folder(node)
@@ -632,7 +647,12 @@ class LocalKafka:
 
 def _is_formatted(meta: Path) -> bool:
     """Whether a folder's meta.properties is whole."""
-    return meta.exists() and "node.id=" in meta.read_text(encoding="utf-8")
+    return meta.exists() and "node.id=" in meta.read_text(encoding="utf-8", errors="replace")
+
+
+def _is_used(data: Path) -> bool:
+    """Whether a broker's folder holds anything that formatting does not write."""
+    return any(path.is_file() and not _FORMATTED.fullmatch(path.name) for path in data.rglob("*"))
 
 
 def _kafka_uuid() -> str:

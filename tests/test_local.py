@@ -245,6 +245,73 @@ def test_a_folder_that_was_formatted_by_half_is_formatted_anew(tmp_path):
         kafka.create_topic("a")
 
 
+class _Killed(BaseException):
+    """In place of SIGKILL: nothing in what is interrupted handles it."""
+
+
+def _killed_at(line, function):
+    """A trace function that raises at the so-manieth line that a function of ours executes."""
+    lines = itertools.count(1)
+
+    def trace(frame, event, _):
+        if frame.f_code is not function.__code__:
+            return None
+        if event == "line" and next(lines) == line:
+            raise _Killed
+        return trace
+
+    return trace
+
+
+def _format_as_the_tool(kafka, *command, **_):
+    data = kafka._folder(1) / "data"
+    (data / "__cluster_metadata-0").mkdir(parents=True)
+    (data / "__cluster_metadata-0" / f"{0:020}-{0:010}.checkpoint").touch()
+    cluster = command[3].removeprefix("--cluster-id=")
+    (data / "meta.properties").write_text(f"#\ncluster.id={cluster}\ndirectory.id=d\nnode.id=1\nversion=1\n")
+    return subprocess.CompletedProcess(command, 0, "", "")
+
+
+def test_a_kill_at_any_line_of_the_formatting_leaves_a_folder_that_can_be_started(monkeypatch, tmp_path):
+    monkeypatch.setattr(LocalKafka, "run_tool", _format_as_the_tool)
+    tracer = sys.gettrace()
+    for line in itertools.count(1):
+        kafka = LocalKafka(brokers=3, data_dir=tmp_path / str(line))
+        for node in kafka._nodes:
+            kafka._folder(node).mkdir(parents=True)
+        try:
+            sys.settrace(_killed_at(line, LocalKafka._format))
+            kafka._format()
+            break
+        except _Killed:
+            sys.settrace(tracer)
+            kafka._format()
+        finally:
+            sys.settrace(tracer)
+        metas = [(kafka._folder(node) / "data" / "meta.properties").read_text() for node in kafka._nodes]
+        assert re.findall(r"node\.id=(.*)", "".join(metas)) == ["1", "2", "3"], line
+        assert len(set(re.findall(r"cluster\.id=(.*)", "".join(metas)))) == 1, line
+        assert len(set(re.findall(r"directory\.id=(.*)", "".join(metas)))) == 3, line
+        assert len([path for path in (tmp_path / str(line)).rglob("*") if path.is_file()]) == 2 * 3, line
+    assert line > 15
+
+
+@pytest.mark.parametrize("damaged", [b"", b"\xff\0", None])
+def test_records_beside_a_damaged_meta_properties_are_not_deleted(damaged, monkeypatch, tmp_path):
+    monkeypatch.setattr(LocalKafka, "run_tool", lambda *_, **__: pytest.fail("formatted"))
+    kafka = LocalKafka(brokers=2, data_dir=tmp_path)
+    for node in kafka._nodes:
+        (kafka._folder(node) / "data" / "flights-0").mkdir(parents=True)
+        (kafka._folder(node) / "data" / "flights-0" / f"{0:020}.log").touch()
+        (kafka._folder(node) / "data" / "meta.properties").write_text(f"node.id={node}\n")
+    meta = kafka._folder(2) / "data" / "meta.properties"
+    meta.unlink() if damaged is None else meta.write_bytes(damaged)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(LocalKafkaError, match=f"{meta} is missing or damaged.*; or remove {tmp_path},"):
+        kafka._format()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.kafka
 def test_a_registry_that_ends_by_itself_is_noticed(eventually):
     with LocalSchemaRegistry() as registry:
