@@ -67,6 +67,8 @@ _LISTENER = re.compile(r"(?!PLAINTEXT$|CONTROLLER$)[A-Z][A-Z0-9_]*")
 _FORMATTED = re.compile(r"(meta\.properties|bootstrap\.checkpoint|0{20}-0{10}.*\.checkpoint)(\.tmp|\.part)?")
 _REPLICATED = 3
 _QUIET = "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"
+# Where the owner was killed, its supervisor holds the data_dir's lock until the last broker has ended.
+_LOCK_WAIT = 5.0
 _TOPIC_WAIT = 30.0
 _CONTROLLER_WAIT = 10.0
 
@@ -402,12 +404,12 @@ class LocalKafka:
         return subprocess.CompletedProcess(list(command), returncode, stdout, stderr)
 
     def _start(self, java: str, classpath: str) -> None:
-        self._choose_ports()
         if self._data_dir is None:
             self._root = self._temporary = Path(tempfile.mkdtemp(prefix="local-kafka-"))
         temporary = self._root / "tmp"
         self._supervisor = self._make_supervisor(temporary)
         STARTED.add(self)
+        self._choose_ports()  # with the lock: a killed one's brokers have ended
         self._java = [
             java,
             *JVM_OPTIONS,
@@ -432,10 +434,17 @@ class LocalKafka:
     def _make_supervisor(self, temporary: Path) -> Supervisor:
         temporary.mkdir(parents=True, exist_ok=True)
         with (self._root / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise LocalKafkaError(f"Another LocalKafka uses {self._root}: stop it, or use another one.") from error
+            deadline = time.monotonic() + _LOCK_WAIT
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if time.monotonic() > deadline:
+                        raise LocalKafkaError(
+                            f"Another LocalKafka uses {self._root}: stop it, or use another one."
+                        ) from error
+                time.sleep(0.05)
             return Supervisor(self._temporary, lock.fileno())
 
     def _end(self) -> None:

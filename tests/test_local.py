@@ -1,5 +1,6 @@
 import contextlib
 import errno
+import fcntl
 import functools
 import http.server
 import itertools
@@ -651,10 +652,11 @@ def test_a_port_in_use_is_named():
 
 
 @pytest.mark.kafka
-def test_a_data_folder_keeps_topics_and_records(tmp_path):
+def test_a_data_folder_keeps_topics_and_records(monkeypatch, tmp_path):
     with LocalKafka(data_dir=tmp_path / "data") as kafka:
         kafka.create_topic("kept")
         publish(kafka.bootstrap_servers, "kept", 10)
+        monkeypatch.setattr(local, "_LOCK_WAIT", 0.1)
         with pytest.raises(LocalKafkaError, match="Another LocalKafka uses"):
             LocalKafka(data_dir=tmp_path / "data").start()
         kafka.check()
@@ -663,6 +665,32 @@ def test_a_data_folder_keeps_topics_and_records(tmp_path):
     with pytest.raises(LocalKafkaError, match="does not fit brokers=3"):
         LocalKafka(data_dir=tmp_path / "data", brokers=3).start()
     assert (tmp_path / "data" / "broker-1" / "data" / "kept-0").is_dir()
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_start_waits_for_the_end_of_a_killed_one_and_its_ports(ends, monkeypatch, tmp_path):
+    now, other, listener = 0.0, (tmp_path / "lock").open("w"), socket.create_server(("127.0.0.1", 0))
+    fcntl.flock(other, fcntl.LOCK_EX)
+
+    def sleep(seconds):
+        nonlocal now
+        now += seconds
+        if now >= 2 and ends:
+            listener.close()
+            other.close()
+
+    def reached():
+        raise LocalKafkaError("It has the lock and the ports.")
+
+    monkeypatch.setattr(local, "time", types.SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    monkeypatch.setattr(local, "java_program", lambda: "java")
+    monkeypatch.setattr(local, "fetch_jars", lambda *_: "jars")
+    with other, listener:
+        kafka = LocalKafka(data_dir=tmp_path, ports=listener.getsockname()[1])
+        monkeypatch.setattr(kafka, "_format", reached)
+        said = "It has the lock and the ports" if ends else f"Another LocalKafka uses {tmp_path}:"
+        with pytest.raises(LocalKafkaError, match=said):
+            kafka.start()
 
 
 SASL = {
