@@ -129,7 +129,10 @@ class LocalKafka:
         if isinstance(ports, int):
             ports = range(ports, ports + brokers)
         if ports is not None and (len(set(ports)) != brokers or not all(0 < port <= LAST_PORT for port in ports)):
-            raise ValueError(f"ports={list(ports)}: {brokers} different ports from 1 to {LAST_PORT} are needed.")
+            needed = "one port" if brokers == 1 else f"{brokers} different ports"
+            raise ValueError(
+                f"ports={list(ports)} (in the shell `--port`): give {needed} from 1 to {LAST_PORT}, or leave it out."
+            )
         if startup_timeout <= 0:
             raise ValueError(f"startup_timeout={startup_timeout}: a number of seconds above 0 is needed.")
         if owned := sorted(set(config or ()) & set(_OWNED_PROPERTIES)):

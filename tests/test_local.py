@@ -107,10 +107,10 @@ def running_with(argument):
     ("options", "message"),
     [
         ({"brokers": 0}, "brokers=0"),
-        ({"brokers": 2, "ports": [9092]}, "2 different ports"),
+        ({"brokers": 2, "ports": [9092]}, "give 2 different ports from 1 to 65535, or leave it out"),
         ({"brokers": 2, "ports": [9092, 9092]}, "2 different ports"),
         ({"ports": 70000}, "70000"),
-        ({"ports": 0}, "ports"),
+        ({"ports": 0}, r"ports=\[0\] \(in the shell `--port`\): give one port from 1 to 65535, or leave it out"),
         ({"startup_timeout": 0}, "startup_timeout=0"),
         ({"config": {"node.id": "7"}}, "node.id cannot be set"),
         ({"data_dir": "a,b"}, "comma"),
