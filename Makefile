@@ -43,11 +43,12 @@ $(STAMP): pyproject.toml example_project/pyproject.toml
 	  $(BIN)/python -m pip install --quiet --upgrade pip && $(BIN)/python -m pip install --quiet $(PACKAGES); }
 	@touch $(STAMP)
 
+# `exec`: the signal that ends make goes to its child, which is to be no shell.
 demo: $(STAMP) ## Publish one week of flights to a real Kafka through Dagster, and count them with Kafka's own tools
-	@$(QUIET) $(BIN)/python example_project/demo.py demo
+	@exec env $(QUIET) $(BIN)/python example_project/demo.py demo
 
 ui: $(STAMP) ## Run Kafka and the Dagster UI together (PORT=3000), until Ctrl-C
-	@$(QUIET) $(BIN)/python example_project/demo.py ui --port $(PORT)
+	@exec env $(QUIET) $(BIN)/python example_project/demo.py ui --port $(PORT)
 
 test: lint docs test-only ## Check style and types, build the docs, and run all tests but the faults, on a real Kafka
 

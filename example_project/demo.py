@@ -232,8 +232,9 @@ def main() -> int:
     parser.add_argument("--home", type=Path, default=HOME, help="folder for the UI's and Kafka's data")
     options = parser.parse_args()
     where = (os.environ.get("KAFKA_BOOTSTRAP_SERVERS", ""), os.environ.get("SCHEMA_REGISTRY_URL", ""))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup lets it outlive its terminal
+            signal.signal(number, _interrupt)
     try:
         if options.what == "ui":
             return ui(options.port, options.home.resolve(), *where)

@@ -159,6 +159,20 @@ def test_make_says_that_an_environment_keeps_its_python(arguments, said, tmp_pat
     assert done.stderr.startswith(said) if said else done.stderr == ""
 
 
+@pytest.mark.parametrize("target", ["demo", "ui"])
+def test_make_has_no_shell_between_it_and_the_example_so_that_its_end_is_the_examples(target, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text('#!/bin/sh\necho $PPID "$PYTHONWARNINGS"\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+    (tmp_path / ".installed").touch()
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "MFLAGS"}
+    command = ["make", "-C", str(ROOT), f"VENV={tmp_path}", target]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as make:
+        said = [line.split() for line in make.stdout if line[:1].isdigit()]
+    assert [parent for parent, *_ in said] == [str(make.pid)]
+    assert said[0][1].startswith("ignore:")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=_named)
 def test_links_to_files_of_the_repository_work(page):
     for link in _LINK.findall(page.read_text(encoding="utf-8")):

@@ -5,6 +5,7 @@ import datetime as dt
 import fcntl
 import importlib.util
 import os
+import signal
 import socket
 import sys
 import types
@@ -43,6 +44,29 @@ def test_a_second_ui_of_a_clone_is_told_of_the_first(monkeypatch, tmp_path, caps
     assert "PORT" not in said
     assert not demo.is_used(tmp_path / "kafka")
     assert not demo.is_used(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("number", "before", "code"),
+    [
+        (signal.SIGINT, signal.SIG_IGN, 130),  # as a shell starts what runs in the background
+        (signal.SIGTERM, signal.SIG_DFL, 130),
+        (signal.SIGHUP, lambda *_: None, 130),
+        (signal.SIGHUP, signal.SIG_IGN, 0),  # as nohup starts it
+    ],
+)
+def test_the_demo_ends_with_its_terminal_unless_it_is_to_outlive_it(number, before, code, monkeypatch):
+    demo = _demo()
+    monkeypatch.setattr(demo, "demo", lambda *_: signal.raise_signal(number) or 0)
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {each: signal.signal(each, signal.SIG_DFL) for each in numbers}
+    try:
+        signal.signal(number, before)
+        assert demo.main() == code
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
 
 
 @pytest.mark.parametrize("given", [("", ""), ("a:1", "http://a:2")])
