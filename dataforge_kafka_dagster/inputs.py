@@ -142,24 +142,69 @@ def _names_of(model: type, culprit: str, *, by_config: bool) -> dict[str, Any]:
     Raises:
         KafkaError: A field would come back as its default.
     """
-    fields: dict[str, Any] | None = getattr(model, "__pydantic_fields__", getattr(model, "model_fields", None))
-    config = getattr(model, "model_config", None) or getattr(model, "__pydantic_config__", {})
-    by_alias = _KNOWS_NAMES and by_config and bool(config.get("serialize_by_alias"))
+    classes = _classes(model)
+    by_alias = _KNOWS_NAMES and by_config and bool(_config(model).get("serialize_by_alias"))
+    # Where the classes inside differ, both names are read.
+    ways = ((by_alias, not by_alias), (True, True)) if _KNOWS_NAMES else ((True, False),)
+    lost: set[str] = set()
+    for way in ways:
+        lost = {field for cls in classes for field in _lost(cls, *way, by_config=by_config)}
+        if not lost:
+            return {"by_alias": way[0], "by_name": way[1]} if _KNOWS_NAMES else {}
+    raise KafkaError(
+        culprit,
+        f"its field {min(lost)!r} is written by a name that it is not read by, or not taken by its constructor",
+        "Annotate it as a list or dict, and make its objects from that",
+    )
+
+
+def _classes(form: Any, found: tuple[type, ...] = ()) -> tuple[type, ...]:
+    """The models and dataclasses in an annotation, and in their fields'."""
+    for part in typing.get_args(form):
+        found = _classes(part, found)
+    if not _is_model(form) or form in found:
+        return found
+    found = (*found, form)
+    fields = _fields(form)
     if fields is None:
-        lost = {field.name for field in dataclasses.fields(model) if not field.init}
-    elif by_alias:
-        lost = {name for name, field in fields.items() if field.serialization_alias != field.validation_alias}
-    elif not _KNOWS_NAMES and not config.get("populate_by_name"):
-        lost = {name for name, field in fields.items() if field.validation_alias}
+        try:
+            annotations = list(typing.get_type_hints(form).values())
+        except Exception:  # noqa: BLE001  (pydantic tells)
+            annotations = []
     else:
-        lost = set()
-    if lost:
-        raise KafkaError(
-            culprit,
-            f"its field {min(lost)!r} is written by a name that it is not read by, or not taken by its constructor",
-            "Annotate it as a list or dict, and make its objects from that",
-        )
-    return {"by_alias": by_alias, "by_name": not by_alias} if _KNOWS_NAMES else {}
+        annotations = [field.annotation for field in fields.values()]
+    for annotation in annotations:
+        found = _classes(annotation, found)
+    return found
+
+
+def _fields(cls: type) -> dict[str, Any] | None:
+    """The fields of a class of pydantic's; None of a dataclass."""
+    return getattr(cls, "__pydantic_fields__", getattr(cls, "model_fields", None))
+
+
+def _config(cls: type) -> Mapping[str, Any]:
+    return getattr(cls, "model_config", None) or getattr(cls, "__pydantic_config__", {})
+
+
+def _lost(cls: type, by_alias: bool, by_name: bool, *, by_config: bool) -> set[str]:
+    """The fields of a class that would come back as their default, or as another's."""
+    fields, config = _fields(cls), _config(cls)
+    if fields is None:
+        return {field.name for field in dataclasses.fields(cls) if not field.init}
+    if not _KNOWS_NAMES:
+        by_name = bool(config.get("populate_by_name"))
+    written_by_alias = _KNOWS_NAMES and by_config and bool(config.get("serialize_by_alias"))
+    lost = set()
+    for name, field in fields.items():
+        written = (field.serialization_alias or name) if written_by_alias else name
+        read = {name} if by_name else set()
+        if by_alias:
+            read.add(field.validation_alias or name)
+        others = {other for other, that in fields.items() if that is not field} if by_alias and by_name else set()
+        if written not in read or not others.isdisjoint(one for one in read if isinstance(one, str)):
+            lost.add(name)
+    return lost
 
 
 # Before 2.11, pydantic goes by the model's config alone.

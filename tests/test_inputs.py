@@ -275,6 +275,53 @@ def test_a_model_is_read_by_the_names_that_it_is_written_by(value):
     assert inputs.in_form(type(value), _published([value])) == value
 
 
+class Price(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(serialize_by_alias=True)
+    amount: float = pydantic.Field(0.0, alias="Amount")
+
+
+class Priced(pydantic.BaseModel):
+    n: int
+    price: Price | None = None
+    others: list[Price] = []
+
+
+@dataclasses.dataclass
+class Around:
+    priced: dict[str, Priced]
+
+
+class RenamedInside(pydantic.BaseModel):
+    inside: list[Renamed]
+
+
+class Crossed(pydantic.BaseModel):
+    """Its own names are written, and those of the model inside are not, one of which is the alias of another here."""
+
+    created: int = pydantic.Field(0, alias="updated")
+    updated: int = 0
+    price: Price | None = None
+
+
+PRICED = Priced(n=1, price=Price(Amount=99.5), others=[Price(Amount=1.5)])
+
+
+@pytest.mark.skipif(not inputs._KNOWS_NAMES, reason="pydantic before 2.11 goes by the model's config")
+@pytest.mark.parametrize("value", [PRICED, Around({"a": PRICED})])
+def test_models_inside_are_read_by_the_names_that_they_are_written_by(value):
+    assert inputs.in_form(type(value), _published([value])) == value
+
+
+@pytest.mark.skipif(not inputs._KNOWS_NAMES, reason="pydantic before 2.11 goes by the model's config")
+@pytest.mark.parametrize(
+    ("value", "field"),
+    [(RenamedInside(inside=[Renamed(n=5)]), "n"), (Crossed(updated=1, price=Price(Amount=2)), "created")],
+)
+def test_models_inside_that_would_come_back_as_their_defaults_are_refused(value, field):
+    with pytest.raises(KafkaError, match=rf"input annotated with .*: its field '{field}' is written by a name"):
+        inputs.in_form(type(value), _published([value]))
+
+
 @pytest.mark.skipif(not inputs._KNOWS_NAMES, reason="pydantic before 2.11 goes by the model's config")
 @pytest.mark.parametrize("value_format", ["avro", "protobuf"])
 def test_a_model_is_read_by_its_own_names_where_aliases_are_not_written(value_format):

@@ -676,6 +676,8 @@ def test_a_proto_file_may_import_one_beside_it(registry, tmp_path):
             ({"by": {"x": 1, "y": 2**53 + 1}}, "by"),
             ({"of": [{"share": -(2**24) - 1}]}, "of.share"),
             ({"w": 2**24 + 1}, "w"),
+            ({"share": str(2**24 + 1)}, "share"),
+            ({"by": {"x": decimal.Decimal(2**53 + 1)}}, "by"),
         ]
     ),
 )
@@ -689,6 +691,64 @@ def test_whole_numbers_that_a_message_would_round_are_refused(registry, row, fie
     with pytest.raises(InvalidRecordError, match="rounds") as caught:
         encode([{"share": 2**24, "by": {"x": 2**53}, "n": 2**53 + 1, "ids": {"a": 2**64 - 1}, "w": 2**24}, row])
     assert (caught.value.index, caught.value.field) == (1, field)
+
+
+def test_a_message_with_required_fields_is_published(registry):
+    text = 'syntax = "proto2"; message R { required int32 n = 1; required In in = 2; message In { required string s = 1; } }'
+    row = {"n": 5, "in": {"s": "x"}}
+    (data,) = encoder(registry, {"format": "protobuf", "text": text})([row])
+    assert SchemaDecoder(registry)(data, "protobuf") == row
+
+
+DECIMAL_IN_FIXED = {
+    "type": "fixed",
+    "name": "fx",
+    "size": 5,
+    "logicalType": "decimal",
+    "precision": 10,
+    "scale": 2,
+}
+
+
+@pytest.mark.parametrize("type_", [DECIMAL_IN_FIXED, ["null", DECIMAL_IN_FIXED]], ids=["alone", "nullable"])
+def test_minus_zero_is_refused_where_fastavro_writes_another_number(registry, type_):
+    schema = json.dumps({"type": "record", "name": "R", "fields": [{"name": "a", "type": type_}]})
+    encode = encoder(registry, {"format": "avro", "text": schema})
+    numbers = [decimal.Decimal(text) for text in ("0.00", "-0.01", "-327.68", "99999999.99")]
+    read = [SchemaDecoder(registry)(data, "avro")["a"] for data in encode([{"a": number} for number in numbers])]
+    assert read == numbers
+    with pytest.raises(InvalidRecordError, match="record 0, field 'a'.*minus zero"):
+        encode([{"a": decimal.Decimal("-0.00")}])
+
+
+@pytest.mark.parametrize("value", [b"12", "12"])
+def test_text_and_bytes_are_no_nullable_array(registry, value):
+    field = {"name": "a", "type": ["null", {"type": "array", "items": "long"}]}
+    encode = encoder(
+        registry, {"format": "avro", "text": json.dumps({"type": "record", "name": "R", "fields": [field]})}
+    )
+    read = [SchemaDecoder(registry)(data, "avro")["a"] for data in encode([{"a": None}, {"a": [1]}])]
+    assert read == [None, [1]]
+    with pytest.raises(InvalidRecordError, match="record 0, field 'a'.*not array"):
+        encode([{"a": value}])
+
+
+def test_an_instant_that_python_has_not_is_told_with_its_bytes(registry):
+    field = {"name": "a", "type": {"type": "long", "logicalType": "timestamp-micros"}}
+    encode = encoder(
+        registry, {"format": "avro", "text": json.dumps({"type": "record", "name": "R", "fields": [field]})}
+    )
+    (data,) = encode([{"a": 1577836800000000000}])
+    with pytest.raises(KafkaError, match="they are not avro"):
+        SchemaDecoder(registry)(data, "avro")
+
+
+@pytest.mark.parametrize("form", ["avro", "json_schema", "protobuf"])
+@pytest.mark.parametrize("library", ["polars", "pandas", "pyarrow"])
+def test_a_frame_without_rows_needs_no_schema(registry, form, library):
+    frame = frame_of(library, {"a": []}).to_native()
+    encoders = SchemaEncoders(encoder(registry, form), None)
+    assert [len(chunk.values) for chunk in chunks(frame, encoders=encoders)] in ([], [0])
 
 
 def test_well_known_types_come_back_as_what_a_message_is_made_of(registry):

@@ -611,6 +611,27 @@ class Loud(BaseModel):
     name: Shouted
 
 
+class Masked(BaseModel):
+    name: typing.Annotated[str, PlainSerializer(lambda text: f"***{text[-2:]}", when_used="json")]
+    n: int = 1
+    at: dt.datetime = dt.datetime(2020, 1, 1, tzinfo=dt.timezone.utc)
+
+
+@pytest.mark.parametrize(
+    ("fields", "key"),
+    [
+        ("name", b"***89"),
+        (["name", "n"], b'{"name":"***89","n":1}'),
+        ("n", b"1"),
+        ("at", b"2020-01-01T00:00:00+00:00"),
+    ],
+)
+def test_a_key_is_masked_as_the_value_is(fields, key):
+    for row in (Masked(name="123456789"), KafkaRecord(Masked(name="123456789"))):
+        (chunk,) = chunks([row], fields)
+        assert [text.encode() if isinstance(text, str) else text for text in chunk.keys] == [key]
+
+
 class LoudInside(BaseModel):
     names: list[Shouted | None]
 

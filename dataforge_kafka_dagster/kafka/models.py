@@ -82,6 +82,12 @@ def dumped(value: Any, **options: Any) -> Any:
 
 
 @functools.lru_cache(1024)
+def masks_in_json(cls: type) -> bool:
+    """Whether a class of pydantic's has a serializer for JSON alone, also inside, which a dump to Python leaves out."""
+    return "'when_used': 'json" in repr(getattr(cls, "__pydantic_core_schema__", ""))
+
+
+@functools.lru_cache(1024)
 def _adapter(cls: Any) -> TypeAdapter[Any]:
     return TypeAdapter(cls)
 

@@ -343,6 +343,25 @@ _OF_JSON: Final = frozenset(
 )
 
 
+def with_required(message: Any) -> Any:
+    """The message with defaults in the fields that proto2 requires, without which nothing of it is written."""
+    for field in message.DESCRIPTOR.fields:
+        # Older protobuf has only the label.
+        if getattr(field, "is_required", None) or (not hasattr(field, "is_required") and field.label == _REQUIRED):
+            if field.message_type is None:
+                setattr(message, field.name, field.default_value)
+            else:
+                inner = getattr(message, field.name)
+                inner.SetInParent()
+                with_required(inner)
+    return message
+
+
+_REQUIRED: Final = 2
+# As a Decimal is written; longer ones are no whole numbers of any type.
+_WHOLE: Final = re.compile(r"-?\d{1,300}")
+
+
 def rounded_number(value: Any, descriptor: Any, path: str = "") -> str | None:
     """Dotted path of the first whole number that a message would hold rounded, in a field that is a float or double.
 
@@ -366,9 +385,9 @@ def rounded_number(value: Any, descriptor: Any, path: str = "") -> str | None:
             if field.message_type is not None:
                 found = rounded_number(one, field.message_type, f"{path}{name}.")
             elif (
-                type(one) is int
+                (type(one) is int or (isinstance(one, str) and _WHOLE.fullmatch(one)))
                 and _is_fractional(field)
-                and not is_exact(one, "f" if field.cpp_type == field.CPPTYPE_FLOAT else "d")
+                and not is_exact(int(one), "f" if field.cpp_type == field.CPPTYPE_FLOAT else "d")
             ):
                 found = f"{path}{name}"
             if found is not None:

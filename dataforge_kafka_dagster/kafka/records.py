@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError
-from dataforge_kafka_dagster.kafka.models import dumped, is_of_pydantic
+from dataforge_kafka_dagster.kafka.models import dumped, is_of_pydantic, masks_in_json
 from dataforge_kafka_dagster.kafka.serialization import (
     DEFAULT_ENCODERS,
     Encoders,
@@ -357,6 +357,10 @@ def _shown(row: Any, fields: Sequence[str]) -> dict[str, Any]:
             if not found.keys() >= set(fields):
                 written = dumped(row)  # an alias, perhaps
             found |= {field: written[field] for field in fields if field in written}
+            if masks_in_json(type(row)):  # type: ignore[arg-type]
+                in_json = dumped(row, mode="json")
+                # A key of another type than JSON's is written by its own rule.
+                found |= {f: in_json[f] for f in fields if f in in_json and isinstance(found.get(f), (str, int, float))}
     return found
 
 

@@ -33,6 +33,7 @@ from dataforge_kafka_dagster.kafka.protobuf import (
     place_of,
     protobuf_of,
     rounded_number,
+    with_required,
 )
 from dataforge_kafka_dagster.kafka.registry import INSTALL, SchemaRegistry, SchemaRegistryConfig, is_answer
 from dataforge_kafka_dagster.kafka.schema_types import (
@@ -651,7 +652,7 @@ class SchemaEncoder:
         subject = self._subject(cls.DESCRIPTOR.full_name)
         with self._registry.errors(f"subject {subject!r}"):
             client = self._registry.client
-            number = int.from_bytes(serialize(cls())[1:5], "big")
+            number = int.from_bytes(serialize(with_required(cls()))[1:5], "big")
             found = client.lookup_schema(subject, client.get_schema(number, subject))
         self.registered = RegisteredSchema(self._part, self.form, subject, number, found.version)
 
@@ -996,7 +997,7 @@ class SchemaDecoder:
                     self._decoders[form] = self._decoder(form)
             try:
                 return self._decoders[form](data)
-            except (SerializationError, ValueError, EOFError, IndexError) as error:
+            except (SerializationError, ValueError, EOFError, IndexError, OverflowError) as error:
                 if isinstance(error, json.JSONDecodeError) and is_answer(error):
                     raise
                 raise KafkaError(

@@ -123,7 +123,7 @@ def _chunks(
         frame = open_frame(native, fields)
         if frame is None:
             raise refuse_output(native)
-        if frame.columns:
+        if frame.columns and len(frame):  # of no rows, a column may have no type yet
             encoders.prepare(frame, fields)
         return frame
 
