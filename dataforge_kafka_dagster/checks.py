@@ -247,14 +247,14 @@ def _partitions(context: dg.OpExecutionContext, spec: dg.AssetSpec, bare: bool) 
     known = spec.partitions_def
     if known is None and not bare:
         return [None], True
-    of_run = context.partition_keys if context.has_partition_key or context.has_partition_key_range else None
+    of_run = context.partition_keys if context.has_partition_key or context.has_partition_key_range else ()
+    keys = None if known is None else set(known.get_partition_keys(dynamic_partitions_store=context.instance))
+    if keys is not None:
+        of_run = [key for key in of_run if key in keys]
+        if of_run:
+            return of_run, True
     materialized = context.instance.get_materialized_partitions(spec.key)
-    if known is not None:
-        keys = set(known.get_partition_keys(dynamic_partitions_store=context.instance))
-        of_both = [key for key in of_run or () if key in keys]
-        if of_both:
-            return of_both, True
-        of_run = None
+    if keys is not None:
         materialized &= keys
         if not materialized:
             raise KafkaError(
@@ -262,7 +262,7 @@ def _partitions(context: dg.OpExecutionContext, spec: dg.AssetSpec, bare: bool) 
             )
     elif not materialized:
         return [None], True
-    return (sorted(materialized), False) if of_run is None else (of_run, True)
+    return (of_run, True) if of_run else (sorted(materialized), False)
 
 
 def _result(

@@ -30,7 +30,13 @@ from pydantic import (
 from typing_extensions import Self
 
 from dataforge_kafka_dagster.failures import failure_of
-from dataforge_kafka_dagster.io_manager import WRITE_MODES, KafkaIOManager, check_write_mode, refuse_other_cluster
+from dataforge_kafka_dagster.io_manager import (
+    WRITE_MODES,
+    KafkaIOManager,
+    check_write_mode,
+    may_give_resource,
+    refuse_other_cluster,
+)
 from dataforge_kafka_dagster.kafka.config import (
     ACKS,
     BOUNDS,
@@ -207,7 +213,6 @@ _IOManagerAttributes: Any = _model("_IOManagerAttributes", _Attributes, KafkaIOM
 
 _PARTITION_KEY: Final = "{partition_key}"
 _OF_TEXTS: Final = ("create_topics", "librdkafka_config", "schema_registry_client_config")
-_IO_MANAGERS: Final = (dg.IOManager, dg.ResourceDefinition)
 _OWN_KEYS: Final = ("resource_key", "io_manager_key", "io_manager")
 
 
@@ -349,8 +354,7 @@ class KafkaResourceComponent(_Component):
             self.kafka = _made("kafka", given, (Mapping,), lambda options: KafkaProducerResource(**options), fix)
         refuse_other_cluster("kafka of the KafkaResourceComponent", self.kafka)
         given = self.io_manager
-        # A partial of an IO manager is none, but has this method.
-        if not (given is None or isinstance(given, _IO_MANAGERS) or hasattr(type(given), "get_resource_definition")):
+        if not (given is None or isinstance(given, dg.IOManager) or may_give_resource(given)):
             fix = "Give io_manager=KafkaIOManager(kafka=...), a mapping of its options, or None for none"
             self.io_manager = _made(
                 "io_manager", given, (Mapping,), lambda options: KafkaIOManager(**{"kafka": self.kafka, **options}), fix

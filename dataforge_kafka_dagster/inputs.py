@@ -143,7 +143,7 @@ def _names_of(model: type, culprit: str, *, by_config: bool) -> dict[str, Any]:
         KafkaError: A field would come back as its default.
     """
     classes = _classes(model)
-    by_alias = _KNOWS_NAMES and by_config and bool(_config(model).get("serialize_by_alias"))
+    by_alias = by_config and _writes_aliases(model)
     # Where the classes inside differ, both names are read.
     ways = ((by_alias, not by_alias), (True, True)) if _KNOWS_NAMES else ((True, False),)
     lost: set[str] = set()
@@ -187,21 +187,26 @@ def _config(cls: type) -> Mapping[str, Any]:
     return getattr(cls, "model_config", None) or getattr(cls, "__pydantic_config__", {})
 
 
+def _writes_aliases(cls: type) -> bool:
+    """Whether a class says so of itself."""
+    return _KNOWS_NAMES and bool(_config(cls).get("serialize_by_alias"))
+
+
 def _lost(cls: type, by_alias: bool, by_name: bool, *, by_config: bool) -> set[str]:
     """The fields of a class that would come back as their default, or as another's."""
-    fields, config = _fields(cls), _config(cls)
+    fields = _fields(cls)
     if fields is None:
         return {field.name for field in dataclasses.fields(cls) if not field.init}
     if not _KNOWS_NAMES:
-        by_name = bool(config.get("populate_by_name"))
-    written_by_alias = _KNOWS_NAMES and by_config and bool(config.get("serialize_by_alias"))
+        by_name = bool(_config(cls).get("populate_by_name"))
+    written_by_alias = by_config and _writes_aliases(cls)
     lost = set()
     for name, field in fields.items():
         written = (field.serialization_alias or name) if written_by_alias else name
         read = {name} if by_name else set()
         if by_alias:
             read.add(field.validation_alias or name)
-        others = {other for other, that in fields.items() if that is not field} if by_alias and by_name else set()
+        others = fields.keys() - {name} if by_alias and by_name else set()
         if written not in read or not others.isdisjoint(one for one in read if isinstance(one, str)):
             lost.add(name)
     return lost

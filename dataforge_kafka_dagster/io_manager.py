@@ -455,9 +455,7 @@ def refuse_other_cluster(name: str, kafka: Any) -> None:
         (cls.create_resource, cls.yield_for_execution)
         == (dg.ConfigurableResource.create_resource, dg.ConfigurableResource.yield_for_execution)
     )
-    # A partial and a resource that makes another one have this method too, the class of a resource has not.
-    may_give_one = isinstance(kafka, dg.ResourceDefinition) or hasattr(type(kafka), "get_resource_definition")
-    if may_give_one and (issubclass(cls, KafkaProducerResource) or not gives_itself):
+    if may_give_resource(kafka) and (issubclass(cls, KafkaProducerResource) or not gives_itself):
         return
     what = f"the class {kafka.__qualname__} itself" if isinstance(kafka, type) else f"a {type(kafka).__qualname__}"
     raise KafkaConfigError(
@@ -465,6 +463,11 @@ def refuse_other_cluster(name: str, kafka: Any) -> None:
         "it is missing" if kafka is None else f"it is {what}",
         "Give kafka=KafkaProducerResource(bootstrap_servers=...)",
     )
+
+
+def may_give_resource(given: Any) -> bool:
+    """Whether a run can make a resource of it: of a definition, a resource with config or a partial, but no class."""
+    return isinstance(given, dg.ResourceDefinition) or hasattr(type(given), "get_resource_definition")
 
 
 def _refuse_upsert(guarantee: str) -> None:

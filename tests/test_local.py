@@ -22,6 +22,7 @@ import psutil
 import pytest
 from confluent_kafka import Consumer, KafkaException, Producer
 from confluent_kafka.admin import AdminClient
+from conftest import Clock
 
 from dataforge_kafka_dagster import local, local_registry
 from dataforge_kafka_dagster.local import LocalKafka, LocalKafkaError
@@ -669,20 +670,20 @@ def test_a_data_folder_keeps_topics_and_records(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("ends", [False, True])
 def test_a_start_waits_for_the_end_of_a_killed_one_and_its_ports(ends, monkeypatch, tmp_path):
-    now, other, listener = 0.0, (tmp_path / "lock").open("w"), socket.create_server(("127.0.0.1", 0))
+    other, listener = (tmp_path / "lock").open("w"), socket.create_server(("127.0.0.1", 0))
     fcntl.flock(other, fcntl.LOCK_EX)
 
-    def sleep(seconds):
-        nonlocal now
-        now += seconds
-        if now >= 2 and ends:
-            listener.close()
-            other.close()
+    class Ending(Clock):
+        def sleep(self, seconds):
+            super().sleep(seconds)
+            if self.now >= Clock.now + 2 and ends:
+                listener.close()
+                other.close()
 
     def reached():
         raise LocalKafkaError("It has the lock and the ports.")
 
-    monkeypatch.setattr(local, "time", types.SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    monkeypatch.setattr(local, "time", Ending())
     monkeypatch.setattr(local, "java_program", lambda: "java")
     monkeypatch.setattr(local, "fetch_jars", lambda *_: "jars")
     with other, listener:
@@ -847,14 +848,8 @@ class _Answer(http.server.BaseHTTPRequestHandler):
 
 @pytest.mark.parametrize("status", [200, 503])
 def test_the_local_registry_is_asked_without_the_proxy_and_what_it_says_is_told(status, monkeypatch, tmp_path):
-    now = 0.0
-
-    def sleep(seconds):
-        nonlocal now
-        now += seconds
-
     # Its time is that between its questions, not what the answers take.
-    monkeypatch.setattr(local_registry, "time", types.SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    monkeypatch.setattr(local_registry, "time", Clock())
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)

@@ -1,5 +1,6 @@
 import pytest
 from confluent_kafka import KafkaError as KafkaCode
+from conftest import Clock
 
 from dataforge_kafka_dagster import KafkaError, KafkaProducerConfig
 from dataforge_kafka_dagster.kafka import reader
@@ -11,18 +12,10 @@ from dataforge_kafka_dagster.kafka.reader import GoneError, _read_all
 TIMEOUT = 0.3
 
 
-class _Clock:
-    """One that goes on only while a consumer is asked: how busy the machine is says nothing here."""
-
-    now = 1000.0
-
-    def monotonic(self):
-        return self.now
-
-
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
-    clock = _Clock()
+    """It goes on only while a consumer is asked."""
+    clock = Clock()
     monkeypatch.setattr(reader, "time", clock)
     return clock
 
@@ -71,7 +64,7 @@ class _Consumer:
     def assign(self, _places): ...
 
     def consume(self, _count, _seconds):
-        self._clock.now += 0.01
+        self._clock.sleep(0.01)
         self._calls += 1
         if self._given < self._records and self._calls % self._errors == 0:
             self._given += 1
@@ -119,7 +112,7 @@ class _Ending:
     def assign(self, _places): ...
 
     def consume(self, _count, _seconds):
-        self._clock.now += 0.01
+        self._clock.sleep(0.01)
         end = self._first if self._clock.now < self._began + 0.5 else self._then
         if self._given < end:
             self._given += 1
@@ -185,7 +178,7 @@ class _Compacted:
         self._given = [_Record(offset, key) for offset, key in self._left[place.partition].items()]
 
     def consume(self, _count, _seconds):
-        self._clock.now += 0.01
+        self._clock.sleep(0.01)
         given, self._given = self._given, [_Told(KafkaCode(KafkaCode._PARTITION_EOF), 10)]
         return given
 

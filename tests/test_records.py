@@ -5,7 +5,6 @@ import gc
 import itertools
 import json
 import math
-import types
 import weakref
 
 import numpy as np
@@ -13,6 +12,7 @@ import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pytest
+from conftest import Clock
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field, field_serializer
@@ -488,17 +488,16 @@ def test_a_frame_is_sliced_not_copied_to_rows_at_once():
 
 
 def test_a_slow_generator_yields_within_about_half_a_second(monkeypatch):
-    now = 1000.0
-    monkeypatch.setattr(sources, "time", types.SimpleNamespace(monotonic=lambda: now))
+    clock = Clock()
+    monkeypatch.setattr(sources, "time", clock)
 
     def rows():
-        nonlocal now
         for i in range(1000):
-            now += 0.05
+            clock.sleep(0.05)
             yield {"i": i}
 
     first = next(chunks(rows()))
-    assert 0.4 < now - 1000 < 0.7
+    assert 0.4 < clock.now - Clock.now < 0.7
     assert 8 <= len(first.values) <= 14
 
 

@@ -82,7 +82,8 @@ class _Checks:
         return self.of(kind, space, in_union=in_union)
 
     def _of_union(self, members: list[Any], space: str) -> Check | None:
-        only = members[members[0] == "null"] if len(members) == 1 + members.count("null") else None
+        others = [member for member in members if member != "null"]
+        only = others[0] if len(others) == 1 else None
         if isinstance(only, dict) and only["type"] == "array":  # no other member takes text or bytes
             return self.of(only, space)
         wider = {"float": "double"}
@@ -101,7 +102,7 @@ class _Checks:
                 checks[i] = _before(taken, member["logicalType"], checks.get(i))
         if not checks:
             return None
-        if len(members) - members.count("null") == 1:
+        if only is not None:
             return next(iter(checks.values()))
         choose = self._choice(members, space)
 
