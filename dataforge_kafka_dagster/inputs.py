@@ -17,7 +17,7 @@ import pydantic
 
 from dataforge_kafka_dagster.kafka.avro_check import is_exact
 from dataforge_kafka_dagster.kafka.errors import KafkaError
-from dataforge_kafka_dagster.kafka.models import is_model
+from dataforge_kafka_dagster.kafka.models import KNOWS_NAMES, config_of, is_model, writes_aliases
 from dataforge_kafka_dagster.kafka.reader import ReadRecord
 from dataforge_kafka_dagster.kafka.records import KafkaRecord
 from dataforge_kafka_dagster.kafka.schemas import SCHEMA_FORMATS
@@ -69,7 +69,7 @@ def in_form(form: Any, records: Iterable[tuple[ReadRecord, ValueFormat | None]])
     form, optional = _without_none(form)
     origin, arguments = typing.get_origin(form) or form, typing.get_args(form)
     single = _is_mapping(form) or _is_model(origin) or (isinstance(origin, type) and issubclass(origin, (str, bytes)))
-    item: Any = origin if single else arguments[0] if len(arguments) == 1 else None
+    item: Any = form if single else _without_none(arguments[0])[0] if len(arguments) == 1 else None
     if item is not KafkaRecord:
         records = ((record, value_format) for record, value_format in records if record.value is not None)
     if _library(form):
@@ -77,7 +77,7 @@ def in_form(form: Any, records: Iterable[tuple[ReadRecord, ValueFormat | None]])
     values: list[Any]
     if item is KafkaRecord:
         values = [_as_kafka_record(record, value_format) for record, value_format in records]
-    elif _is_model(item):
+    elif _classes(item):
         values = _models(item, records)
     else:
         values = [_value(record, value_format) for record, value_format in records]
@@ -99,12 +99,12 @@ def _is_model(form: Any) -> bool:
     return isinstance(form, type) and is_model(form)
 
 
-def _models(model: type, records: Iterable[tuple[ReadRecord, ValueFormat | None]]) -> list[Any]:
-    """The values as objects of a pydantic model or dataclass."""
-    culprit = f"input annotated with {model.__qualname__}"
-    names = functools.cache(lambda by_config: _names_of(model, culprit, by_config=by_config))
+def _models(form: Any, records: Iterable[tuple[ReadRecord, ValueFormat | None]]) -> list[Any]:
+    """The values as objects of a pydantic model or dataclass, or mappings that have some."""
+    culprit = f"input annotated with {form.__qualname__ if isinstance(form, type) else form}"
+    names = functools.cache(lambda by_config: _names_of(form, culprit, by_config=by_config))
     try:
-        adapter: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(model)
+        adapter: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(form)
     except (pydantic.PydanticUserError, NameError) as error:
         cause = f"pydantic cannot check its fields: {str(error).partition(chr(10))[0]}"
         raise KafkaError(culprit, cause, "Annotate it as a list or dict") from error
@@ -131,26 +131,26 @@ def _models(model: type, records: Iterable[tuple[ReadRecord, ValueFormat | None]
     return made
 
 
-def _names_of(model: type, culprit: str, *, by_config: bool) -> dict[str, Any]:
-    """The options by which pydantic reads a class by the names that it is written with.
+def _names_of(form: Any, culprit: str, *, by_config: bool) -> dict[str, Any]:
+    """The options by which pydantic reads classes by the names that they are written with.
 
     Args:
-        model: The class.
+        form: The annotation that has them.
         culprit: What an error names.
-        by_config: Whether the class itself says if aliases are written.
+        by_config: Whether a class itself says if aliases are written.
 
     Raises:
         KafkaError: A field would come back as its default.
     """
-    classes = _classes(model)
-    by_alias = by_config and _writes_aliases(model)
+    classes = _classes(form)
+    by_alias = by_config and writes_aliases(classes[0])
     # Where the classes inside differ, both names are read.
-    ways = ((by_alias, not by_alias), (True, True)) if _KNOWS_NAMES else ((True, False),)
+    ways = ((by_alias, not by_alias), (True, True)) if KNOWS_NAMES else ((True, False),)
     lost: set[str] = set()
     for way in ways:
         lost = {field for cls in classes for field in _lost(cls, *way, by_config=by_config)}
         if not lost:
-            return {"by_alias": way[0], "by_name": way[1]} if _KNOWS_NAMES else {}
+            return {"by_alias": way[0], "by_name": way[1]} if KNOWS_NAMES else {}
     raise KafkaError(
         culprit,
         f"its field {min(lost)!r} is written by a name that it is not read by, or not taken by its constructor",
@@ -162,6 +162,7 @@ def _classes(form: Any, found: tuple[type, ...] = ()) -> tuple[type, ...]:
     """The models and dataclasses in an annotation, and in their fields'."""
     for part in typing.get_args(form):
         found = _classes(part, found)
+    form = typing.get_origin(form) or form
     if not _is_model(form) or form in found:
         return found
     found = (*found, form)
@@ -183,23 +184,14 @@ def _fields(cls: type) -> dict[str, Any] | None:
     return getattr(cls, "__pydantic_fields__", getattr(cls, "model_fields", None))
 
 
-def _config(cls: type) -> Mapping[str, Any]:
-    return getattr(cls, "model_config", None) or getattr(cls, "__pydantic_config__", {})
-
-
-def _writes_aliases(cls: type) -> bool:
-    """Whether a class says so of itself."""
-    return _KNOWS_NAMES and bool(_config(cls).get("serialize_by_alias"))
-
-
 def _lost(cls: type, by_alias: bool, by_name: bool, *, by_config: bool) -> set[str]:
     """The fields of a class that would come back as their default, or as another's."""
     fields = _fields(cls)
     if fields is None:
         return {field.name for field in dataclasses.fields(cls) if not field.init}
-    if not _KNOWS_NAMES:
-        by_name = bool(_config(cls).get("populate_by_name"))
-    written_by_alias = by_config and _writes_aliases(cls)
+    if not KNOWS_NAMES:
+        by_name = bool(config_of(cls).get("populate_by_name"))
+    written_by_alias = by_config and writes_aliases(cls)
     lost = set()
     for name, field in fields.items():
         written = (field.serialization_alias or name) if written_by_alias else name
@@ -210,10 +202,6 @@ def _lost(cls: type, by_alias: bool, by_name: bool, *, by_config: bool) -> set[s
         if written not in read or not others.isdisjoint(one for one in read if isinstance(one, str)):
             lost.add(name)
     return lost
-
-
-# Before 2.11, pydantic goes by the model's config alone.
-_KNOWS_NAMES: Final = tuple(map(int, pydantic.VERSION.split(".")[:2])) >= (2, 11)
 
 
 def _value(record: ReadRecord, value_format: ValueFormat | None) -> Any:

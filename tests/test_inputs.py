@@ -13,6 +13,7 @@ import pydantic
 import pytest
 
 from dataforge_kafka_dagster import KafkaError, KafkaRecord, inputs
+from dataforge_kafka_dagster.kafka.models import KNOWS_NAMES
 from dataforge_kafka_dagster.kafka.reader import ReadRecord
 from dataforge_kafka_dagster.kafka.serialization import serialize_value
 
@@ -215,6 +216,9 @@ def test_models_and_dataclasses_come_back_as_what_they_were(values):
     assert inputs.in_form(list[cls] | None, _published([None, *values])) == values
     assert inputs.in_form(cls, _published(values[:1])) == values[0]
     assert inputs.in_form(cls | None, _published([])) is None
+    assert inputs.in_form(list[cls | None], _published([None, *values])) == values
+    assert inputs.in_form(dict[str, cls], _published([{"a": values[0]}])) == {"a": values[0]}
+    assert inputs.in_form(list[dict[str, cls]], _published([{"a": values[0]}])) == [{"a": values[0]}]
     assert inputs.form_of_each(dict[str, list[cls]]) == list[cls]
 
 
@@ -269,7 +273,7 @@ class Order:
     total: float = dataclasses.field(init=False, default=0.0)
 
 
-@pytest.mark.skipif(not inputs._KNOWS_NAMES, reason="pydantic before 2.11 goes by the model's config")
+@pytest.mark.skipif(not KNOWS_NAMES, reason="pydantic before 2.11 goes by the model's config")
 @pytest.mark.parametrize("value", [Swapped(updated=1, created=2), ByAlias(number=5), Empty()])
 def test_a_model_is_read_by_the_names_that_it_is_written_by(value):
     assert inputs.in_form(type(value), _published([value])) == value
@@ -306,13 +310,13 @@ class Crossed(pydantic.BaseModel):
 PRICED = Priced(n=1, price=Price(Amount=99.5), others=[Price(Amount=1.5)])
 
 
-@pytest.mark.skipif(not inputs._KNOWS_NAMES, reason="pydantic before 2.11 goes by the model's config")
+@pytest.mark.skipif(not KNOWS_NAMES, reason="pydantic before 2.11 goes by the model's config")
 @pytest.mark.parametrize("value", [PRICED, Around({"a": PRICED})])
 def test_models_inside_are_read_by_the_names_that_they_are_written_by(value):
     assert inputs.in_form(type(value), _published([value])) == value
 
 
-@pytest.mark.skipif(not inputs._KNOWS_NAMES, reason="pydantic before 2.11 goes by the model's config")
+@pytest.mark.skipif(not KNOWS_NAMES, reason="pydantic before 2.11 goes by the model's config")
 @pytest.mark.parametrize(
     ("value", "field"),
     [(RenamedInside(inside=[Renamed(n=5)]), "n"), (Crossed(updated=1, price=Price(Amount=2)), "created")],
@@ -322,16 +326,14 @@ def test_models_inside_that_would_come_back_as_their_defaults_are_refused(value,
         inputs.in_form(type(value), _published([value]))
 
 
-@pytest.mark.skipif(not inputs._KNOWS_NAMES, reason="pydantic before 2.11 goes by the model's config")
+@pytest.mark.skipif(not KNOWS_NAMES, reason="pydantic before 2.11 goes by the model's config")
 @pytest.mark.parametrize("value_format", ["avro", "protobuf"])
 def test_a_model_is_read_by_its_own_names_where_aliases_are_not_written(value_format):
     for made in (ByAlias.model_validate({"number": 5}), Renamed.model_validate({"n": 5})):
         assert inputs.in_form(type(made), _published([{"n": 5}], value_format)) == made
 
 
-@pytest.mark.parametrize(
-    ("value", "field"), [*([(Renamed(n=5), "n")] if inputs._KNOWS_NAMES else []), (Order(1.0), "total")]
-)
+@pytest.mark.parametrize(("value", "field"), [*([(Renamed(n=5), "n")] if KNOWS_NAMES else []), (Order(1.0), "total")])
 def test_a_class_that_would_come_back_as_its_defaults_is_refused(value, field):
     with pytest.raises(KafkaError, match=rf"input annotated with .*: its field '{field}' is written by a name"):
         inputs.in_form(type(value), _published([value]))

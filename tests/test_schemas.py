@@ -21,6 +21,7 @@ from typing import Annotated, Generic, Literal, NewType, TypeVar
 
 import narwhals as nw
 import numpy as np
+import orjson
 import pandas as pd
 import polars as pl
 import pyarrow as pa
@@ -37,10 +38,12 @@ from pydantic import (
     RootModel,
     ValidationError,
     computed_field,
+    create_model,
     field_serializer,
 )
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError, Remedy
+from dataforge_kafka_dagster.kafka.models import KNOWS_NAMES
 from dataforge_kafka_dagster.kafka.protobuf import _class_at
 from dataforge_kafka_dagster.kafka.records import KafkaRecord
 from dataforge_kafka_dagster.kafka.registry import SchemaRegistry, SchemaRegistryConfig, client_options
@@ -456,6 +459,29 @@ def test_keys_of_a_frame_have_the_type_of_their_column(registry):
     assert SchemaDecoder(registry)(two([key])[0], "avro") == key
     assert one.registered.subject == "one-key"
     assert one.registered.part == "key"
+
+
+@pytest.mark.parametrize("form", ["avro", "json_schema"])
+def test_a_key_schema_is_that_of_the_first_key_that_is_a_single_value(registry, form):
+    for number, (key, same) in enumerate([("N1", "N1"), (7, 7), (Kind.PROP, Kind.PROP.value)]):
+        encoders = SchemaEncoders(None, encoder(registry, form, f"first-{number}", part="key"))
+        (chunk,) = chunks([{"id": None, "n": 1}, {"id": key, "n": 2}], "id", encoders=encoders)
+        assert [SchemaDecoder(registry)(data, form) for data in chunk.keys] == [None, same]
+    at = dt.datetime(2013, 1, 1, tzinfo=UTC)
+    (data,) = encoder(registry, "avro", "first-at", part="key")([at])
+    assert SchemaDecoder(registry)(data, "avro") == at
+
+
+def test_a_key_schema_that_no_key_tells_is_refused(registry):
+    for form, key, cause in (
+        ("protobuf", "N1", "a single value is no Protobuf message"),
+        ("avro", {"id": "N1", "day": "x"}, "dict does not say which types"),
+        ("avro", decimal.Decimal(1), "Decimal does not say which types"),
+    ):
+        with pytest.raises(KafkaConfigError, match=f"key schema '{form}' of topic .*: it cannot be derived: .*{cause}"):
+            encoder(registry, form, part="key")([key])
+    with pytest.raises(InvalidRecordError, match=r"record 1: its key does not fit the schema"):
+        encoder(registry, "avro", part="key")(["N1", 2])
 
 
 def test_a_decimal_by_itself_is_no_avro_key(registry):
@@ -1355,6 +1381,20 @@ def test_a_models_json_schema_has_the_names_that_its_records_have(registry):
         model = type("Aliased", (Aliased,), {"model_config": {"serialize_by_alias": alias}, "__module__": __name__})
         (data,) = encoder(registry, "json_schema", f"alias-{alias}")([model(tailNumber="N1")])
         assert list(SchemaDecoder(registry)(data, "json_schema")) == ["tailNumber" if alias else "tailnum"]
+
+
+@pytest.mark.skipif(not KNOWS_NAMES, reason="pydantic's config does not know the option before 2.11")
+def test_a_models_json_schema_has_the_names_that_the_records_of_models_inside_have(registry):
+    inside = type("Inside", (Aliased,), {"model_config": {"serialize_by_alias": True}, "__module__": __name__})
+    plain = create_model("Plain", inside=inside, others=list[Aliased], to=(str, Field("EWR", serialization_alias="t")))
+    outside = create_model("Outside", __base__=inside, plain=plain)
+    flight = plain(inside=inside(tailNumber="N1"), others=[Aliased(tailNumber="N2")])
+    for number, value in enumerate([flight, outside(plain=flight, tailNumber="N3")]):
+        (data,) = encoder(registry, "json_schema", f"inside-{number}")([value])
+        assert SchemaDecoder(registry)(data, "json_schema") == orjson.loads(value.model_dump_json())
+        made = json.loads(KafkaSchema.of(type(value), format="json_schema").text)
+        named = {name for part in (made, *made["$defs"].values()) for name in part["properties"]}
+        assert named - {"plain"} == {"tailNumber", "inside", "others", "to", "tailnum"}
 
 
 def _as_text(value: int) -> str:

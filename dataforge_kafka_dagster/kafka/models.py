@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import VERSION, BaseModel, TypeAdapter
 from pydantic.dataclasses import is_pydantic_dataclass
 from pydantic_core import TzInfo
 
@@ -37,6 +37,10 @@ _FIELD_KEYS: Final = frozenset({"type", "schema", "validation_alias", "frozen", 
 _NOT_SCHEMA: Final = frozenset(
     {"cls", "config", "default", "default_factory", "expected", "json_schema_input_schema", "metadata", "serialization"}
 )
+
+
+# Before 2.11, pydantic reads by the model's config alone, and writes aliases where it is told to alone.
+KNOWS_NAMES: Final = tuple(map(int, VERSION.split(".")[:2])) >= (2, 11)
 
 
 class UnsupportedTypeError(TypeError):
@@ -67,6 +71,16 @@ def pydantic_dataclass(cls: type) -> type | None:
 def _pydantic_dataclass(cls: type) -> type | None:
     found = next((base for base in cls.__mro__ if "__dataclass_fields__" in vars(base)), None)
     return found if found is not None and is_pydantic_dataclass(found) else None
+
+
+def config_of(cls: type) -> Mapping[str, Any]:
+    """What a model, or a dataclass of pydantic's, says of itself to pydantic."""
+    return getattr(cls, "model_config", None) or getattr(cls, "__pydantic_config__", None) or {}
+
+
+def writes_aliases(cls: type) -> bool:
+    """Whether a class says of itself that its fields are written by their aliases."""
+    return KNOWS_NAMES and bool(config_of(cls).get("serialize_by_alias"))
 
 
 def dumped(value: Any, **options: Any) -> Any:

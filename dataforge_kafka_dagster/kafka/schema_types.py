@@ -18,7 +18,7 @@ import re
 import types
 import typing
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from pydantic import BaseModel, PlainSerializer, PydanticUserError, RootModel, TypeAdapter, WrapSerializer
@@ -27,7 +27,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticUndefined
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
-from dataforge_kafka_dagster.kafka.models import is_model, pydantic_dataclass
+from dataforge_kafka_dagster.kafka.models import is_model, is_of_pydantic, pydantic_dataclass, writes_aliases
 
 if TYPE_CHECKING:
     import narwhals as nw
@@ -91,6 +91,11 @@ def avro_of_class(cls: type, name: str | None = None) -> dict[str, Any]:
         InvalidRecordError: A field's type has no Avro type.
     """
     return cast("dict[str, Any]", _of_class(cls, {}, name))
+
+
+def avro_of_scalar(value: Any) -> AvroType | None:
+    """The Avro type of a value by itself; None if its type alone does not tell it."""
+    return _SCALARS.get(type(value.value if isinstance(value, enum.Enum) else value))
 
 
 def _of_class(cls: type, seen: dict[type, str], given: str | None = None) -> AvroType:
@@ -426,10 +431,8 @@ def rows_of_frame(frame: nw.DataFrame[Any], *, nan_is_null: bool = True) -> list
 
 def json_schema_of_class(cls: type) -> dict[str, Any]:
     """The JSON Schema of a dataclass or pydantic model, as pydantic writes it."""
-    # By the names that its records are written with.
-    by_alias = bool(getattr(cls, "model_config", {}).get("serialize_by_alias"))
     try:
-        made = TypeAdapter(cls).json_schema(mode="serialization", by_alias=by_alias, schema_generator=_JsonSchema)
+        made = TypeAdapter(cls).json_schema(mode="serialization", by_alias=False, schema_generator=_JsonSchema)
     except (PydanticUserError, NameError) as error:
         raise InvalidRecordError(
             f"schema of {cls.__qualname__}",
@@ -440,6 +443,25 @@ def json_schema_of_class(cls: type) -> dict[str, Any]:
 
 
 class _JsonSchema(GenerateJsonSchema):
+    """Names fields as records do: by their aliases where their own class says so."""
+
+    def model_schema(self, schema: Any) -> Any:
+        with self._named_as(schema["cls"]):
+            return super().model_schema(schema)
+
+    def dataclass_schema(self, schema: Any) -> Any:
+        with self._named_as(schema["cls"]):
+            return super().dataclass_schema(schema)
+
+    @contextlib.contextmanager
+    def _named_as(self, cls: type) -> Iterator[None]:
+        outside = self.by_alias
+        self.by_alias = writes_aliases(cls) if is_of_pydantic(cls) else outside
+        try:
+            yield
+        finally:
+            self.by_alias = outside
+
     def default_schema(self, schema: Any) -> Any:
         """A field's schema, without a default that JSON does not have: NaN or infinity."""
         made = super().default_schema(schema)

@@ -39,6 +39,7 @@ from dataforge_kafka_dagster.kafka.registry import INSTALL, SchemaRegistry, Sche
 from dataforge_kafka_dagster.kafka.schema_types import (
     avro_of_class,
     avro_of_frame,
+    avro_of_scalar,
     json_schema_of,
     json_schema_of_class,
     key_of_frame,
@@ -407,8 +408,8 @@ class SchemaEncoder:
             if self._part == "value":
                 return schema.with_avro(avro_of_frame(like, name, any_names=any_names))
             avro = key_of_frame(like, key, f"{name}_key", any_names=any_names)
-            if self.form == "protobuf" and len(key) == 1:
-                raise self._not_derived("a single column is no Protobuf message")
+            if len(key) == 1:
+                self._refuse_single_in_protobuf()
             if self.form == "avro" and isinstance(avro, dict) and avro.get("logicalType") == "decimal":
                 # It writes bytes as they are, without a length, and reads them back as bytes.
                 raise self._not_derived(
@@ -420,9 +421,17 @@ class SchemaEncoder:
     def _derived_from(self, like: Any) -> KafkaSchema:
         if is_message(type(like)):
             return self._schema.model_copy(update={"message": _path_of(type(like)), "format": "protobuf"})
+        avro = avro_of_scalar(like) if self._part == "key" else None
+        if avro is not None:
+            self._refuse_single_in_protobuf()
+            return self._schema.with_avro(avro)
         if isinstance(like, Mapping) or not (hasattr(like, "__dict__") or dataclasses.is_dataclass(like)):
             raise self._not_derived(f"a {type(like).__qualname__} does not say which types its fields have")
         return self._schema.with_class(type(like))
+
+    def _refuse_single_in_protobuf(self) -> None:
+        if self.form == "protobuf":
+            raise self._not_derived("a single value is no Protobuf message")
 
     def _not_derived(
         self,
@@ -837,12 +846,14 @@ _FIELDS_ONLY: Final[dict[str, Any]] = {
 
 
 def _plain(value: Any) -> Any:
-    """A dataclass or model as a mapping by its fields, with enums as their values; anything else as it is.
+    """A dataclass or model as a mapping by its fields, an enum as its value; anything else as it is.
 
     A model's fields are what it serializes to, without what it excludes.
     """
     if type(value) in {dict, str, int}:
         return value
+    if isinstance(value, enum.Enum):
+        return value.value
     if is_of_pydantic(type(value)):
         return _inside(dumped(value, **_FIELDS_ONLY))
     if dataclasses.is_dataclass(value):
@@ -851,8 +862,6 @@ def _plain(value: Any) -> Any:
 
 
 def _inside(value: Any) -> Any:
-    if isinstance(value, enum.Enum):
-        return value.value
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_inside(item) for item in value]
     if isinstance(value, Mapping):
