@@ -402,6 +402,24 @@ def test_frames_have_null_for_nan_in_formats_that_have_no_nan(registry, form):
     assert [SchemaDecoder(registry)(data, form)["f"] for data in encode(encode.rows(frame))] == [1.5, None, None]
 
 
+@pytest.mark.parametrize("library", ["polars", "pyarrow"])
+def test_frames_have_null_for_nan_in_lists_and_structs_too(registry, library):
+    frame = frame_of(library, {"l": [[1.5, float("nan")], None], "s": [{"x": [{"y": float("nan")}]}, {"x": None}]})
+    encode = encoder(registry, "json_schema")
+    encode.prepare(frame)
+    rows = [{"l": [1.5, None], "s": {"x": [{"y": None}]}}, {"l": None, "s": {"x": None}}]
+    assert [SchemaDecoder(registry)(data, "json_schema") for data in encode(encode.rows(frame))] == rows
+
+
+def test_lists_in_a_column_of_pandas_have_null_for_nan_too(registry):
+    encode = encoder(registry, KafkaSchema(format="json_schema", text='{"title": "Any", "type": "object"}'))
+    frame = nw.from_native(pd.DataFrame({"l": [[1.5, float("nan")], [float("inf")]]}))
+    rows = encode.rows(frame)
+    assert SchemaDecoder(registry)(encode(rows[:1])[0], "json_schema") == {"l": [1.5, None]}
+    with pytest.raises(InvalidRecordError, match="NaN nor infinity"):
+        encode(rows[1:])
+
+
 def test_missing_values_of_pandas_are_none():
     frame = pd.DataFrame(
         {"f": [1.5, float("nan")], "t": [pd.NaT, pd.Timestamp(2013, 1, 1)], "n": pd.array([None, 2], "Int64")}

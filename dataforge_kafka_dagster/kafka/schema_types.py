@@ -410,8 +410,11 @@ def rows_of_frame(frame: nw.DataFrame[Any], *, nan_is_null: bool = True) -> list
 
     Args:
         frame: The frame.
-        nan_is_null: Whether NaN is None in the other libraries' frames too, where it is a number beside null.
+        nan_is_null: Whether NaN is None in the other libraries' frames too, where it is a number beside null, and inside
+            of lists and structs.
     """
+    import narwhals as nw  # noqa: PLC0415  (slow to import)
+
     columns = []
     for name in frame.columns:
         series = frame[name]
@@ -423,10 +426,21 @@ def rows_of_frame(frame: nw.DataFrame[Any], *, nan_is_null: bool = True) -> list
             if type(series.dtype).__name__ == "Datetime":
                 values = [value and value.to_pydatetime(warn=False) for value in values]
         elif nan_is_null and series.dtype.is_float():
-            values = [None if value != value else value for value in values]  # noqa: PLR0124  (NaN is not itself)
+            values = list(map(_null_for_nan, values))
+        if nan_is_null and (series.dtype.is_nested() or series.dtype == nw.Object):
+            values = list(map(_null_for_nan, values))
         columns.append(values)
     names = frame.columns
     return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _null_for_nan(value: Any) -> Any:
+    """A value with None for NaN, also inside of lists and structs."""
+    if type(value) is list:
+        return list(map(_null_for_nan, value))
+    if type(value) is dict:
+        return {key: _null_for_nan(item) for key, item in value.items()}
+    return None if type(value) is float and value != value else value  # noqa: PLR0124  (NaN is not itself)
 
 
 def json_schema_of_class(cls: type) -> dict[str, Any]:
