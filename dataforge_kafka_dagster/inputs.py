@@ -118,7 +118,8 @@ def _models(form: Any, records: Iterable[tuple[ReadRecord, ValueFormat | None]])
             elif value_format == "json_schema":
                 made.append(adapter.validate_json(to_json(record.value), **options))
             else:
-                made.append(adapter.validate_python(_value(record, value_format), **options))
+                # What Avro and Protobuf have for a UUID, a tuple and the like is no strict model's.
+                made.append(adapter.validate_python(_value(record, value_format), strict=False, **options))
         except pydantic.ValidationError as error:
             first = error.errors(include_url=False)[0]
             place = ".".join(map(str, first["loc"]))

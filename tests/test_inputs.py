@@ -246,6 +246,18 @@ def test_what_a_json_schema_has_decoded_is_read_as_json(value):
     assert inputs.in_form(type(value), _published([{"at": "2020-01-01T00:00:00"}], "json_schema")) == value
 
 
+class Exact(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True)
+    id: uuid.UUID
+    ids: tuple[int, ...]
+
+
+@pytest.mark.parametrize("value_format", ["avro", "protobuf"])
+def test_a_strict_model_is_made_of_what_stands_for_its_types_in_a_schema(value_format):
+    published = _published([{"id": str(uuid.UUID(int=1)), "ids": [1]}], value_format)
+    assert inputs.in_form(list[Exact], published) == [Exact(id=uuid.UUID(int=1), ids=(1,))]
+
+
 class Swapped(pydantic.BaseModel):
     """An alias of one field is the name of the other, which it is written by."""
 
