@@ -12,7 +12,7 @@ import threading
 import uuid
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import dagster as dg
 
@@ -44,23 +44,63 @@ class Identity:
         return _identity(self.name, (partition,), self.origin)
 
 
-def origin_run_id(instance: dg.DagsterInstance, run: dg.DagsterRun, step_key: str) -> str:
-    """Id of the run whose work a step does: the first ancestor that is not itself a retry.
+class Origin(NamedTuple):
+    """Where the work that a step does began.
+
+    Attributes:
+        run_id: Id of the run.
+        step_key: Key of the step in that run.
+    """
+
+    run_id: str
+    step_key: str
+
+
+def origin_of(instance: dg.DagsterInstance, run: dg.DagsterRun, step_key: str) -> Origin:
+    """Where the work that a step does began: in the first ancestor of its run that is not itself a retry.
 
     Automatic run retries and re-executions from failure are retries. A re-execution of everything is new work, and so
     is a re-execution of selected steps for a step that had succeeded, also if what they repeat was a retry itself.
     """
     while run.parent_run_id is not None:
         parent = instance.get_run_by_id(run.parent_run_id)
-        if not _is_retry(instance, run, parent, step_key):
+        there = _key_in_parent(instance, run, parent, step_key)
+        if not _is_retry(instance, run, parent, there):
             break
+        step_key = there
         if parent is None:
-            return run.parent_run_id
+            return Origin(run.parent_run_id, step_key)
         run = parent
-    return run.run_id
+    return Origin(run.run_id, step_key)
+
+
+def _key_in_parent(
+    instance: dg.DagsterInstance, run: dg.DagsterRun, parent: dg.DagsterRun | None, step_key: str
+) -> str:
+    """The key that a step had in the run that its own repeats.
+
+    Dagster names a node after its op, and numbers those of one op. A run of other assets numbers them anew, so that an
+    asset's step may have the key that another's had.
+    """
+    node, dot, inside = step_key.partition(".")
+    made = _made_by(instance, run).get(node, set())
+    there = next((name for name, also in _made_by(instance, parent).items() if made & also), node)
+    return f"{there}{dot}{inside}"
+
+
+def _made_by(instance: dg.DagsterInstance, run: dg.DagsterRun | None) -> dict[str, set[Any]]:
+    """The keys of the assets and checks that each node of a run's plan makes, a graph's steps as one."""
+    made: dict[str, set[Any]] = collections.defaultdict(set)
+    if run is not None and run.execution_plan_snapshot_id is not None:
+        for step in instance.get_execution_plan_snapshot(run.execution_plan_snapshot_id).steps:
+            for output in step.outputs:
+                told: Any = output.properties
+                made[step.key.partition(".")[0]] |= {told.asset_key, told.asset_check_key} - {None}
+    return made
 
 
 def _is_retry(instance: dg.DagsterInstance, run: dg.DagsterRun, parent: dg.DagsterRun | None, step_key: str) -> bool:
+    """Whether a run is a retry of its parent for a step, which had this key there."""
     # A re-execution of selected steps has the number of its parent; an automatic retry has a higher one.
     number, before = (one.tags.get(_NUMBER_TAG) if one else None for one in (run, parent))
     if _RESUME_TAG in run.tags or (number is not None and number != before):
@@ -90,7 +130,9 @@ def _had_succeeded(instance: dg.DagsterInstance, run: dg.DagsterRun | None, step
             return True
         if run.parent_run_id is None or step_key in _steps(instance, run.run_id, dg.DagsterEventType.STEP_START):
             return False
-        run = instance.get_run_by_id(run.parent_run_id)
+        parent = instance.get_run_by_id(run.parent_run_id)
+        step_key = _key_in_parent(instance, run, parent, step_key)
+        run = parent
     return False
 
 
@@ -117,9 +159,9 @@ def output_identity(context: dg.OutputContext) -> Identity:
         # A context made by build_output_context has no job.
         job = context.job_name if step_context_of(context) else ""
         # Runs of an op job are different work and may overlap: they must not fence each other.
-        name = ("job", job, context.step_key, context.name, *mapping, origin)
+        name = ("job", job, origin.step_key, context.name, *mapping, origin.run_id)
         partition = (str(context.partition_key),) if context.has_partition_key else ()
-    return _identity(name, partition, origin)
+    return _identity(name, partition, origin.run_id)
 
 
 def _name(context: dg.OutputContext) -> str:
@@ -130,11 +172,11 @@ def _name(context: dg.OutputContext) -> str:
         return "result"
 
 
-def _origin_of_output(context: dg.OutputContext) -> str:
+def _origin_of_output(context: dg.OutputContext) -> Origin:
     step = step_context_of(context)
     if step is None:  # each is work of its own
-        return str(uuid.uuid4())
-    return origin_run_id(step.instance, step.dagster_run, context.step_key)
+        return Origin(str(uuid.uuid4()), context.step_key)
+    return origin_of(step.instance, step.dagster_run, context.step_key)
 
 
 def op_context_of(
@@ -184,7 +226,7 @@ def session_identity(
         call = str(uuid.uuid4())
         return _identity(("call", call, session), (), call)
     step = step_context.step
-    origin = origin_run_id(op_context.instance, op_context.run, step.key)
+    origin = origin_of(op_context.instance, op_context.run, step.key)
     partition = _partition_of_session(op_context, partition_key)
     number = _number(step_context, session, partition)
     # What comes first says how many names follow: no other publisher's can be the same ones.
@@ -195,6 +237,9 @@ def session_identity(
         keys = sorted(assets_def.node_keys_by_output_name.values())
         if keys:
             kind, path = f"asset-{kind}", list(keys[0].path)
+            part = _part_of(op_context.instance, origin, set(keys)) if assets_def.can_subset else None
+            if part is not None:
+                kind, path = f"part-of-{kind}", [*path, part.to_string()]
         else:
             # Another code location may have a function of the same name, for another asset.
             checks = assets_def.node_check_specs_by_output_name.values()
@@ -204,8 +249,19 @@ def session_identity(
         _, graph, inside = step.key.partition(".")
         name = (f"step-of-{kind}", inside, *path, session) if graph else (kind, *path, session)
     else:
-        name = (f"job-{kind}", op_context.job_name, step.key, session, origin)
-    return _identity(name, partition, origin)
+        name = (f"job-{kind}", op_context.job_name, origin.step_key, session, origin.run_id)
+    return _identity(name, partition, origin.run_id)
+
+
+def _part_of(instance: dg.DagsterInstance, origin: Origin, keys: set[dg.AssetKey]) -> dg.AssetKey | None:
+    """The first asset of a step that makes some of a multi-asset's, and not the first of them; else None.
+
+    Dagster makes several steps of a multi-asset where another asset of the run lies between its own.
+    """
+    made_by = _made_by(instance, instance.get_run_by_id(origin.run_id))
+    made = keys & set().union(*made_by.values())
+    mine = keys & made_by.get(origin.step_key.partition(".")[0], set())
+    return min(mine) if mine and min(mine) != min(made) else None
 
 
 def _partition_of_session(op_context: dg.OpExecutionContext, partition_key: str | None) -> tuple[str, ...]:

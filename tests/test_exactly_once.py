@@ -22,7 +22,7 @@ from crashing import POINTS, RECORDS, assert_once, assert_told_truly
 from dagster._core.execution.api import ReexecutionOptions, execute_run
 
 from dataforge_kafka_dagster import KafkaProducerConfig
-from dataforge_kafka_dagster.identity import origin_run_id
+from dataforge_kafka_dagster.identity import origin_of
 from dataforge_kafka_dagster.kafka.config import PublicationConfig
 from dataforge_kafka_dagster.kafka.ledger import make_transactional_id
 from dataforge_kafka_dagster.kafka.publication import PublicationWriter
@@ -190,7 +190,6 @@ def test_dagsters_retry_tags_tell_a_retry(tags, same, instance, crash, kafka_boo
         parent_run_id=first.run_id,
         root_run_id=first.run_id,
     )
-    assert dg.DagsterInstance is not None
     result = execute_run(dg.reconstructable(crashing.without_policy_job), second, instance)
     assert result.success
     records = read(kafka_bootstrap_servers, crash.topic)
@@ -212,7 +211,7 @@ def test_what_is_launched_from_an_automatic_retry_is_no_retry_for_its_tag(instan
         runs.append(
             instance.create_run_for_job(job, tags=tags, parent_run_id=parent, root_run_id=parent and runs[0].run_id)
         )
-        return origin_run_id(instance, runs[-1], "work"), runs[-1].run_id
+        return origin_of(instance, runs[-1], "work").run_id, runs[-1].run_id
 
     origin, first = launched(None, None)
     assert origin == first
@@ -260,8 +259,8 @@ def test_a_selected_step_is_a_retry_only_if_it_had_failed_last(step, fails, orig
     launch()
     launch(ReexecutionOptions.from_failure(runs[0].run_id, instance))
     launch(ReexecutionOptions(runs[1].run_id, [step]))
-    assert origin_run_id(instance, runs[2], step) == runs[origin].run_id
-    assert origin_run_id(instance, runs[1], "second_step") == runs[0].run_id
+    assert origin_of(instance, runs[2], step).run_id == runs[origin].run_id
+    assert origin_of(instance, runs[1], "second_step").run_id == runs[0].run_id
 
 
 def start(job, dagster_home, tags):

@@ -7,6 +7,7 @@ import json
 import logging
 import threading
 import time
+import types
 import uuid
 
 import dagster as dg
@@ -266,23 +267,26 @@ def test_records_that_come_one_by_one_are_not_committed_by_half_either(kafka, ka
     assert read(topic) == []
 
 
-def _run_and_resume(several, names, kafka, instance, tags=None, partition=None):
-    """Fails a run of a multi-asset, and retries the assets with these names, as the UI does "from failure"."""
+def _run_and_resume(assets, names, kafka, instance, tags=None, partition=None, times=1):
+    """Fails a run, and retries the assets with these names, as the UI does "from failure"; returns the last retry."""
     job = dg.define_asset_job("job", executor_def=dg.in_process_executor)
-    definition = dg.Definitions([several], jobs=[job], resources={"kafka": kafka}).resolve_job_def("job")
-    first = definition.execute_in_process(instance=instance, raise_on_error=False, partition_key=partition)
-    assert not first.success
+    resources = {"kafka": kafka, "kafka_io": KafkaIOManager(kafka=kafka), "io_manager": dg.mem_io_manager}
+    definition = dg.Definitions(assets, jobs=[job], resources=resources).resolve_job_def("job")
+    last = definition.execute_in_process(instance=instance, raise_on_error=False, partition_key=partition)
     tags = tags or {"dagster/is_asset_resume_retry": "true"}
-    keys = frozenset(map(dg.AssetKey, names))
+    keys = frozenset(map(dg.AssetKey.from_user_string, names))
     subset = definition.get_subset(asset_selection=keys)
-    run = instance.create_run_for_job(
-        subset,
-        tags=tags if partition is None else tags | {"dagster/partition": partition},
-        asset_selection=keys,
-        parent_run_id=first.run_id,
-        root_run_id=first.run_id,
-    )
-    return execute_run(InMemoryJob(subset), run, instance, raise_on_error=False)
+    for _ in range(times):
+        assert not last.success
+        run = instance.create_run_for_job(
+            subset,
+            tags=tags if partition is None else tags | {"dagster/partition": partition},
+            asset_selection=keys,
+            parent_run_id=last.run_id,
+            root_run_id=last.run_id,
+        )
+        last = execute_run(InMemoryJob(subset), run, instance, raise_on_error=False)
+    return last
 
 
 @pytest.mark.parametrize("failed", [["b"], ["b", "c"]])
@@ -301,7 +305,7 @@ def test_a_retry_of_some_of_several_assets_finds_their_publications(failed, kafk
                 raise ZeroDivisionError
             yield publication.materialize_result(asset_key=key)
 
-    assert _run_and_resume(several, failed, kafka, instance).success
+    assert _run_and_resume([several], failed, kafka, instance).success
     assert {name: len(read(topics[name])) for name in ["a", *failed]} == dict.fromkeys(["a", *failed], 1)
 
 
@@ -324,7 +328,7 @@ def test_a_retry_of_an_asset_without_partitions_beside_one_with_them_finds_it(ka
                 raise ZeroDivisionError
             yield publication.materialize_result(asset_key=key)
 
-    assert _run_and_resume(several, ["b"], kafka, instance, partition="x").success
+    assert _run_and_resume([several], ["b"], kafka, instance, partition="x").success
     assert _values(read(topic)) == ["a", "b"]
 
 
@@ -366,7 +370,7 @@ def test_a_session_is_not_taken_for_that_of_an_asset_which_is_not_retried(named,
                     raise ZeroDivisionError
             yield publication.materialize_result(asset_key=key)
 
-    result = _run_and_resume(several, ["b"], kafka, instance)
+    result = _run_and_resume([several], ["b"], kafka, instance)
     assert result.success is named
     assert _values(read(topic)) == (["a", "b"] if named else ["a"])
     if not named:
@@ -400,8 +404,111 @@ def test_a_graph_asset_that_is_executed_again_finds_what_its_steps_had_published
         return fail_once(publish())
 
     tags = {"dagster/is_asset_resume_retry": "true"} | ({} if by_hand else {"dagster/retry_number": "1"})
-    assert _run_and_resume(of_steps, ["of_steps"], kafka, instance, tags).success
+    assert _run_and_resume([of_steps], ["of_steps"], kafka, instance, tags).success
     assert _values(read(topic)) == ["x"]
+
+
+@pytest.mark.parametrize("by", ["session", "output"])
+def test_a_retry_of_an_asset_that_shares_its_function_finds_its_own_publication(by, kafka, kafka_topic, read, instance):
+    """Dagster calls the step `rides_2` in the first run, and in the retry, without that of eu, `rides`."""
+    topic = kafka_topic()
+    failures = iter([ZeroDivisionError] * 2)
+
+    def fail_in_us(key):
+        if key.path[0] == "us" and (failure := next(failures, None)):
+            raise failure
+
+    class Dies(KafkaIOManager):
+        def handle_output(self, context, obj):
+            super().handle_output(context, obj)
+            fail_in_us(context.asset_key)
+
+    @dg.asset(io_manager_def=Dies(kafka=kafka, topic=topic))
+    def rides(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        region = context.asset_key.path[0]
+        if by == "output":
+            return region
+        with kafka.publishing(context, topic=topic) as publication:
+            publication.send(region)
+        fail_in_us(context.asset_key)
+        return publication.materialize_result()
+
+    module = types.ModuleType("rides")
+    module.rides = rides
+    assets = [asset for region in ("eu", "us") for asset in dg.load_assets_from_modules([module], key_prefix=region)]
+    result = _run_and_resume(assets, ["us/rides"], kafka, instance, times=2)
+    assert result.success
+    assert next(failures, None) is None
+    assert _values(read(topic)) == ["eu", "us"]
+    (said,) = result.get_asset_materialization_events()
+    assert said.materialization.metadata["kafka/replayed"].value is True
+
+
+@pytest.mark.parametrize("tags", [{"dagster/is_asset_resume_retry": "true"}, {"dagster/retry_number": "1"}])
+def test_what_a_graphs_op_hands_on_is_not_taken_for_that_of_another_asset_of_the_graph(
+    tags, kafka, kafka_topic, read, instance
+):
+    between, topics = kafka_topic(), {region: kafka_topic() for region in ("eu", "us", "za")}
+    attempts = []
+
+    @dg.op(out=dg.Out(io_manager_key="kafka_io", metadata={"kafka/topic": between}))
+    def clean(raw):
+        return raw
+
+    @dg.op(ins={"rows": dg.In(input_manager_key="kafka_io")}, out=dg.Out(io_manager_key="kafka_io"))
+    def enrich(rows: list[dict]):
+        attempts.append(rows[0]["region"])
+        if attempts in (["eu", "us"], ["eu", "us", "za"]):
+            raise ZeroDivisionError
+        return rows
+
+    @dg.graph
+    def rides(raw):
+        return enrich(clean(raw))
+
+    def assets_of(region):
+        @dg.asset(key=[region, "raw"], io_manager_def=dg.FilesystemIOManager(base_dir=instance.storage_directory()))
+        def raw():
+            return [{"region": region}]
+
+        return raw, dg.AssetsDefinition.from_graph(
+            rides,
+            keys_by_input_name={"raw": raw.key},
+            keys_by_output_name={"result": dg.AssetKey([region, "rides"])},
+            metadata_by_output_name={"result": {"kafka/topic": topics[region]}},
+        )
+
+    assets = [asset for region in topics for asset in assets_of(region)]
+    assert _run_and_resume(assets, ["us/rides", "za/rides"], kafka, instance, tags).success
+    for region, topic in topics.items():
+        assert [json.loads(value) for value in _values(read(topic))] == [{"region": region}]
+    assert len(read(between)) == len(topics)
+
+
+@pytest.mark.parametrize("name", ["rows", None])
+def test_the_sessions_of_a_multi_asset_that_dagster_runs_in_two_steps_are_two(name, kafka, kafka_topic, read, instance):
+    topic = kafka_topic()
+    failures = iter([ZeroDivisionError])
+
+    @dg.multi_asset(
+        specs=[dg.AssetSpec("a", skippable=True), dg.AssetSpec("b", deps=["between"], skippable=True)], can_subset=True
+    )
+    def several(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        for key in sorted(context.selected_asset_keys):
+            with kafka.publishing(context, topic=topic, name=name) as publication:
+                publication.send(key.to_user_string())
+            if key.path == ["b"] and (failure := next(failures, None)):
+                raise failure
+            yield publication.materialize_result(asset_key=key)
+
+    @dg.asset(deps=["a"])
+    def between() -> None: ...
+
+    result = _run_and_resume([several, between], ["b"], kafka, instance)
+    assert result.success
+    assert _values(read(topic)) == ["a", "b"]
+    (said,) = result.get_asset_materialization_events()
+    assert said.materialization.metadata["kafka/replayed"].value is True
 
 
 def test_a_range_of_a_session_is_read_back_only_as_a_whole(kafka, kafka_topic, read, instance):

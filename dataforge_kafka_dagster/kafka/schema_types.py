@@ -410,8 +410,8 @@ def rows_of_frame(frame: nw.DataFrame[Any], *, nan_is_null: bool = True) -> list
 
     Args:
         frame: The frame.
-        nan_is_null: Whether NaN is None in the other libraries' frames too, where it is a number beside null, and inside
-            of lists and structs.
+        nan_is_null: Whether NaN is None in the other libraries' frames too, where it is a number beside null; inside of
+            lists and structs in all of them.
     """
     import narwhals as nw  # noqa: PLC0415  (slow to import)
 
