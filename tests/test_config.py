@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import sys
+import threading
 import time
 import urllib.parse
 from urllib.parse import quote, quote_plus
@@ -572,6 +573,16 @@ def test_where_aws_gives_no_token_the_cause_is_named_and_what_may_pass_is_retrie
     if not isinstance(told, KafkaConfigError):
         assert repr(role) in told.culprit
         assert str(error).rstrip(".") in told.cause
+
+
+def test_where_aws_does_not_answer_its_mechanism_is_named_and_no_option_that_was_not_given(monkeypatch):
+    from aws_msk_iam_sasl_signer import MSKAuthTokenProvider
+
+    answered = threading.Event()
+    monkeypatch.setattr(MSKAuthTokenProvider, "generate_auth_token", lambda _: answered.wait(30))
+    with pytest.raises(KafkaError, match=r"^sasl_mechanism='AWS_MSK_IAM': it has not returned .*, 0.2 s"):
+        Connection(KafkaProducerConfig(**MSK, connect_timeout=0.2)).producer({})
+    answered.set()
 
 
 def test_a_profile_that_aws_does_not_know_is_named():

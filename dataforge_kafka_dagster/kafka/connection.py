@@ -215,7 +215,7 @@ class Connection:
         try:
             if not fetching.done():
                 raise KafkaError(  # noqa: TRY301
-                    f"sasl_oauthbearer_callback={self.config.sasl_oauthbearer_callback!r}",
+                    self._of_token,
                     f"it has not returned after connect_timeout, {timeout:g} s",
                     "Give what it asks for the token a deadline, or raise connect_timeout",
                     code="_AUTHENTICATION",
@@ -225,6 +225,13 @@ class Connection:
         except Exception as error:  # noqa: BLE001  (of any kind: the function is the user's)
             raise self._oauth_cause(error) from None
         return fetch
+
+    @property
+    def _of_token(self) -> str:
+        """What errors call the function that fetches tokens."""
+        if self.config.sasl_mechanism == "AWS_MSK_IAM":
+            return "sasl_mechanism='AWS_MSK_IAM'"
+        return f"sasl_oauthbearer_callback={self.config.sasl_oauthbearer_callback!r}"
 
     def _check_token(self, fetched: Any) -> None:
         """Refuse what librdkafka would, which does not tell why, or would take for a token without end."""
@@ -237,7 +244,7 @@ class Connection:
         else:
             return
         raise KafkaError(
-            f"sasl_oauthbearer_callback={self.config.sasl_oauthbearer_callback!r}",
+            self._of_token,
             cause,
             "Return (token, expiry in seconds since the epoch), a str and a number, from a function that is not async;"
             " after them may come the principal, a str, and a dict of SASL extensions",
@@ -248,7 +255,7 @@ class Connection:
         if isinstance(error, KafkaError):
             return error
         return KafkaError(
-            f"sasl_oauthbearer_callback={self.config.sasl_oauthbearer_callback!r}",
+            self._of_token,
             self.config.redact(f"it raised {type(error).__name__}: {error}"),
             "Correct the function, or what it asks for the token",
             code="_AUTHENTICATION",
