@@ -644,3 +644,11 @@ def test_an_error_of_the_token_function_is_over_once_it_gives_a_token(connection
     error = connection.cause(_theirs("_TIMED_OUT"), "x")
     assert (error.code, error.remedy) == ("_TIMED_OUT", Remedy.RETRY)
     assert "token" not in str(error)
+
+
+def test_a_time_out_that_a_call_raises_itself_is_not_taken_for_one_of_the_wait():
+    def late():
+        raise TimeoutError("own")
+
+    with pytest.raises(TimeoutError, match="own"):
+        Connection(KafkaProducerConfig()).in_thread(late, 60, "x")

@@ -499,14 +499,12 @@ class Connection:
         while True:
             try:
                 future = ask()
-                while True:
-                    with contextlib.suppress(concurrent.futures.TimeoutError):
-                        result = future.result(max(0.01, min(SLICE, deadline - time.monotonic())))
-                        self.connected()
-                        return result
+                # Not by a time-out of its result, which what was called may have raised itself.
+                while not concurrent.futures.wait([future], max(0.01, min(SLICE, deadline - time.monotonic()))).done:
                     self._serve_errors()
                     if time.monotonic() >= deadline or self._locked_out:
                         raise self.unreachable(timeout)
+                result = future.result()
             except confluent_kafka.KafkaException as exception:
                 self._serve_errors()
                 error = exception.args[0]
@@ -518,6 +516,9 @@ class Connection:
                     if error.name() in NO_ANSWER_CODES:
                         raise self.unreachable(timeout) from None
                     raise self.cause(error, culprit) from None
+            else:
+                self.connected()
+                return result
             time.sleep(0.1)
 
     @property
