@@ -1,9 +1,11 @@
+import functools
+
 import pytest
 from confluent_kafka import KafkaError as KafkaCode
 from conftest import Clock
 
 from dataforge_kafka_dagster import KafkaError, KafkaProducerConfig
-from dataforge_kafka_dagster.kafka import reader
+from dataforge_kafka_dagster.kafka import reader, verification
 from dataforge_kafka_dagster.kafka.connection import Connection
 from dataforge_kafka_dagster.kafka.errors import Remedy
 from dataforge_kafka_dagster.kafka.ledger import PartitionOffsets, Publication
@@ -214,3 +216,14 @@ def test_a_replaced_record_stands_for_no_other_row(first, second, gone, said, cl
         list(reading)
     assert caught.value.records == gone
     assert str(caught.value).startswith(said)
+
+
+def test_what_is_missing_of_a_second_topic_is_not_said_of_the_first(clock, monkeypatch):
+    offsets = (PartitionOffsets("first", 0, ((0, 1),)), PartitionOffsets("second", 1, ((0, 1),)))
+    publication = Publication("p", "x", "first", 4, 0, "bytes", offsets, replayed=False, seconds=0.0)
+    consumer = _Compacted(clock, {0: b"a", 1: b"b"}, {1: b"x"})
+    config = KafkaProducerConfig(bootstrap_servers="localhost:1")
+    reading = functools.partial(_read_all, Connection(config), consumer, partial=False)
+    monkeypatch.setattr(verification, "read_publication", lambda _, *what: reading(*what))
+    (missing,) = verification._missing_when_read(config, publication, TIMEOUT)
+    assert (missing.topic, missing.partition, missing.records) == ("second", 1, 1)

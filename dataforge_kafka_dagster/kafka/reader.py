@@ -7,7 +7,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import confluent_kafka
@@ -30,16 +30,23 @@ class GoneError(KafkaError):
     """Records are not in Kafka any more.
 
     Attributes:
+        places: Where some were that are not there; of several, perhaps only those that compaction may remove.
         records: How many, without those that compaction may remove; None if that is not known.
     """
 
-    def __init__(self, culprit: str, cause: str, records: int | None = None) -> None:
+    def __init__(self, places: Sequence[PartitionOffsets], cause: str, records: int | None = None) -> None:
+        first, *others = places
+        culprit = f"{place_name(first.topic, first.partition)}, offsets {first.first} to {first.last}"
+        if others:
+            names = ", ".join(place_name(offsets.topic, offsets.partition) for offsets in places[:_SHOWN])
+            culprit = f"one of {len(places)} Kafka partitions, {names}"
         super().__init__(
             culprit,
             f"{cause}: retention or compaction removed them, brokers lost them, or the topic was made anew",
             "Materialize the upstream asset again, or raise the topic's retention.ms, or min.compaction.lag.ms where it"
             " is compacted",
         )
+        self.places = places
         self.records = records
 
 
@@ -93,7 +100,8 @@ def _read_all(
     *,
     partial: bool,
 ) -> Iterator[ReadRecord]:
-    rows, short = 0, []
+    rows = 0
+    short: list[PartitionOffsets] = []
     for offsets in publication.offsets:
         # A superseded record that is still there does not stand for another key's.
         keys: set[bytes] | None = set() if publication.superseded else None
@@ -103,11 +111,7 @@ def _read_all(
             short.append(offsets)
     gone = publication.rows - rows
     if short and not partial and gone > 0:
-        cause = f"{gone} of {publication.rows} records are gone"
-        if len(short) == 1:
-            raise GoneError(_place(short[0]), cause, gone)
-        names = ", ".join(dict.fromkeys(place_name(offsets.topic, offsets.partition) for offsets in short[:_SHOWN]))
-        raise GoneError(f"one of {len(short)} Kafka partitions, {names}", cause, gone)
+        raise GoneError(short, f"{gone} of {publication.rows} records are gone", gone)
 
 
 def refuse_lost_topics(config: KafkaProducerConfig, publications: Iterable[Publication], timeout: float) -> None:
@@ -231,12 +235,8 @@ class _Patience:
 
 def _check(connection: Connection, error: confluent_kafka.KafkaError, offsets: PartitionOffsets) -> None:
     if error.name() in {"OFFSET_OUT_OF_RANGE", "_AUTO_OFFSET_RESET"}:
-        raise GoneError(_place(offsets), f"offset {offsets.first} is gone")
+        raise GoneError([offsets], f"offset {offsets.first} is gone")
     if error.name() == "GROUP_AUTHORIZATION_FAILED":
         return  # the group is never used
     if remedy_of(error.name()) is not Remedy.RETRY:
         raise connection.cause(error, place_name(offsets.topic, offsets.partition))
-
-
-def _place(offsets: PartitionOffsets) -> str:
-    return f"{place_name(offsets.topic, offsets.partition)}, offsets {offsets.first} to {offsets.last}"

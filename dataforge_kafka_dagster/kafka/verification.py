@@ -21,7 +21,7 @@ class Missing(NamedTuple):
     """Records of a publication that are not where it put them.
 
     Attributes:
-        topic: The topic.
+        topic: The topic; with commas if it may be any of several.
         partition: Kafka partition; None for all of them.
         records: How many, as far as known.
         cause: What happened to them.
@@ -109,9 +109,11 @@ def _missing_when_read(config: KafkaProducerConfig, publication: Publication, ti
             size += len(record.value or b"") + len(record.key or b"")
     except GoneError as error:
         gone = publication.records - records if error.records is None else error.records
-        yield Missing(publication.topic, None, gone, error.cause)
+        topics = dict.fromkeys(offsets.topic for offsets in error.places)
+        partition = error.places[0].partition if len(error.places) == 1 else None
+        yield Missing(", ".join(topics), partition, gone, error.cause)
         return
     # Where compaction has removed tombstones, their bytes are not known.
     if records == publication.records and size != publication.bytes:
         cause = f"its {records} records have {size} bytes, but {publication.bytes} bytes were published"
-        yield Missing(publication.topic, None, 0, cause)
+        yield Missing(", ".join(publication.topics), None, 0, cause)
