@@ -126,7 +126,10 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         default=None, description="Schema of keys whose metadata has no kafka/key_schema; as value_schema."
     )
     read_timeout: float = Field(
-        default=30.0, gt=0, description="Longest wait for the next records when reading back, seconds."
+        default=30.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Longest wait for the next records when reading back, seconds.",
     )
 
     _outputs: HandledOutputs = PrivateAttr(default_factory=HandledOutputs)

@@ -167,6 +167,7 @@ def test_wrong_resource_options_are_refused_at_definition(door, options, said):
         {"topik": "a"},
         {"read_timeout": 0},
         {"read_timeout": "long"},
+        {"read_timeout": float("inf")},
         {"topic": 5},
         {"topic": "{asset}"},
         {"topic": "{name[a]}"},
