@@ -142,7 +142,7 @@ def _field(name: str, info: Any) -> tuple[Any, Any]:
     default = info.get_default(call_default_factory=True)
     described = Field(default=default, description=info.description)
     annotation = info.annotation
-    if name in {*SECRET_OPTIONS, *REGISTRY_SECRET_OPTIONS}:
+    if name in _SECRET_OPTIONS:
         return Annotated[
             _Env | None, WrapValidator(lambda value, _: _secret(value)), WithJsonSchema(_SECRET)
         ], described
@@ -529,17 +529,14 @@ def _takes_context(function: Callable[..., Any]) -> bool:
     Raises:
         KafkaConfigError: It takes more, or is async.
     """
+    culprit = f"function {getattr(function, '__name__', function)!r}"
     try:
         signature = inspect.signature(function)
     except ValueError as error:  # as that of some classes in C
-        raise KafkaConfigError(
-            f"function {getattr(function, '__name__', function)!r}",
-            str(error),
-            "Give a function of Python's that returns records",
-        ) from error
+        raise KafkaConfigError(culprit, str(error), "Give a function of Python's that returns records") from error
     if inspect.iscoroutinefunction(function):
         raise KafkaConfigError(
-            f"function {getattr(function, '__name__', function)!r}",
+            culprit,
             "it is async, and would return a coroutine",
             "Let it call asyncio.run(...), and return the records",
         )
@@ -551,7 +548,7 @@ def _takes_context(function: Callable[..., Any]) -> bool:
         signature.bind(*[None] * takes_context)
     except TypeError as error:
         raise KafkaConfigError(
-            f"function {getattr(function, '__name__', function)!r}{signature}",
+            f"{culprit}{signature}",
             f"it is called with {'the context of the asset' if takes_context else 'nothing'}: {error}",
             "Let it take the context or nothing; others need defaults",
         ) from error
