@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import dagster as dg
 
@@ -62,8 +62,8 @@ def raise_in_dagster(
     topic: str | None = None,
     brokers: str | None = None,
     partitions: Sequence[str] = (),
-) -> None:
-    """Raise what makes Dagster retry or fail the step; never returns.
+) -> NoReturn:
+    """Raise what makes Dagster retry or fail the step.
 
     A RetryPolicy of the asset or op decides alone where there is one; else a retriable error asks for a retry itself.
 
