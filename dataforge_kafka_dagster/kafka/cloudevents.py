@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from dataforge_kafka_dagster.kafka.errors import KafkaConfigError
-from dataforge_kafka_dagster.kafka.records import Chunk, Extra
+from dataforge_kafka_dagster.kafka.records import PLAIN, Chunk
 
 _CONTENT_TYPES: Final[dict[str | None, str]] = {
     "json": "application/json",
@@ -70,7 +70,7 @@ class CloudEventHeaders:
             headers = self._headers
             if not self._typed and form is not None:
                 headers = [*headers, ("content-type", form.encode())]
-            extras = chunk.extras or [Extra(None, -1, 0)] * len(chunk.values)
+            extras = chunk.extras or [PLAIN] * len(chunk.values)
             start, prefix = self._records, self._prefix
             self._records += len(chunk.values)
             yield chunk._replace(
