@@ -2,8 +2,9 @@
 
 import contextlib
 import difflib
+import functools
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import dagster as dg
@@ -378,22 +379,31 @@ class KafkaIOManager(dg.ConfigurableIOManager):
             config = self.kafka.publication_config()
             refuse_lost_topics(config.producer, publications.values(), self.read_timeout)
 
-            def read(wanted: Iterable[Publication]) -> Iterator[tuple[ReadRecord, ValueFormat | None]]:
+            # One for all publications: it asks the registry for each schema once.
+            registry = config.schema_registry
+            decoder = None if registry is None else functools.cache(functools.partial(_decoder_of, registry))
+
+            def read(wanted: Iterable[Publication]) -> Generator[tuple[ReadRecord, ValueFormat | None], None, None]:
                 for publication in wanted:
                     records = read_publication(config.producer, publication, self.read_timeout)
-                    yield from _decoded(config.schema_registry, publication, records)
+                    yield from _decoded(decoder, publication, records)
+
+            def made(form: Any, wanted: Iterable[Publication]) -> Any:
+                # Else an error on its way would keep the consumer, which goes on fetching.
+                with contextlib.closing(read(wanted)) as records:
+                    return in_form(form, records)
 
             form = _form_of(context)
             of_each = form_of_each(form) if context.has_asset_partitions else None
             if of_each is None:
-                return in_form(form, read(publications.values()))
+                return made(form, publications.values())
             if len(publications) < sum(one is not None for one in found.values()):
                 raise KafkaError(
                     f"input {context.name!r}, of asset {context.asset_key.to_user_string()!r}",
                     "it is annotated as a mapping by Dagster partition, but several were published as one publication",
                     "Annotate it as a list or a data frame, or return a mapping from partition key to records upstream",
                 )
-            return {partition: in_form(of_each, read([one] if one else ())) for partition, one in found.items()}
+            return {partition: made(of_each, [one] if one else ()) for partition, one in found.items()}
 
 
 def topic_of(path: Sequence[str], given: Any, template: str | None, job: str) -> str:
@@ -596,8 +606,12 @@ class _Target(typing.NamedTuple):
     key_schema: KafkaSchema | None
 
 
+def _decoder_of(registry: SchemaRegistryConfig) -> SchemaDecoder:
+    return SchemaDecoder(SchemaRegistry(registry))
+
+
 def _decoded(
-    registry: SchemaRegistryConfig | None, publication: Publication, records: Iterable[ReadRecord]
+    decoder: Callable[[], SchemaDecoder] | None, publication: Publication, records: Iterable[ReadRecord]
 ) -> Iterator[tuple[ReadRecord, ValueFormat | None]]:
     """Records and the format of their values, decoded by the registry's schemas if they have one."""
     value, key = publication.value_format, publication.key_format
@@ -606,13 +620,13 @@ def _decoded(
         for record in records:
             yield record, value
         return
-    if registry is None:
+    if decoder is None:
         raise KafkaConfigError(
             f"topic {publication.topic!r}",
             f"its records are {of_value or key}, and there is no Schema Registry to read them by",
             "Set schema_registry_url",
         )
-    decode = SchemaDecoder(SchemaRegistry(registry))
+    decode = decoder()
     for record in records:
         read = record
         if of_value is not None:
