@@ -116,8 +116,8 @@ class Track:
         self._ends: dict[int, list[int]] = {}
         self._next: dict[int, int] = {}
 
-    def may_refuse(self, chunk: Chunk) -> bool:
-        """Whether a record of some is to be looked at by itself: the topic may refuse it."""
+    def look_over(self, chunk: Chunk) -> bool:
+        """Note how old some records are, and tell whether one is to be checked by itself: the topic may refuse it."""
         if self.compacted and (chunk.keys is None or None in chunk.keys):
             return True
         headers = 0

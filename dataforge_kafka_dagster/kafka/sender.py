@@ -235,7 +235,7 @@ class Sender:
         self._first_sent = self._first_sent or time.monotonic()
         dead_letters = self.dead_letters
         try:
-            if track.may_refuse(chunk):
+            if track.look_over(chunk):
                 self._produce_each(chunk, topic, track)
             else:
                 self._produce_all(chunk, topic, track)
