@@ -171,6 +171,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         with self.kafka.errors_in_dagster(context):
             _check_names(context)
             if obj is None and _is_handed_on(context):
+                _warn_of_unreadable(context)
                 if not context.has_asset_key:
                     handed = {n: v for n, v in (context.output_metadata or {}).items() if n.startswith(_PREFIX)}
                     context.add_output_metadata(handed | mapped)
@@ -695,9 +696,21 @@ def _is_meant(metadata: Mapping[str, Any], name: str) -> bool:
 
 
 def _is_handed_on(context: dg.OutputContext) -> bool:
-    """Whether the body has published by itself, and hands on what it says; warns of what cannot be read back then."""
+    """Whether the body has published by itself, and hands on what it says, of the output or of Dagster partitions."""
     if _metadata(context, PUBLICATION_METADATA) is not None:
         return True
+    added = _added_metadata(context, _partitions_of(context))
+    return any(PUBLICATION_METADATA in of_it for of_it in added.values())
+
+
+def _warn_of_unreadable(context: dg.OutputContext) -> None:
+    """Warn where what a body hands on of single Dagster partitions cannot be read back.
+
+    Raises:
+        KafkaError: It says nothing of a publication.
+    """
+    if _metadata(context, PUBLICATION_METADATA) is not None:
+        return
     partitions = _partitions_of(context)
     added = _added_metadata(context, partitions)
     said = {str(p): published(of_it, str(p)) for p, of_it in added.items() if PUBLICATION_METADATA in of_it}
@@ -708,12 +721,11 @@ def _is_handed_on(context: dg.OutputContext) -> bool:
             " back only with the others. Name the one that a session is of: kafka.publishing(..., partition_key=...)"
         )
     others = sorted(set(map(str, partitions)) - set(said))
-    if said and others:
+    if others:
         context.log.warning(
             f"Of {len(others)} Dagster partitions of the run, {others[0]!r} first, the body has handed on nothing that"
             " was published: they are materialized, and cannot be read back. Hand on the metadata of each one's session"
         )
-    return bool(said)
 
 
 def _metadata(context: dg.OutputContext, name: str) -> Any:
