@@ -250,30 +250,21 @@ class KafkaIOManager(dg.ConfigurableIOManager):
 
     def _publish(self, context: dg.OutputContext, obj: Any, target: "_Target", identity: Identity) -> dict[str, Any]:
         """Publish one output and return what its materialization says."""
-        topic = target.topic
-        with self.kafka.errors_in_dagster(context, topic, identity.partition):
+        with self.kafka.errors_in_dagster(context, target.topic, identity.partition):
             _refuse_own(obj)
-        if obj is None:
-            in_body = _has_own_sessions(context)
-            with self.kafka.errors_in_dagster(context, topic, identity.partition):
-                done = self.kafka.published(identity, topic) if is_again(context, identity) else None
-                if done is None:
-                    self._refuse_none(context)
-            if done is None and in_body:
-                context.log.warning(
-                    "The output is None, and the body had sessions of kafka.publishing(): this materialization says"
-                    " nothing of what they published, and it cannot be read back. Return"
-                    " publication.materialize_result()"
-                )
-                return {}
-            if done is None:
-                begin = log_prefix(identity.partition)
-                beside = " beside the body's sessions" if has_sessions(context) else ""
-                context.log.info(f"{begin}The output is None: nothing was published to {topic!r}{beside}")
-                return {"dagster/row_count": 0, "kafka/topic": topic, "kafka/records": 0}
-            context.log.info(describe(done, identity.partition))
-            return publication_metadata(done, identity.partition)
+            if obj is not None:
+                publication = self._publish_records(context, obj, target, identity)
+            elif is_again(context, identity) and (done := self.kafka.published(identity, target.topic)) is not None:
+                publication = done  # by an earlier attempt
+            else:
+                self._refuse_none(context)
+                return _said_of_none(context, target.topic, identity)
+        context.log.info(describe(publication, identity.partition))
+        return publication_metadata(publication, identity.partition)
 
+    def _publish_records(
+        self, context: dg.OutputContext, obj: Any, target: "_Target", identity: Identity
+    ) -> Publication:
         def attempt(reports: bool, repeats: OtherWriterError | None) -> Publication:
             writer = self.kafka.writer(context, identity, *target, reports=reports, repeats=repeats)
             # Refuses the output and its schema before anything is connected.
@@ -301,10 +292,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                     writer.send_chunks(upsert.delete_others(stayed))
             return writer.commit()
 
-        with self.kafka.errors_in_dagster(context, topic, identity.partition):
-            publication = settle(obj, attempt)
-        context.log.info(describe(publication, identity.partition))
-        return publication_metadata(publication, identity.partition)
+        return settle(obj, attempt)
 
     def _topic_of(self, context: dg.OutputContext) -> str:
         # A mapped step's key ends in [mapping_key], which no topic can be named by.
@@ -405,6 +393,20 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                     "Annotate it as a list or a data frame, or return a mapping from partition key to records upstream",
                 )
             return {partition: made(of_each, [one] if one else ()) for partition, one in found.items()}
+
+
+def _said_of_none(context: dg.OutputContext, topic: str, identity: Identity) -> dict[str, Any]:
+    """What the materialization of an output says that is None; logged, too."""
+    if _has_own_sessions(context):
+        context.log.warning(
+            "The output is None, and the body had sessions of kafka.publishing(): this materialization says nothing of"
+            " what they published, and it cannot be read back. Return publication.materialize_result()"
+        )
+        return {}
+    begin = log_prefix(identity.partition)
+    beside = " beside the body's sessions" if has_sessions(context) else ""
+    context.log.info(f"{begin}The output is None: nothing was published to {topic!r}{beside}")
+    return {"dagster/row_count": 0, "kafka/topic": topic, "kafka/records": 0}
 
 
 def topic_of(path: Sequence[str], given: Any, template: str | None, job: str) -> str:
