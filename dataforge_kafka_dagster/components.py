@@ -454,7 +454,8 @@ class _TopicAttributes(_Attributes):
         default=None,
         description=(
             "Schema of the values: 'avro', 'json_schema' or 'protobuf' (derived from the records), 'latest' (the"
-            " registry's), a file (.avsc, .json, .proto; relative to this folder), or options of KafkaSchema."
+            " registry's, Avro), a file (.avsc, .json, .proto; relative to this folder), or options of"
+            " KafkaSchema."
         ),
     )
     key_schema: _Schema = Field(default=None, description="Schema of the keys; as value_schema.")

@@ -120,7 +120,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         default=None,
         description=(
             "Schema of values whose metadata has no kafka/value_schema: 'avro', 'json_schema' or 'protobuf' (derived"
-            " from the output), 'latest' (the registry's), or a file that ends in .avsc, .json or .proto."
+            " from the output), 'latest' (the registry's, Avro), or a file that ends in .avsc, .json or .proto."
         ),
     )
     key_schema: str | None = Field(

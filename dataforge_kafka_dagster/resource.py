@@ -313,7 +313,7 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
         Whose record it is that failed is not known here: for your own, ask its future.
 
         Args:
-            timeout: Longest wait, seconds; delivery_timeout if None.
+            timeout: Longest wait, seconds; 5 more than delivery_timeout if None.
 
         Raises:
             KafkaError: A record without a callback was not delivered, also by a producer that an error has ended since.

@@ -197,7 +197,7 @@ class DataForgeKafkaProducer:
         Whose record it is that failed is not known here: for your own, ask its future.
 
         Args:
-            timeout: Longest wait, seconds; the config's delivery_timeout if None.
+            timeout: Longest wait, seconds; 5 more than the config's delivery_timeout if None.
 
         Raises:
             KafkaTimeoutError: Records are still on their way.
@@ -214,7 +214,7 @@ class DataForgeKafkaProducer:
         """Flush, give up what is not delivered by then, and let go of the connection. Again is harmless.
 
         Args:
-            timeout: Longest wait for deliveries, seconds; the config's delivery_timeout if None.
+            timeout: Longest wait for deliveries, seconds; 5 more than the config's delivery_timeout if None.
 
         Raises:
             KafkaTimeoutError: Records were given up; each one's callback and future say so too.
