@@ -44,7 +44,7 @@ from pydantic import (
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError, Remedy
 from dataforge_kafka_dagster.kafka.models import KNOWS_NAMES
-from dataforge_kafka_dagster.kafka.protobuf import _class_at
+from dataforge_kafka_dagster.kafka.protobuf import _class_at, message_of_text
 from dataforge_kafka_dagster.kafka.records import KafkaRecord
 from dataforge_kafka_dagster.kafka.registry import SchemaRegistry, SchemaRegistryConfig, client_options
 from dataforge_kafka_dagster.kafka.schema_types import rows_of_frame
@@ -1773,3 +1773,10 @@ def test_without_the_extra_it_is_said_what_to_install(python):
         "except Exception as error: print(error)\n"
     )
     assert "pip install 'dataforge-kafka-dagster[schema-registry]'" in python(source)
+
+
+def test_a_protoc_that_takes_too_long_is_tried_again(monkeypatch):
+    monkeypatch.setattr("dataforge_kafka_dagster.kafka.protobuf._PROTOC_SECONDS", 0.001)
+    with pytest.raises(KafkaError, match=r"protoc has not read it after 0.001 s") as caught:
+        message_of_text('syntax = "proto3"; message Order { int32 n = 1; }', None, {})
+    assert caught.value.remedy is Remedy.RETRY

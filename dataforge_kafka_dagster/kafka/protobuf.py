@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from dataforge_kafka_dagster.kafka.avro_check import is_exact
-from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError
+from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError, Remedy
 from dataforge_kafka_dagster.kafka.schema_types import first_free
+
+_PROTOC_SECONDS: Final = 60
 
 
 def protobuf_of(avro: Mapping[str, Any]) -> Any:
@@ -266,18 +268,23 @@ def _compiled(sources: Mapping[str, str], known: Sequence[Any], folder: Path | N
             path.write_text(source, encoding="utf-8")
         others.write_bytes(descriptor_pb2.FileDescriptorSet(file=known).SerializeToString())
         include = [here, Path(protoc.__file__).parent / "_proto", *([folder.resolve()] if folder else [])]
-        done = subprocess.run(  # noqa: S603
-            [
-                *(sys.executable, "-m", "grpc_tools.protoc", f"--descriptor_set_out={output}", "--include_imports"),
-                *(f"-I{path}" for path in include),
-                *([f"--descriptor_set_in={others}"] if known else []),
-                *(str(here / name) for name in sources),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        try:
+            done = subprocess.run(  # noqa: S603
+                [
+                    *(sys.executable, "-m", "grpc_tools.protoc", f"--descriptor_set_out={output}", "--include_imports"),
+                    *(f"-I{path}" for path in include),
+                    *([f"--descriptor_set_in={others}"] if known else []),
+                    *(str(here / name) for name in sources),
+                ],
+                capture_output=True,
+                text=True,
+                timeout=_PROTOC_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            cause = f"protoc has not read it after {_PROTOC_SECONDS} s"
+            fix = "Try again, on a machine that does less at once"
+            raise KafkaError("Protobuf schema as text", cause, fix, remedy=Remedy.RETRY) from None
         if done.returncode:
             raise KafkaConfigError("Protobuf schema", done.stderr.strip().replace(f"{here}/", ""), "Correct it")
         return {file.name: file for file in descriptor_pb2.FileDescriptorSet.FromString(output.read_bytes()).file}
