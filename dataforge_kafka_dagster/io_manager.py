@@ -22,7 +22,7 @@ from dataforge_kafka_dagster.history import (
 from dataforge_kafka_dagster.identity import Identity, has_sessions, is_again, output_identity, step_context_of
 from dataforge_kafka_dagster.inputs import form_of_each, in_form
 from dataforge_kafka_dagster.kafka.cloudevents import CloudEventHeaders
-from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, check_topic
+from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, check_on_bad_record, check_topic
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError, SupersededError
 from dataforge_kafka_dagster.kafka.ledger import Publication
 from dataforge_kafka_dagster.kafka.publication import OtherWriterError, PublicationWriter, settle
@@ -782,9 +782,7 @@ def _spec_of(context: dg.OutputContext) -> KafkaTopicSpec | None:
 
 def _on_bad_record_of(context: dg.OutputContext) -> str | None:
     given = _metadata(context, "kafka/on_bad_record")
-    if given is not None:
-        check_topic(given.replace("{topic}", "t") if isinstance(given, str) else given)
-    return typing.cast("str | None", given)
+    return None if given is None else check_on_bad_record(given)
 
 
 def _schema_of(context: dg.OutputContext, name: str, default: str | None) -> KafkaSchema | None:

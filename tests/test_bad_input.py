@@ -701,7 +701,7 @@ SESSIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "list as name": ({"name": ["a"]}, ["name=['a']", "str"]),
     "a field twice as key": ({"key": ["a", "a"]}, ["key=['a', 'a']", "more than once"]),
     "mapping as create_topic": ({"create_topic": {"partitions": 2}}, ["create_topic=", "KafkaTopicSpec"]),
-    "int as on_bad_record": ({"on_bad_record": 5}, ["topic 5", "249"]),
+    "int as on_bad_record": ({"on_bad_record": 5}, ["on_bad_record=5", "249"]),
     "int as value_schema": ({"value_schema": 5}, ["schema 5", "avro"]),
 }
 

@@ -741,11 +741,7 @@ class PublicationConfig(BaseModel):
     @field_validator("on_bad_record")
     @classmethod
     def _dead_letter_topic(cls, value: str) -> str:
-        try:
-            check_topic(value.replace("{topic}", "t"))
-        except KafkaConfigError as error:
-            raise _not("on_bad_record", value, "give 'fail', or the name of a dead-letter topic") from error
-        return value
+        return check_on_bad_record(value)
 
     @model_validator(mode="after")
     def _fits(self) -> PublicationConfig:
@@ -786,6 +782,19 @@ def check_topic(topic: object) -> str:
             "Use 1 to 249 of the characters a-z A-Z 0-9 . _ - (and neither '.' nor '..')",
         )
     return cast("str", topic)
+
+
+def check_on_bad_record(given: object) -> str:
+    """What to do with bad records, if it is 'fail' or may name a dead-letter topic.
+
+    Raises:
+        KafkaConfigError: It is neither.
+    """
+    try:
+        check_topic(given.replace("{topic}", "t") if isinstance(given, str) else given)
+    except KafkaConfigError as error:
+        raise KafkaConfigError(f"on_bad_record={given!r}", error.cause, f"{error.fix}, or 'fail'") from None
+    return cast("str", given)
 
 
 def client_options(config: KafkaProducerConfig) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from dataforge_kafka_dagster.kafka.config import (
     KafkaProducerConfig,
     KafkaTopicSpec,
     PublicationConfig,
+    check_on_bad_record,
     check_topic,
     publication_options,
 )
@@ -665,7 +666,7 @@ def _dead_letter_topic(on_bad_record: str, topic: str) -> str | None:
     """Where bad records of a topic go; None if they end the publication."""
     if on_bad_record == "fail":
         return None
-    named = on_bad_record.replace("{topic}", topic) if isinstance(on_bad_record, str) else on_bad_record
+    named = check_on_bad_record(on_bad_record).replace("{topic}", topic)
     if check_topic(named) == topic:
         raise KafkaConfigError(
             f"on_bad_record={on_bad_record!r}",
