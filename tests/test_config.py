@@ -649,6 +649,13 @@ def test_records_do_not_outlive_their_transaction(delivery, transaction, sent):
     options = publication_options(config, "id")
     assert options["message.timeout.ms"] == sent
     assert options["message.timeout.ms"] <= options["transaction.timeout.ms"]
+
+
+def test_a_raw_delivery_timeout_does_not_outlive_the_transaction_either():
+    producer = KafkaProducerConfig(librdkafka_config={"delivery.timeout.ms": "100000"})
+    options = publication_options(PublicationConfig(producer=producer, transaction_timeout=60), "id")
+    assert options["delivery.timeout.ms"] == 60_000
+    confluent_kafka.Producer(options)
     confluent_kafka.Producer(options)
 
 

@@ -852,13 +852,14 @@ def publication_options(config: PublicationConfig, transactional_id: str) -> dic
     options: dict[str, Any] = producer_options(producer.model_copy(update=update))
     if config.delivery_guarantee == "exactly_once":
         timeout = round(config.transaction_timeout * 1000)
-        options = {
+        own: dict[str, Any] = {
             "transactional.id": transactional_id,
             "transaction.timeout.ms": timeout,
             "socket.timeout.ms": min(10_000, timeout),
-        } | options
-        delivery: Any = options["message.timeout.ms"]
-        options["message.timeout.ms"] = min(int(delivery), timeout)
+        }
+        options = own | options
+        for name in _RAW_TIMEOUTS & options.keys():  # librdkafka has two names for it
+            options[name] = min(int(options[name]), timeout)
     return options
 
 
