@@ -3,6 +3,7 @@ import datetime as dt
 import signal
 import threading
 import time
+import types
 import uuid
 
 import dagster as dg
@@ -23,6 +24,7 @@ from dataforge_kafka_dagster.kafka import verification
 from dataforge_kafka_dagster.kafka.connection import Connection
 from dataforge_kafka_dagster.kafka.errors import KafkaConfigError
 from dataforge_kafka_dagster.kafka.ledger import PartitionOffsets
+from dataforge_kafka_dagster.kafka.reader import GoneError
 
 pytestmark = pytest.mark.kafka
 
@@ -91,11 +93,12 @@ def test_a_publication_that_is_whole_passes(resources, kafka_topic, instance):
     assert _plain(evaluation) == {"kafka/publications": 1, "kafka/records": 100, "kafka/missing_records": 0}
 
 
+@pytest.mark.parametrize("thorough", [False, True])
 @pytest.mark.parametrize("severity", list(dg.AssetCheckSeverity))
-def test_what_retention_has_eaten_is_counted(severity, resources, kafka_topic, admin, instance):
+def test_what_retention_has_eaten_is_counted(severity, thorough, resources, kafka_topic, admin, instance):
     topic = kafka_topic()
     asset = _rows(topic)
-    checks = build_publication_checks([asset], severity=severity)
+    checks = build_publication_checks([asset], severity=severity, thorough=thorough)
     dg.materialize([asset], resources=resources, instance=instance)
     _delete_before(admin, topic, 30)
     evaluation = _evaluate([asset], checks, resources, instance)
@@ -287,6 +290,72 @@ def test_an_interrupt_ends_the_look_for_missing_records_at_once(monkeypatch):
         done.set()
         signal.signal(signal.SIGINT, before)
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "missing"),
+    [
+        (0, 21, []),
+        (0, 20, []),  # the record is there, and what followed it is not
+        (10, 20, []),
+        (0, 19, [(1, "it ends at offset 19 now")]),
+        (0, 16, [(2, "it ends at offset 16 now")]),  # offsets 15 to 17 are somebody else's
+        (0, 12, [(5, "it ends at offset 12 now")]),
+        (0, 5, [(7, "it ends at offset 5 now")]),
+        (11, 21, [(1, "it begins at offset 11 now")]),
+        (19, 21, [(6, "it begins at offset 19 now")]),
+        (20, 20, [(7, "it begins at offset 20 now")]),
+    ],
+)
+def test_what_is_missing_at_either_end_is_counted_without_what_others_have_there(low, high, missing, monkeypatch):
+    there = PartitionOffsets("t", 3, ((10, 14), (18, 19)))
+    publication = Publication("p", "t", "t", 7, 1, "json", (there,), replayed=False, seconds=0.0)
+    reader, closed = types.SimpleNamespace(get_watermark_offsets=lambda *_, **__: (low, high)), []
+    monkeypatch.setattr(verification, "lost_since", lambda *_: None)
+    monkeypatch.setattr(Connection, "reader", lambda *_: reader)
+    monkeypatch.setattr(Connection, "close", lambda _, *clients: closed.extend(clients))
+    found = verification.find_missing(KafkaProducerConfig(bootstrap_servers="localhost:1"), publication, timeout=10)
+    assert [(one.topic, one.partition, one.records) for one in found] == [("t", 3, count) for count, _ in missing]
+    assert all(one.cause.startswith(cause) for one, (_, cause) in zip(found, missing, strict=True))
+    assert closed == [reader]
+
+
+def test_each_topic_is_asked_for_its_own_kafka_partitions(monkeypatch):
+    there = tuple(PartitionOffsets(topic, 0, ((0, 9),)) for topic in ("cut", "whole"))
+    publication = Publication("p", "t", "cut", 20, 1, "json", there, replayed=False, seconds=0.0)
+    reader = types.SimpleNamespace(
+        get_watermark_offsets=lambda place, *_, **__: (4 if place.topic == "cut" else 0, 11), close=lambda: None
+    )
+    monkeypatch.setattr(verification, "lost_since", lambda *_: None)
+    monkeypatch.setattr(Connection, "reader", lambda *_: reader)
+    found = verification.find_missing(KafkaProducerConfig(bootstrap_servers="localhost:1"), publication, timeout=10)
+    assert [(one.topic, one.partition, one.records) for one in found] == [("cut", 0, 4)]
+
+
+@pytest.mark.parametrize(
+    ("values", "gone", "missing"),
+    [
+        ([b"abc", b"abc", None], None, []),
+        ([b"abc", b"abc"], None, []),  # without the tombstone, which compaction has removed
+        ([b"abc", b"ab", None], None, [(0, "its 3 records have 8 bytes, but 9 bytes were published")]),
+        ([b"abc"], GoneError("topic", "offset 0 is gone"), [(2, "offset 0 is gone")]),
+        ([b"abc"], GoneError("topic", "1 of 2 records are gone", 1), [(1, "1 of 2 records are gone")]),
+    ],
+    ids=["whole", "compacted", "other bytes", "gone", "a row gone"],
+)
+def test_reading_counts_what_is_gone_and_does_not_miss_tombstones(values, gone, missing, monkeypatch):
+    def read(*_):
+        for value in values:
+            yield types.SimpleNamespace(value=value, key=b"k")
+        if gone is not None:
+            raise gone
+
+    monkeypatch.setattr(verification, "_missing_by_offsets", lambda *_: [])
+    monkeypatch.setattr(verification, "read_publication", read)
+    publication = Publication("p", "t", "t", 3, 9, "bytes", (), replayed=False, seconds=0.0, tombstones=1)
+    found = verification.find_missing(KafkaProducerConfig(bootstrap_servers="localhost:1"), publication, thorough=True)
+    assert [(one.topic, one.partition, one.records) for one in found] == [("t", None, count) for count, _ in missing]
+    assert all(one.cause.startswith(cause) for one, (_, cause) in zip(found, missing, strict=True))
 
 
 def _days(topic, **options):
