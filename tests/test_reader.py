@@ -4,12 +4,12 @@ import pytest
 from confluent_kafka import KafkaError as KafkaCode
 from conftest import Clock
 
-from dataforge_kafka_dagster import KafkaError, KafkaProducerConfig
+from dataforge_kafka_dagster import KafkaError, KafkaProducerConfig, NoBrokersAvailable
 from dataforge_kafka_dagster.kafka import reader, verification
 from dataforge_kafka_dagster.kafka.connection import Connection
 from dataforge_kafka_dagster.kafka.errors import Remedy
 from dataforge_kafka_dagster.kafka.ledger import PartitionOffsets, Publication
-from dataforge_kafka_dagster.kafka.reader import GoneError, _read_all
+from dataforge_kafka_dagster.kafka.reader import GoneError, _read_all, read_publication
 
 TIMEOUT = 0.3
 
@@ -102,6 +102,69 @@ def test_each_record_puts_the_deadline_off(clock):
     found = [record.value for record in _read(_Consumer(clock, errors=20, records=5))]
     assert clock.now - began > 2 * TIMEOUT
     assert found == [b"0", b"1", b"2", b"3", b"4"]
+
+
+class _Silent(_Consumer):
+    """A consumer that tells nothing any more after its last record."""
+
+    def consume(self, count, seconds):
+        found = super().consume(count, seconds)
+        return found if self._given < self._records or isinstance(found[0], _Record) else []
+
+
+@pytest.mark.parametrize("records", [0, 1])
+def test_silence_is_told_as_such_also_after_errors_that_have_passed(records, clock):
+    began = clock.now
+    with pytest.raises(NoBrokersAvailable, match="no broker answered") as caught:
+        list(_read(_Silent(clock, errors=5, records=records)))
+    assert TIMEOUT < clock.now - began < TIMEOUT + 0.1
+    assert "LEADER" not in str(caught.value)
+
+
+class _Asked(_Consumer):
+    """A consumer that remembers how many records it was asked for."""
+
+    def __init__(self, clock, records):
+        super().__init__(clock, 1, records)
+        self.counts = []
+
+    def consume(self, count, seconds):
+        self.counts.append(count)
+        return super().consume(count, seconds)
+
+
+def test_no_more_records_are_asked_for_than_there_can_be(clock):
+    # It would wait for them.
+    consumer = _Asked(clock, 5)
+    assert len(list(_read(consumer))) == 5
+    assert consumer.counts == [5, 4, 3, 2, 1]
+
+
+@pytest.mark.parametrize("code", [KafkaCode.TOPIC_AUTHORIZATION_FAILED, KafkaCode._FATAL])
+def test_an_error_that_waiting_does_not_help_is_told_at_once(code, clock):
+    class Refused(_Consumer):
+        def consume(self, _count, _seconds):
+            self._clock.sleep(0.01)
+            return [_Told(KafkaCode(code))]
+
+    began = clock.now
+    with pytest.raises(KafkaError) as caught:
+        list(_read(Refused(clock, 1, 5)))
+    assert (caught.value.code, caught.value.culprit) == (KafkaCode(code).name(), "topic 't', Kafka partition 2")
+    assert clock.now - began < TIMEOUT / 2
+
+
+def test_the_reader_is_let_go_of_also_if_its_records_are_not_read_to_the_end(clock, monkeypatch):
+    closed, consumer = [], _Consumer(clock, errors=1, records=5)
+    monkeypatch.setattr(Connection, "reader", lambda *_: consumer)
+    monkeypatch.setattr(Connection, "close", lambda _, *clients: closed.extend(clients))
+    there = (PartitionOffsets("t", 0, ((0, 4),)),)
+    publication = Publication("p", "x", "t", 5, 0, "bytes", there, replayed=False, seconds=0.0)
+    records = read_publication(KafkaProducerConfig(bootstrap_servers="localhost:1"), publication)
+    assert next(records).value == b"0"
+    assert closed == []
+    records.close()
+    assert closed == [consumer]
 
 
 class _Ending:
@@ -227,3 +290,14 @@ def test_what_is_missing_of_a_second_topic_is_not_said_of_the_first(clock, monke
     monkeypatch.setattr(verification, "read_publication", lambda _, *what: reading(*what))
     (missing,) = verification._missing_when_read(config, publication, TIMEOUT)
     assert (missing.topic, missing.partition, missing.records) == ("second", 1, 1)
+
+
+def test_of_many_kafka_partitions_that_lack_records_some_are_named(clock):
+    there = tuple(PartitionOffsets("t", partition, ((0, 1),)) for partition in range(9))
+    publication = Publication("p", "x", "t", 18, 0, "bytes", there, replayed=False, seconds=0.0)
+    connection = Connection(KafkaProducerConfig(bootstrap_servers="localhost:1"))
+    with pytest.raises(GoneError) as caught:
+        list(_read_all(connection, _Compacted(clock, *[{}] * 9), publication, TIMEOUT, partial=False))
+    named = ", ".join(f"topic 't', Kafka partition {partition}" for partition in range(5))
+    assert caught.value.culprit == f"one of 9 Kafka partitions, {named}"
+    assert caught.value.records == 18
