@@ -89,6 +89,9 @@ def test_the_table_names_real_codes_only():
         "NOT_LEADER_FOR_PARTITION": Remedy.RETRY,
         "OUT_OF_ORDER_SEQUENCE_NUMBER": Remedy.REBUILD,
         "_FATAL": Remedy.REBUILD,
+        "_STATE": Remedy.REBUILD,
+        "_PURGE_QUEUE": Remedy.REBUILD,
+        "REBALANCE_IN_PROGRESS": Remedy.RETRY,
         "MSG_SIZE_TOO_LARGE": Remedy.FAIL,
         "TOPIC_AUTHORIZATION_FAILED": Remedy.FAIL,
         "UNKNOWN_TOPIC_OR_PART": Remedy.FAIL,
@@ -149,6 +152,15 @@ def test_message_is_culprit_cause_fix():
     assert (error.culprit, error.cause, error.fix) == ("topic 't'", "it is gone", "Create it")
 
 
+def test_what_is_added_to_an_error_is_told_with_what_to_do_for_it_first():
+    error = KafkaError("topic 't'", "no answer", "Try again")
+    error.add("it has no leader")
+    assert str(error) == "topic 't': no answer; it has no leader. Try again"
+    error.add("a broker is away", "Start it")
+    assert str(error) == "topic 't': no answer; it has no leader; a broker is away. Start it. Try again"
+    assert (error.cause, error.fix) == ("no answer; it has no leader; a broker is away", "Start it. Try again")
+
+
 def _errors():
     counted = KafkaTimeoutError("a", "b", "C", code="_TIMED_OUT")
     counted.counts = {"_TIMED_OUT": 3}
@@ -205,6 +217,22 @@ def test_failure_of_a_record_names_index_and_field():
     assert "kafka/error_code" not in failure.metadata
 
 
+@pytest.mark.parametrize(("partitions", "named"), [((), None), (("mon",), "mon"), (("mon", "tue"), None)])
+def test_failure_of_one_dagster_partition_names_it(partitions, named):
+    failure = failure_of(KafkaError("a", "b", "C"), partitions=partitions)
+    assert failure.description == ("a: b. C" if named is None else f"Dagster partition {named!r}: a: b. C")
+    said = failure.metadata.get("kafka/dagster_partition")
+    assert (said and said.value) == named
+
+
+def test_failure_of_one_of_several_records_names_the_first_and_last_that_it_may_be():
+    error = KafkaError("a", "b", "C")
+    error.among = (3, 9)
+    metadata = failure_of(error).metadata
+    assert metadata["kafka/record_among"].value == "3 to 9"
+    assert "kafka/record_index" not in metadata
+
+
 def _raise(error, **options):
     raise_in_dagster(
         error, **({"attempt": 0, "has_retry_policy": False, "max_retries": 3, "retry_delay": 2.0} | options)
@@ -219,16 +247,17 @@ def test_what_may_pass_is_retried(code):
     assert caught.value.max_retries == 3
     assert 4.0 <= caught.value.seconds_to_wait <= 5.0
     assert isinstance(caught.value.__cause__, dg.Failure)
+    assert str(caught.value) == "a: b. C"
     said = caught.value.__cause__.metadata
     assert (said["kafka/retriable"].value, said["kafka/attempt"].value) == (True, 2)
 
 
-@pytest.mark.parametrize(("attempt", "low", "high"), [(1, 4, 5), (3, 16, 20), (30, 300, 375)])
+@pytest.mark.parametrize(("attempt", "low", "high"), [(1, 4, 5), (3, 16, 20), (30, 300, 375), (2000, 300, 375)])
 def test_waits_double_to_a_bound_with_jitter(attempt, low, high):
     waits = set()
     for _ in range(20):
         with pytest.raises(dg.RetryRequested) as caught:
-            _raise(KafkaError("a", "b", "C", code="_TRANSPORT"), attempt=attempt, max_retries=40)
+            _raise(KafkaError("a", "b", "C", code="_TRANSPORT"), attempt=attempt, max_retries=4000)
         waits.add(caught.value.seconds_to_wait)
     assert low <= min(waits) < max(waits) <= high
 
@@ -240,9 +269,10 @@ def test_what_cannot_pass_is_never_retried():
 
 
 @pytest.mark.parametrize("options", [{"has_retry_policy": True}, {"max_retries": 0}])
-def test_a_retry_policy_decides_alone(options):
+@pytest.mark.parametrize("code", ["_TRANSPORT", "OUT_OF_ORDER_SEQUENCE_NUMBER"])
+def test_a_retry_policy_decides_alone(code, options):
     with pytest.raises(dg.Failure) as caught:
-        _raise(KafkaError("a", "b", "C", code="_TRANSPORT"), **options)
+        _raise(KafkaError("a", "b", "C", code=code), **options)
     assert caught.value.allow_retries is True
 
 
