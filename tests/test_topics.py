@@ -11,7 +11,7 @@ import confluent_kafka
 import dagster as dg
 import pytest
 from confluent_kafka.admin import AdminClient, ConfigResource
-from conftest import make_anew, mostly_slow
+from conftest import Clock, make_anew, mostly_slow
 from pydantic import ValidationError
 
 from dataforge_kafka_dagster import (
@@ -30,7 +30,13 @@ from dataforge_kafka_dagster.kafka.config import PublicationConfig
 from dataforge_kafka_dagster.kafka.connection import Connection
 from dataforge_kafka_dagster.kafka.errors import Remedy
 from dataforge_kafka_dagster.kafka.publication import PublicationWriter, publish
-from dataforge_kafka_dagster.kafka.topics import ask_end_offsets, check_topic_exists, end_offsets
+from dataforge_kafka_dagster.kafka.topics import (
+    ask_end_offsets,
+    check_topic_exists,
+    current,
+    end_offsets,
+    look_at_topic,
+)
 from dataforge_kafka_dagster.local import LocalKafka
 
 
@@ -457,3 +463,179 @@ def test_a_topic_that_may_not_be_seen_may_be_missing_too(spec, monkeypatch):
         check_topic_exists(Connection(KafkaProducerConfig()), "t", spec, 1.0)
     assert ("CREATE" in caught.value.fix) == (spec is not None)
     assert "Grant WRITE" in caught.value.fix
+
+
+def _done(answer):
+    future = concurrent.futures.Future()
+    (future.set_exception if isinstance(answer, BaseException) else future.set_result)(answer)
+    return future
+
+
+def _refusal(code):
+    return confluent_kafka.KafkaException(confluent_kafka.KafkaError(code))
+
+
+class _Admin:
+    """Brokers that tell this of a topic, and of its settings, and take no new one."""
+
+    def __init__(self, settings=None, *, told=None, created=None, **more):
+        self.told = told or types.SimpleNamespace(
+            **{"partitions": [1, 2], "topic_id": "A" * 22, "authorized_operations": None} | more
+        )
+        self.settings, self.created, self.new = settings, created, []
+
+    def describe_topics(self, names, **_):
+        return {"t": _done(self.told)}
+
+    def describe_configs(self, resources, **_):
+        settings = self.settings or {}
+        if isinstance(settings, dict):
+            settings = _done({name: types.SimpleNamespace(value=value) for name, value in settings.items()})
+        return {resources[0]: settings}
+
+    def create_topics(self, new, **_):
+        self.new += new
+        return {"t": _done(self.created)}
+
+    def poll(self, timeout): ...
+
+
+def _connected(admin):
+    connection = Connection(KafkaProducerConfig(bootstrap_servers="localhost:1"))
+    connection._admin = admin
+    return connection
+
+
+CREATE_TIME = {"message.timestamp.type": "CreateTime"}
+ANY_TIME = (2**63, 2**63)
+SETTINGS = [
+    ({}, (None, None, False)),
+    (CREATE_TIME, (ANY_TIME, None, False)),
+    (
+        CREATE_TIME | {"message.timestamp.before.max.ms": "1", "message.timestamp.after.max.ms": "2"},
+        ((1, 2), None, False),
+    ),
+    (CREATE_TIME | {"message.timestamp.difference.max.ms": "5"}, ((5, 5), None, False)),  # before Kafka 3.6
+    ({"message.timestamp.type": "LogAppendTime", "cleanup.policy": "delete", "retention.ms": "9"}, (None, None, False)),
+    (CREATE_TIME | {"cleanup.policy": "delete", "retention.ms": "9"}, (ANY_TIME, 9, False)),
+    (CREATE_TIME | {"cleanup.policy": "delete", "retention.ms": "-1"}, (ANY_TIME, None, False)),
+    (CREATE_TIME | {"cleanup.policy": "compact", "retention.ms": "9"}, (ANY_TIME, None, True)),
+    (CREATE_TIME | {"cleanup.policy": "compact,delete", "retention.ms": "9"}, (ANY_TIME, 9, True)),
+]
+
+
+@pytest.mark.parametrize(("settings", "found"), SETTINGS, ids=str)
+def test_what_a_topic_takes_and_keeps_is_known_from_its_settings(settings, found):
+    topic = look_at_topic(_connected(_Admin(settings)), "t", 10, settings=True)
+    assert (topic.timestamps, topic.retention, topic.compacted) == found
+
+
+@pytest.mark.parametrize("settings", [_done(_refusal(29)), concurrent.futures.Future()], ids=["denied", "late"])
+def test_a_topic_whose_settings_are_not_told_is_found_without_them(settings, monkeypatch):
+    monkeypatch.setattr(topics, "_SETTINGS_SECONDS", 0.01)
+    found = look_at_topic(_connected(_Admin(settings)), "t", 10, settings=True)
+    assert found == topics.Topic(partitions=2, id=None)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "may"),
+    [(None, (True, True)), (["READ"], (False, True)), (["WRITE"], (True, False)), (["DESCRIBE"], (False, False))],
+)
+def test_what_this_user_may_do_is_what_the_brokers_say_if_they_say_it(allowed, may):
+    operations = allowed and [types.SimpleNamespace(name=name) for name in allowed]
+    found = look_at_topic(_connected(_Admin(authorized_operations=operations, topic_id="B" * 22)), "t", 10)
+    assert ((found.writable, found.readable), found.id) == (may, "B" * 22)
+
+
+@pytest.mark.parametrize(
+    ("known", "now", "different"), [("a", "b", True), ("a", "a", False), (None, "a", False), ("a", None, False)]
+)
+def test_a_topic_is_another_one_only_if_both_ids_are_known(known, now, different):
+    assert topics.are_different(known, now) is different
+
+
+@pytest.fixture
+def unknown(monkeypatch):
+    """A topic that is unknown so many times it is looked for, then there with three Kafka partitions."""
+    clock, times = Clock(), []
+
+    def look(*_, **__):
+        if times:
+            times.pop()
+            raise KafkaError("topic 't'", "unknown", "Create it", code="UNKNOWN_TOPIC_OR_PART")
+        return topics.Topic(3, None)
+
+    monkeypatch.setattr(topics, "time", clock)
+    monkeypatch.setattr(topics, "look_at_topic", look)
+    return clock, times
+
+
+def test_a_topic_that_not_all_brokers_know_yet_is_looked_for_again_for_a_second(unknown):
+    clock, times = unknown
+    times += [1] * 10
+    assert check_topic_exists(_connected(_Admin()), "t", None, 30).partitions == 3
+    times += [1] * 1000
+    for look in (lambda: check_topic_exists(_connected(_Admin()), "t", None, 30), lambda: current(None, "t", 30)):
+        began = clock.now
+        with pytest.raises(KafkaError, match="unknown"):
+            look()
+        assert 1 <= clock.now - began < 1.2
+    began = clock.now
+    with pytest.raises(KafkaError, match="unknown"):
+        current(None, "t", 0.3)
+    assert clock.now - began < 0.5
+
+
+def test_a_topic_that_is_to_be_created_is_not_waited_for(unknown, monkeypatch):
+    clock, times = unknown
+    times += [1]
+    monkeypatch.setattr(topics, "end_offsets", lambda *_: [])
+    admin, began = _Admin(), clock.now
+    assert check_topic_exists(_connected(admin), "t", KafkaTopicSpec(partitions=2), 30).partitions == 3
+    assert clock.now == began
+    assert [(new.topic, new.num_partitions, new.replication_factor) for new in admin.new] == [("t", 2, -1)]
+
+
+def test_a_topic_that_this_user_may_not_create_says_which_acl_is_missing(unknown):
+    _, times = unknown
+    times += [1]
+    admin = _Admin(created=_refusal(confluent_kafka.KafkaError.TOPIC_AUTHORIZATION_FAILED))
+    with pytest.raises(KafkaError, match="Grant this user the CREATE ACL on the topic") as caught:
+        check_topic_exists(_connected(admin), "t", KafkaTopicSpec(), 30)
+    assert caught.value.code == "TOPIC_AUTHORIZATION_FAILED"
+
+
+def _partition(number, leader=1, in_sync=2):
+    leader = None if leader is None else types.SimpleNamespace(id=leader)
+    return types.SimpleNamespace(id=number, leader=leader, isr=[1, 2][:in_sync], replicas=[1, 2])
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ([_partition(0), _partition(1)], None),
+        ([_partition(0), _partition(1, leader=None)], "Kafka partition 1 has no leader"),
+        ([_partition(0), _partition(1, leader=-1)], "Kafka partition 1 has no leader"),
+        ([_partition(0, in_sync=1)], "Kafka partition 0 has 1 of its 2 replicas in sync"),
+        (_refusal(confluent_kafka.KafkaError.UNKNOWN_TOPIC_OR_PART), "the topic does not exist any more"),
+        (_refusal(confluent_kafka.KafkaError.TOPIC_AUTHORIZATION_FAILED), None),
+    ],
+    ids=["well", "unknown leader", "no leader", "replicas", "gone", "hidden"],
+)
+def test_what_is_wrong_with_a_topic_is_told(told, said):
+    described = types.SimpleNamespace(partitions=told) if isinstance(told, list) else told
+    trouble = topics.topic_trouble(_connected(_Admin(told=described)), "t", 10)
+    assert trouble is None if said is None else trouble.startswith(said)
+
+
+@pytest.mark.parametrize(("answer", "code"), [(-1001, "LEADER_NOT_AVAILABLE"), (None, "REQUEST_TIMED_OUT")])
+def test_the_ends_are_not_told_before_each_leader_has_answered(answer, code):
+    late = concurrent.futures.Future() if answer is None else _done(types.SimpleNamespace(offset=answer))
+    answers, looks = [_done(types.SimpleNamespace(offset=7)), late], []
+    admin = types.SimpleNamespace(
+        list_offsets=lambda asked, **_: dict(zip(asked, answers, strict=True)),
+        list_topics=lambda topic, **_: looks.append(topic),
+    )
+    with pytest.raises(confluent_kafka.KafkaException) as caught:
+        ask_end_offsets(admin, "t", 2, 0.01)
+    assert (caught.value.args[0].name(), looks) == (code, ["t"])
