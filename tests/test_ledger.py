@@ -84,6 +84,56 @@ def test_a_client_that_is_still_being_made_when_the_ledger_lets_go_is_not_kept(m
     assert ledger.let_go() == []
 
 
+class _Group:
+    """A ledger's group, which holds these entries, in a cluster with these topics."""
+
+    def __init__(self, entries, topics=()):
+        self._entries = entries
+        self._topics = topics
+        self.asked = []
+
+    def committed(self, asked, _seconds):
+        places = {(place.topic, place.partition) for place in asked}
+        self.asked += places
+        return [entry for entry in self._entries if (entry.topic, entry.partition) in places]
+
+    def list_topics(self, timeout):
+        return types.SimpleNamespace(topics=dict.fromkeys(self._topics))
+
+
+def _ledger(monkeypatch, group, topic="t"):
+    connection = Connection(KafkaProducerConfig(bootstrap_servers="localhost:1"))
+    monkeypatch.setattr(connection, "consumer", lambda _: group)
+    return Ledger(connection, "id", topic, 10)
+
+
+def test_a_ledger_whose_offsets_somebody_has_changed_is_refused(monkeypatch):
+    publication = _publication([_offsets("t", 0, [(1, 1)]), _offsets("t", 1, [(1, 3)])])
+    (entries,) = encode_ledger(publication)
+    assert _ledger(monkeypatch, _Group(entries)).read("run/asset") == publication
+    left = [entry for entry in entries if entry.partition == 0]
+    with pytest.raises(KafkaError, match="it names 6 records, but the offsets of 2. Somebody changed the group's"):
+        _ledger(monkeypatch, _Group(left)).read("run/asset")
+
+
+@pytest.mark.parametrize("metadata", [None, "", "committed by a consumer", "[1]", "7", "{}", '{"p":"x"}'])
+def test_what_others_have_committed_to_the_group_is_no_ledger(metadata, monkeypatch):
+    entry = types.SimpleNamespace(topic="t", partition=0, metadata=metadata, error=None)
+    ledger = _ledger(monkeypatch, _Group([entry]))
+    assert ledger.read("run/asset") is None
+    assert (ledger.last, ledger.other_than([])) == ("", None)
+
+
+@pytest.mark.parametrize("of_retry", [False, True])
+def test_a_retry_finds_what_was_published_to_another_topic_and_asks_for_none_of_kafkas_own(of_retry, monkeypatch):
+    publication = dataclasses.replace(_publication([_offsets("before", 0, [(1, 1)])]), topic="before")
+    (entries,) = encode_ledger(publication)
+    group = _Group(entries, ["before", "t", "__consumer_offsets", "__transaction_state"])
+    found = _ledger(monkeypatch, group).read("run/asset", of_retry=of_retry)
+    assert found == (publication if of_retry else None)
+    assert {topic for topic, _ in group.asked} == ({"t", "before"} if of_retry else {"t"})
+
+
 @given(st.dictionaries(st.tuples(st.sampled_from(["t", "o" * 249]), st.integers(0, 4)), runs, max_size=4))
 def test_any_ledger_comes_back(places):
     publication = _publication([_offsets(*place, steps) for place, steps in sorted(places.items())])
