@@ -1,6 +1,7 @@
 import collections
 import json
 import time
+import types
 import uuid
 
 import dagster as dg
@@ -16,7 +17,8 @@ from dataforge_kafka_dagster import (
     KafkaRecord,
     io_manager,
 )
-from dataforge_kafka_dagster.kafka import topics
+from dataforge_kafka_dagster.kafka import topics, upserts
+from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
 from dataforge_kafka_dagster.kafka.records import Chunk
 from dataforge_kafka_dagster.kafka.sources import chunks
 from dataforge_kafka_dagster.kafka.upserts import Upsert
@@ -234,6 +236,29 @@ def test_a_record_replaces_none_in_a_kafka_partition_that_was_chosen_for_it(plac
         assert list(upsert.remember(chunks(records, ())))
     others = 0 if last is None else len(places) - len(set(places))
     assert upsert.superseded == superseded + others
+
+
+@pytest.mark.parametrize(("keys", "index"), [([b"a", b"b"], 2), ([], 0)], ids=["later", "at once"])
+@pytest.mark.parametrize(("more", "place"), [(None, 0), ([b"c", None], 1)])
+def test_a_record_without_a_key_is_named_by_its_place_among_all(keys, index, more, place):
+    upsert = Upsert(KafkaProducerConfig(), [], "t")
+    before = [Chunk([b"1"] * len(keys), keys, None, 0, "bytes", 0)] if keys else []
+    with pytest.raises(InvalidRecordError, match=f"record {index + place}: it has no key") as caught:
+        list(upsert.remember([*before, Chunk([b"1"] * 2, more, None, 0, "bytes", 0)]))
+    assert caught.value.index == index + place
+
+
+@pytest.mark.parametrize("chosen", [None, 3])
+def test_a_key_that_comes_again_is_not_deleted_wherever_it_goes(chosen, monkeypatch):
+    def read(*_, **__):
+        for key, value in ((b"k", b"1"), (b"gone", b"1"), (b"gone", b"2"), (b"deleted", None)):
+            yield types.SimpleNamespace(key=key, value=value, message=types.SimpleNamespace(partition=lambda: 0))
+
+    monkeypatch.setattr(upserts, "read_publication", read)
+    upsert = Upsert(KafkaProducerConfig(), [], "t")
+    assert list(upsert.remember(chunks([KafkaRecord("v", "k", partition=chosen)], ())))
+    (deleted,) = upsert.delete_others([None])
+    assert (deleted.keys, deleted.values, deleted.tombstones, deleted.size) == ([b"gone"], [None], 1, 4)
 
 
 def test_what_another_writer_put_between_stays(publish, kafka_topic, read, kafka_bootstrap_servers):
