@@ -20,6 +20,7 @@ from dataforge_kafka_dagster import (
     Publication,
     build_publication_checks,
 )
+from dataforge_kafka_dagster.checks import _last_topic
 from dataforge_kafka_dagster.kafka import verification
 from dataforge_kafka_dagster.kafka.connection import Connection
 from dataforge_kafka_dagster.kafka.errors import KafkaConfigError
@@ -202,6 +203,24 @@ def test_a_run_for_dagster_partitions_that_the_asset_has_not_checks_all_of_its_o
     evaluation = _evaluate([asset, other], checks, resources, instance, selection, partition_key="eu")
     assert evaluation.passed
     assert _plain(evaluation)["kafka/publications"] == 2
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+def test_assets_downstream_wait_for_checks_that_are_to_block(blocking):
+    schema = {"kafka/value_schema": "latest"}
+    checks = build_publication_checks([dg.AssetSpec("rows", metadata=schema)], blocking=blocking)
+    specs = [spec for check in checks for spec in check.check_specs]
+    assert [(spec.name, spec.blocking) for spec in specs] == [
+        ("publication_is_in_kafka", blocking),
+        ("schema_is_compatible", blocking),
+    ]
+
+
+def test_the_topic_of_a_schema_is_the_first_that_the_last_materialization_names(instance):
+    with pytest.raises(KafkaConfigError, match="only a materialization tells. Materialize it first"):
+        _last_topic(instance, dg.AssetKey("rows"))
+    instance.report_runless_asset_event(dg.AssetMaterialization("rows", metadata={"kafka/topic": "own, other"}))
+    assert _last_topic(instance, dg.AssetKey("rows")) == "own"
 
 
 def test_a_source_asset_is_refused():
