@@ -393,6 +393,33 @@ def test_a_writer_without_reports_waits_for_brokers_as_long_as_for_a_delivery(pl
 
 
 @pytest.mark.kafka
+def test_a_large_output_with_a_dead_letter_topic_is_reported(attempts, place, read, kafka_topic):
+    dead, config = kafka_topic(), place.pop("config")
+    rows = [{"i": i} for i in range(ROWS)]
+    found = publish(config, [*rows, {"bad": object()}], on_bad_record=dead, **place)
+    assert (found.dead_letters, len(read(dead))) == (1, 1)
+    assert_exact(found, read, place["topic"])
+
+
+@pytest.mark.kafka
+def test_without_reports_nothing_is_committed_if_the_brokers_do_not_tell_that_the_topic_is_the_same(
+    place, read, monkeypatch
+):
+    def silent(*_):
+        raise KafkaError("topic", "no answer", "Try again", code="_TIMED_OUT")
+
+    config = place.pop("config")
+    with (
+        pytest.raises(KafkaError, match="no answer") as caught,
+        PublicationWriter(config, reports=False, **place) as writer,
+    ):
+        writer.send({"i": 1})
+        monkeypatch.setattr(publication, "current", silent)
+    assert caught.value.remedy is Remedy.RETRY
+    assert read(place["topic"]) == []
+
+
+@pytest.mark.kafka
 def test_a_kafka_partition_that_is_added_meanwhile_hides_no_records(place):
     """As many records of another writer would make up for those that went to it."""
     config = place.pop("config")
