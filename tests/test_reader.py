@@ -301,3 +301,14 @@ def test_of_many_kafka_partitions_that_lack_records_some_are_named(clock):
     named = ", ".join(f"topic 't', Kafka partition {partition}" for partition in range(5))
     assert caught.value.culprit == f"one of 9 Kafka partitions, {named}"
     assert caught.value.records == 18
+
+
+def test_a_row_that_its_own_publication_has_deleted_stands_for_no_other_row(clock, monkeypatch):
+    monkeypatch.setattr(_Record, "value", lambda self: None if self._offset == 2 else b"v")
+    there = (PartitionOffsets("t", 0, ((0, 3),)),)
+    fields = {"replayed": False, "seconds": 0.0, "superseded": 1, "tombstones": 1}
+    publication = Publication("p", "x", "t", 4, 0, "bytes", there, **fields)
+    connection = Connection(KafkaProducerConfig(bootstrap_servers="localhost:1"))
+    consumer = _Compacted(clock, {0: b"deleted", 2: b"deleted", 3: b"a"})
+    with pytest.raises(GoneError, match="1 of 2 records are gone"):
+        list(_read_all(connection, consumer, publication, TIMEOUT, partial=False))
