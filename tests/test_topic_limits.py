@@ -13,8 +13,10 @@ from dataforge_kafka_dagster import KafkaError, KafkaProducerConfig, KafkaRecord
 from dataforge_kafka_dagster.kafka import topics
 from dataforge_kafka_dagster.kafka.config import PublicationConfig
 from dataforge_kafka_dagster.kafka.connection import Connection
+from dataforge_kafka_dagster.kafka.deliveries import Track
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
 from dataforge_kafka_dagster.kafka.publication import PublicationWriter
+from dataforge_kafka_dagster.kafka.records import Chunk, Extra
 
 pytestmark = pytest.mark.kafka
 
@@ -220,3 +222,25 @@ def test_settings_that_do_not_come_are_done_without(kafka_bootstrap_servers, kaf
     connection = Connection(KafkaProducerConfig(bootstrap_servers=kafka_bootstrap_servers))
     found = topics.check_topic_exists(connection, kafka_topic(), None, 30)
     assert (found.partitions, found.max_bytes) == (1, None)
+
+
+@pytest.mark.parametrize(("partition", "there"), [(0, True), (2, True), (3, False)])
+def test_a_kafka_partition_that_the_topic_has_not_is_refused_before_its_record_is_sent(partition, there):
+    track = Track("t", topics.Topic(3, None), "none", cautious=False)
+    extra = Extra(None, partition, 0)
+    assert track.may_refuse(Chunk(["v"], ["k"], [extra], 2, "string", 0)) is not there
+    if there:
+        track.check(7, "v", "k", extra)
+        return
+    with pytest.raises(InvalidRecordError, match="record 7: topic 't' has no Kafka partition 3. Use 0 to 2") as caught:
+        track.check(7, "v", "k", extra)
+    assert caught.value.index == 7
+
+
+def test_the_oldest_timestamp_of_all_records_is_the_one_that_is_warned_of():
+    track = Track("t", topics.Topic(1, None, retention=1000), "none", cautious=False)
+    for timestamps in ([5, 3], [4, 9]):
+        extras = [Extra(None, -1, timestamp) for timestamp in timestamps]
+        assert not track.may_refuse(Chunk(["v", "v"], ["k", "k"], extras, 4, "string", 0))
+    assert track.oldest == 3
+    assert "timestamp=3 of one of these" in track.expired
