@@ -351,14 +351,17 @@ def test_each_topic_is_asked_for_its_own_kafka_partitions(monkeypatch):
     assert [(one.topic, one.partition, one.records) for one in found] == [("cut", 0, 4)]
 
 
+_TWO = [PartitionOffsets("t", partition, ((0, 1),)) for partition in (0, 1)]
+
+
 @pytest.mark.parametrize(
     ("values", "gone", "missing"),
     [
         ([b"abc", b"abc", None], None, []),
         ([b"abc", b"abc"], None, []),  # without the tombstone, which compaction has removed
         ([b"abc", b"ab", None], None, [(0, "its 3 records have 8 bytes, but 9 bytes were published")]),
-        ([b"abc"], GoneError("topic", "offset 0 is gone"), [(2, "offset 0 is gone")]),
-        ([b"abc"], GoneError("topic", "1 of 2 records are gone", 1), [(1, "1 of 2 records are gone")]),
+        ([b"abc"], GoneError(_TWO, "offset 0 is gone"), [(2, "offset 0 is gone")]),
+        ([b"abc"], GoneError(_TWO, "1 of 2 records are gone", 1), [(1, "1 of 2 records are gone")]),
     ],
     ids=["whole", "compacted", "other bytes", "gone", "a row gone"],
 )

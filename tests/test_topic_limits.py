@@ -228,7 +228,7 @@ def test_settings_that_do_not_come_are_done_without(kafka_bootstrap_servers, kaf
 def test_a_kafka_partition_that_the_topic_has_not_is_refused_before_its_record_is_sent(partition, there):
     track = Track("t", topics.Topic(3, None), "none", cautious=False)
     extra = Extra(None, partition, 0)
-    assert track.may_refuse(Chunk(["v"], ["k"], [extra], 2, "string", 0)) is not there
+    assert track.look_over(Chunk(["v"], ["k"], [extra], 2, "string", 0)) is not there
     if there:
         track.check(7, "v", "k", extra)
         return
@@ -241,6 +241,6 @@ def test_the_oldest_timestamp_of_all_records_is_the_one_that_is_warned_of():
     track = Track("t", topics.Topic(1, None, retention=1000), "none", cautious=False)
     for timestamps in ([5, 3], [4, 9]):
         extras = [Extra(None, -1, timestamp) for timestamp in timestamps]
-        assert not track.may_refuse(Chunk(["v", "v"], ["k", "k"], extras, 4, "string", 0))
+        assert not track.look_over(Chunk(["v", "v"], ["k", "k"], extras, 4, "string", 0))
     assert track.oldest == 3
     assert "timestamp=3 of one of these" in track.expired
