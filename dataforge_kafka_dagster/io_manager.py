@@ -196,7 +196,10 @@ class KafkaIOManager(dg.ConfigurableIOManager):
             try:
                 self._publish_each(context, outputs, target, identity, done)
             except BaseException:
-                _tell_at_once(context, done)
+                try:
+                    _tell_at_once(context, done)
+                except Exception as error:  # noqa: BLE001  (it must not stand in the place of what the step fails by)
+                    context.log.warning(f"Dagster could not be told of the {len(done)} that are published: {error}")
                 raise
             for partition, said in done.items():
                 context.step_context.add_asset_metadata(said, context.asset_key, partition)
@@ -266,7 +269,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         self, context: dg.OutputContext, obj: Any, target: "_Target", identity: Identity
     ) -> Publication:
         def attempt(reports: bool, repeats: OtherWriterError | None) -> Publication:
-            writer = self.kafka.writer(context, identity, *target, reports=reports, repeats=repeats)
+            writer = self.kafka.writer(context, identity, **target._asdict(), reports=reports, repeats=repeats)
             # Refuses the output and its schema before anything is connected.
             with contextlib.closing(
                 chunks(obj, target.key, encoders=writer.encoders(), on_bad=writer.on_bad)

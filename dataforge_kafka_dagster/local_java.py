@@ -18,13 +18,15 @@ import weakref
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 # Below the ephemeral ranges of Linux and macOS, so that no outgoing connection takes the port of a stopped broker.
 _FREE_PORTS = range(12000, 32000)
 LAST_PORT = 65535
 INSTALL = "Install it with: pip install 'dataforge-kafka-dagster[local]'"
 STOP_WAIT = 10.0
+_STALLED_SECONDS = 120
+_LOCK_SECONDS = 1_800
 # A process that starts soon and stays small.
 JVM_OPTIONS = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData")
 
@@ -232,7 +234,7 @@ def fetch_jars(
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
             with (cache_dir / "lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                _wait_for_others(lock, cache_dir, progress)
                 if not final.exists():
                     for left in cache_dir.glob("download-*"):  # by one that was killed
                         shutil.rmtree(left, ignore_errors=True)
@@ -252,11 +254,28 @@ def free_megabytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free // 1_000_000
 
 
+def _wait_for_others(lock: IO[str], cache_dir: Path, progress: Callable[[str], None]) -> None:
+    """Lock a cache, which another process may be filling."""
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        if time.monotonic() > deadline:
+            raise LocalKafkaError(
+                f"Another process has held {cache_dir / 'lock'} for {_LOCK_SECONDS:,} s. End it, or name another "
+                "folder by the environment variable DATAFORGE_KAFKA_CACHE."
+            )
+        progress(f"Waiting for another process that fetches into {cache_dir}")
+        time.sleep(1)
+
+
 def _download(folder: Path, name: str, coordinates: str, progress: Callable[[str], None], megabytes: int) -> None:
     if importlib.util.find_spec("jgo") is None:
         raise LocalKafkaError(f"The package jgo is needed to fetch {name}. {INSTALL}")
     env = {**os.environ, "M2_REPO": str(folder / "m2")}
-    started = time.monotonic()
+    started = came = time.monotonic()
+    last = 0.0
     with (folder / "output").open("w+", encoding="utf-8") as output:
         process = subprocess.Popen(  # noqa: S603
             [sys.executable, "-c", _FETCH, coordinates, str(folder / "jgo")],
@@ -269,11 +288,17 @@ def _download(folder: Path, name: str, coordinates: str, progress: Callable[[str
         try:
             while process.poll() is None:
                 files = [path for path in (folder / "m2").rglob("*") if path.suffix in {".pom", ".jar", ".gz"}]
-                size, seconds = sum(path.stat().st_size for path in files) / 1e6, time.monotonic() - started
+                size, now = sum(path.stat().st_size for path in files) / 1e6, time.monotonic()
+                came, last = (now if size != last else came), size
                 progress(
                     f"Fetching {name} from Maven Central, once: {len(files)} files, {size:.0f} of about "
-                    f"{megabytes} MB, {seconds:.0f} s"
+                    f"{megabytes} MB, {now - started:.0f} s"
                 )
+                if now - came > _STALLED_SECONDS:
+                    raise LocalKafkaError(
+                        f"Could not fetch {name} from Maven Central: nothing more has come for {_STALLED_SECONDS} s. "
+                        "Is there a way to the internet (HTTPS_PROXY)?"
+                    )
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(1)
         finally:

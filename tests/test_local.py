@@ -24,7 +24,7 @@ from confluent_kafka import Consumer, KafkaException, Producer
 from confluent_kafka.admin import AdminClient
 from conftest import Clock
 
-from dataforge_kafka_dagster import local, local_registry
+from dataforge_kafka_dagster import local, local_java, local_registry
 from dataforge_kafka_dagster.local import LocalKafka, LocalKafkaError
 from dataforge_kafka_dagster.local_java import free_ports
 from dataforge_kafka_dagster.local_registry import LocalSchemaRegistry
@@ -220,6 +220,40 @@ def test_a_killed_process_leaves_no_download_behind(tmp_path, monkeypatch):
     with pytest.raises(LocalKafkaError, match=rf"and room for 46 MB in {tmp_path}, where \d+ are free"):
         _ = LocalKafka(cache_dir=tmp_path, progress=lambda _: None).classpath
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+@pytest.mark.slow
+def test_a_download_of_which_nothing_more_comes_ends(tmp_path, monkeypatch):
+    before = local_java._FETCH.partition("parts =")[0]
+    monkeypatch.setattr(local_java, "_FETCH", before + "import time; time.sleep(60)")
+    monkeypatch.setattr(local_java, "_STALLED_SECONDS", 1)
+    with pytest.raises(LocalKafkaError, match="nothing more has come for 1 s"):
+        local_java.fetch_jars(tmp_path, "none", "a:b", lambda _: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    assert psutil.Process().children() == []
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_cache_that_another_process_fills_is_waited_for_and_that_is_said(ends, tmp_path, monkeypatch):
+    said = []
+    with (tmp_path / "lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+
+        class Ending(Clock):
+            def sleep(self, seconds):
+                super().sleep(seconds)
+                if ends and len(said) == 3:
+                    (tmp_path / "none").mkdir()
+                    fcntl.flock(other, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(local_java, "time", Ending())
+        if ends:
+            assert local_java.fetch_jars(tmp_path, "none", "a:b", said.append) == ""
+        else:
+            with pytest.raises(LocalKafkaError, match=r"Another process has held .*lock for 1,800 s"):
+                local_java.fetch_jars(tmp_path, "none", "a:b", said.append)
+    assert said[0] == f"Waiting for another process that fetches into {tmp_path}"
+    assert len(said) == (3 if ends else 1801)
 
 
 @pytest.mark.parametrize("make", [LocalKafka, LocalSchemaRegistry], ids=["Kafka", "Schema Registry"])

@@ -309,6 +309,37 @@ def test_what_a_failed_run_has_published_of_a_range_is_told_but_not_as_done_by_t
 
 
 @pytest.mark.kafka
+def test_an_event_log_that_takes_nothing_does_not_hide_why_a_range_has_failed(
+    manager, kafka_topic, instance, monkeypatch
+):
+    letters = dg.StaticPartitionsDefinition(["a", "b"])
+
+    def rows(letter):
+        yield letter
+        if letter == "b":
+            raise ZeroDivisionError
+
+    @dg.asset(
+        partitions_def=letters, backfill_policy=dg.BackfillPolicy.single_run(), metadata={"kafka/topic": kafka_topic()}
+    )
+    def ranged(context: dg.AssetExecutionContext):
+        return {letter: rows(letter) for letter in context.partition_keys}
+
+    def refuse(*_, **__):
+        raise OSError("the event log is away")
+
+    monkeypatch.setattr(type(instance), "report_runless_asset_event", refuse)
+    tags = {"dagster/asset_partition_range_start": "a", "dagster/asset_partition_range_end": "b"}
+    failed = dg.materialize(
+        [ranged], raise_on_error=False, resources={"io_manager": manager}, instance=instance, tags=tags
+    )
+    causes = [failed.failure_data_for_node("ranged").error]
+    while causes[-1].cause:
+        causes.append(causes[-1].cause)
+    assert causes[-1].cls_name == "ZeroDivisionError"
+
+
+@pytest.mark.kafka
 def test_a_retry_of_a_range_publishes_what_is_missing_beside_what_another_run_has_published_anew(
     manager, kafka_topic, read, instance
 ):

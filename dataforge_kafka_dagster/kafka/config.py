@@ -155,15 +155,15 @@ class KafkaOptions(BaseModel):
     )
     batch_size: int = Field(
         default=16384,
-        description="Largest batch of records to one Kafka partition, bytes. Publications use 1,000,000 if left alone.",
+        description="Largest batch of records to one Kafka partition, bytes. Publications: 1,000,000 for its default.",
     )
     linger_ms: float = Field(
         default=5,
-        description="How long a batch waits for more records, milliseconds. Publications use 20 if left alone.",
+        description="How long a batch waits for more records, milliseconds. Publications: 20 for its default.",
     )
     buffer_memory: int = Field(
         default=33554432,
-        description="Most memory for records not yet delivered, bytes. Publications use 67,108,864 if left alone.",
+        description="Most memory for records not yet delivered, bytes. Publications: 67,108,864 for its default.",
     )
     compression_type: str = Field(
         default="snappy", description=f"Codec of the batches: {', '.join(COMPRESSION_TYPES)}."
@@ -841,7 +841,7 @@ def producer_options(config: KafkaProducerConfig) -> dict[str, Any]:
 
 
 def publication_options(config: PublicationConfig, transactional_id: str) -> dict[str, Any]:
-    """librdkafka's settings for one publication: bulk defaults where the producer's options were left alone."""
+    """librdkafka's settings for one publication: bulk defaults where the producer's options have their defaults."""
     producer = config.producer
     bulk = {"batch_size": 1_000_000, "linger_ms": 20, "buffer_memory": 67_108_864}
     update: dict[str, Any] = {
