@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import types
 import typing
 import uuid
@@ -1659,6 +1660,7 @@ def answering():
         def _answer(self):
             asked.append((self.command, self.path, dict(self.headers)))
             refusal = {"error_code": Handler.status, "message": Handler.message}
+            refusal |= {"error": "refused", "error_description": Handler.message}  # as a token server says it
             body = Handler.body if Handler.status < 300 else json.dumps(refusal).encode()
             self.send_response(Handler.status)
             self.send_header("Content-Type", "application/json")
@@ -1713,6 +1715,56 @@ def test_the_registrys_refusals_keep_its_words_and_say_what_to_do(answering, sta
     assert "subject 'flights-value'" in error.culprit
     expected = "Basic " + base64.b64encode(b"u:canary-pw").decode()
     assert {headers.get("Authorization", headers.get("authorization")) for _, _, headers in asked} == {expected}
+
+
+def with_oauth(url, token_url, **options):
+    oauth = {"client.id": "me", "client.secret": "canary-ä", "scope": "s", "logical.cluster": "l"}
+    oauth |= {"credentials.source": "OAUTHBEARER", "issuer.endpoint.url": token_url}
+    options |= {f"bearer.auth.{name}": value for name, value in oauth.items()} | {"retries.wait.ms": "1"}
+    return SchemaRegistry(SchemaRegistryConfig(url=url, client_config=options))
+
+
+@pytest.mark.parametrize(
+    ("answer", "said", "fix", "remedy"),
+    [
+        ((401, b""), "OAuthError: refused: you sent Basic ***, which is me:***", "client.secret", Remedy.FAIL),
+        ((404, b""), "OAuthError", "bearer.auth.issuer.endpoint.url", Remedy.FAIL),
+        ((200, b"{}"), "KeyError", "bearer.auth.issuer.endpoint.url", Remedy.FAIL),
+        ((503, b""), "HTTPStatusError: Server error '503 Service Unavailable' for url '***'", "runs", Remedy.RETRY),
+        (None, "ConnectError", "runs", Remedy.RETRY),
+    ],
+)
+def test_a_token_server_of_the_registrys_that_gives_no_token_is_named(
+    answering, closed_port, answer, said, fix, remedy
+):
+    handler, url, _ = answering
+    if answer is not None:
+        handler.status, handler.body = answer
+    basic = base64.b64encode("me:canary-ä".encode("latin-1")).decode()
+    handler.message = f"you sent Basic {basic}, which is me:canary-ä"
+    registry = with_oauth(url, f"http://{closed_port}" if answer is None else url)
+    for ask in (ASKING["register"], ASKING["decode"], ASKING["is compatible"]):
+        with pytest.raises(KafkaError) as caught:
+            ask(registry, "avro")
+        error = caught.value
+        assert error.culprit == f"OAuth token server of Schema Registry at {url}"
+        assert f"it gave no token: {said}" in error.cause
+        assert fix in error.fix
+        assert error.remedy is remedy
+        told = "".join(traceback.format_exception(error))
+        assert [secret for secret in ("canary", basic) if secret in told] == []
+
+
+def test_a_token_server_that_goes_away_between_records_is_no_record_that_does_not_fit(answering):
+    handler, url, _ = answering
+    found = {"id": 1, "version": 1, "schema": json.dumps(FLIGHT), "access_token": "t", "expires_in": -1}
+    handler.status, handler.body = 200, json.dumps(found).encode()
+    encode = encoder(with_oauth(url, url, **{"cache.latest.ttl.sec": "0"}), latest("avro"))
+    encode.prepare()
+    handler.status = 503
+    with pytest.raises(KafkaError, match="OAuth token server") as caught:
+        encode([{"tailnum": "N1"}])
+    assert caught.value.remedy is Remedy.RETRY
 
 
 def latest(form):

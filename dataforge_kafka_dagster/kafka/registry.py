@@ -28,6 +28,9 @@ _FILES: Final = ("ssl_ca_location", "ssl_certificate_location", "ssl_key_locatio
 _NUMBERS: Final = frozenset(
     {"timeout", "max.retries", "retries.wait.ms", "retries.max.wait.ms", "cache.capacity", "cache.latest.ttl.sec"}
 )
+_CHARSETS: Final = ("utf-8", "latin-1")  # of httpx, and of authlib, which asks for OAuth tokens
+# Answers of HTTP that may be others soon, beside a server's own faults.
+_PASSING: Final = frozenset({408, 425, 429})
 OF_VARIABLES: Final = (
     "Give what os.environ has, or make it an option of a KafkaProducerResource, which takes an EnvVar for the whole of"
     " one, and whose run looks it up"
@@ -129,9 +132,12 @@ class SchemaRegistryConfig(BaseModel):
 
     def redact(self, text: str) -> str:
         """The text without any secret of this config."""
-        # As it goes over the wire, where a registry or a proxy may quote it.
-        basic = base64.b64encode(f"{self.username}:{self.password}".encode()).decode()
-        secrets = map(str, {self.password, basic, self.token, *self.client_config.values()} - {None})
+        raw = self.client_config
+        pairs = [f"{self.username}:{self.password}", raw.get("basic.auth.user.info", "")]
+        pairs.append(f"{raw.get('bearer.auth.client.id')}:{raw.get('bearer.auth.client.secret')}")
+        # As they go over the wire, where a registry, its token server or a proxy may quote them.
+        basic = {base64.b64encode(p.encode(charset, "replace")).decode() for p in pairs for charset in _CHARSETS}
+        secrets = map(str, {self.password, self.token, *basic, *raw.values()} - {None})
         return without_secrets(text, [secret for secret in secrets if len(secret) > 3])  # noqa: PLR2004  (no numbers)
 
 
@@ -218,13 +224,15 @@ class SchemaRegistry:
         Raises:
             KafkaError: The registry refused or did not answer; its `remedy` says whether trying again can help.
         """
-        from confluent_kafka.schema_registry.error import SchemaRegistryError  # noqa: PLC0415  (optional)
+        from confluent_kafka.schema_registry.error import OAuthTokenError, SchemaRegistryError  # noqa: PLC0415  (optional)
         from confluent_kafka.serialization import SerializationError  # noqa: PLC0415  (heavy)
 
         try:
             yield
         except SchemaRegistryError as error:
             raise self._refused(error, culprit) from None
+        except OAuthTokenError as error:
+            raise self._no_token(error.__context__ or error) from None
         except KafkaError:
             raise
         except json.JSONDecodeError as error:
@@ -292,16 +300,37 @@ class SchemaRegistry:
         if status == 407:  # noqa: PLR2004
             fix = "Give user and password in the address of the proxy"
             return KafkaError(culprit, f"the proxy refused access: {cause}", fix)
-        if status in {408, 429} or status >= 500:  # noqa: PLR2004
+        if status in _PASSING or status >= 500:  # noqa: PLR2004
             fix = "Try again; if it goes on, check the registry's health"
             return KafkaError(culprit, f"the registry failed: {cause}", fix, remedy=Remedy.RETRY)
         return KafkaError(culprit, f"the schema was refused: {cause}", "Correct the schema")
 
+    def _no_token(self, error: BaseException) -> KafkaError:
+        cause = self.config.redact(f"it gave no token: {type(error).__name__}: {error}").partition("\n")[0]
+        answer = getattr(error, "response", None)
+        if answer is not None:
+            passing = answer.status_code in _PASSING or answer.status_code >= 500  # noqa: PLR2004
+        else:
+            passing = type(error).__module__.startswith("httpx") and not _is_tls(cause)
+        fix = (
+            "Check that it runs, bearer.auth.issuer.endpoint.url, and that a firewall lets you through"
+            if passing
+            else "Check bearer.auth.issuer.endpoint.url, bearer.auth.client.id, bearer.auth.client.secret and"
+            " bearer.auth.scope; a CA of its own is told by the environment's SSL_CERT_FILE"
+        )
+        remedy = Remedy.RETRY if passing else Remedy.FAIL
+        return KafkaError(f"OAuth token server of {self.name}", cause, fix, remedy=remedy)
+
     def _unreachable(self, error: Exception) -> KafkaError:
         text = self.config.redact(str(error) or type(error).__name__)
-        if "CERTIFICATE" in text.upper() or "SSL" in text.upper():
+        if _is_tls(text):
             return KafkaError(self.name, text, "Check the registry's url and ssl_ca_location")
         timed_out = "Timeout" in type(error).__name__
         cause = f"no answer within {self.config.timeout:g} s" if timed_out else f"it cannot be reached: {text}"
         fix = "Check that the registry runs, its url, and that a firewall lets you through"
         return (KafkaTimeoutError if timed_out else KafkaError)(self.name, cause, fix, remedy=Remedy.RETRY)
+
+
+def _is_tls(text: str) -> bool:
+    """Whether a connection failed for a certificate, or the like."""
+    return "CERTIFICATE" in text.upper() or "SSL" in text.upper()

@@ -698,7 +698,7 @@ class SchemaEncoder:
         except Exception as error:
             index = start + len(encoded)
             with self._registry.errors(f"{self._part} schema of topic {self._topic!r}"):
-                if type(error).__module__.startswith("httpx") or type(error).__name__ == "SchemaRegistryError":
+                if type(error).__module__.startswith(("confluent_kafka.schema_registry.error", "httpx")):
                     raise
             raise self._misfit(rows[len(encoded)], index, error) from error
         return encoded
