@@ -218,6 +218,14 @@ REFUSED = {
         OAUTH | OIDC | {"sasl_oauthbearer_client_secret": None},
         ["oidc", "needs sasl_oauthbearer_client_secret"],
     ),
+    "password in the address of OIDC": (
+        OAUTH | OIDC | {"sasl_oauthbearer_token_endpoint_url": f"https://user:a/{CANARY}@id.example.com/token"},
+        ["sasl_oauthbearer_token_endpoint_url", "set sasl_oauthbearer_client_id"],
+    ),
+    "address of OIDC without scheme": (
+        OAUTH | OIDC | {"sasl_oauthbearer_token_endpoint_url": "id.example.com/token"},
+        ["sasl_oauthbearer_token_endpoint_url", "'https://host:port'"],
+    ),
     "text for OIDC": (
         OAUTH | OIDC | {"sasl_oauthbearer_config": CANARY},
         ["sasl_oauthbearer_config", "ignored", "oidc"],
@@ -259,6 +267,10 @@ REFUSED = {
     "password in the servers": (
         {"bootstrap_servers": f"SASL_SSL://user:{CANARY}@a:9092"},
         ["bootstrap_servers", "***@a:9092", "host:port"],
+    ),
+    "password with a comma in the servers": (
+        {"bootstrap_servers": f"user:{CANARY},{CANARY}@a:9092,b:9092"},
+        ["bootstrap_servers='***@a:9092,b:9092'", "host:port"],
     ),
     "key without certificate": ({"security_protocol": "SSL", "ssl_key_pem": CANARY}, ["certificate", "key", "both"]),
 }

@@ -1627,6 +1627,15 @@ def test_raw_settings_that_are_numbers_are_given_as_text():
         ({"url": "localhost:8081"}, "http://host:port"),
         ({"url": "http:///path"}, "http://host:port"),
         ({"url": "http://u:canary@host"}, "set username and password"),
+        ({"url": "http://u:can/canary@host"}, "set username and password"),
+        ({"url": "http://u:canary,canary@host"}, "http://host:port"),
+        ({"url": "http://registry:canary"}, "http://host:port"),
+        ({"url": "http://a:1,http://b:99999"}, "the port 1 to 65535"),
+        ({"url": "http://my registry:8081"}, "http://host:port"),
+        (
+            {"url": "http://h", "client_config": {"bearer.auth.issuer.endpoint.url": "http://u:canary@host"}},
+            "client_config's bearer.auth.issuer.endpoint.url is not possible with user and password",
+        ),
         ({"url": "http://h", "username": "u"}, "go together"),
         ({"url": "http://h", "username": "u", "password": "canary", "token": "t"}, "exclude each other"),
         ({"url": "http://h", "ssl_ca_location": "/no/such.pem"}, "no such file"),
@@ -1639,6 +1648,13 @@ def test_options_that_cannot_work_are_refused(options, said):
         SchemaRegistryConfig(**options)
     assert said in str(caught.value)
     assert "canary" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://h", " https://h.example.com:8081/a/b?c=d , http://under_score", "http://[::1]:1/", "mock://a b"]
+)
+def test_addresses_of_registries_are_accepted(url):
+    assert SchemaRegistryConfig(url=url).url == url
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError, R
 from dataforge_kafka_dagster.kafka.registry import (
     OF_VARIABLES,
     SchemaRegistryConfig,
+    refuse_bad_url,
     refuse_missing_file,
     refuse_variables,
 )
@@ -390,10 +391,12 @@ class KafkaProducerConfig(KafkaOptions):
         servers = value.split(",") if isinstance(value, str) else value
         if not [server for server in servers if server.strip()]:
             raise _not("bootstrap_servers", value, "name at least one broker, such as 'localhost:9092'")
+        # What stands before an @ in URLs is a password, which may have commas.
+        whole = re.sub(r".*@", "***@", ",".join(servers), flags=re.DOTALL)
         for server in servers:
             match = _SERVER.match(server.strip())
-            if not match:
-                shown = re.sub(r".*@", "***@", server, flags=re.DOTALL)  # what stands there in URLs is a password
+            if "@" in whole or not match:
+                shown = whole if "@" in whole else server
                 raise _not("bootstrap_servers", shown, "each is 'host:port', such as 'localhost:9092'")
             if match["port"] and not 1 <= int(match["port"]) <= 65535:  # noqa: PLR2004
                 raise _not("bootstrap_servers", server, "the port must be 1 to 65535")
@@ -440,6 +443,14 @@ class KafkaProducerConfig(KafkaOptions):
     @classmethod
     def _method(cls, value: str | None) -> str | None:
         return None if value is None else _one_of("sasl_oauthbearer_method", value.lower(), ("default", "oidc"))
+
+    @field_validator("sasl_oauthbearer_token_endpoint_url")
+    @classmethod
+    def _token_endpoint(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None:
+            instead = "set sasl_oauthbearer_client_id and sasl_oauthbearer_client_secret"
+            refuse_bad_url(str(info.field_name), value, instead)
+        return value
 
     @field_validator("sasl_oauthbearer_callback")
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import re
 import struct
 import traceback
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,7 @@ _FILES: Final = ("ssl_ca_location", "ssl_certificate_location", "ssl_key_locatio
 _NUMBERS: Final = frozenset(
     {"timeout", "max.retries", "retries.wait.ms", "retries.max.wait.ms", "cache.capacity", "cache.latest.ttl.sec"}
 )
+_URL: Final = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[^\s:,/?#\[\]]+)(?::(?P<port>[0-9]+))?(?:[/?#]\S*)?")
 _CHARSETS: Final = ("utf-8", "latin-1")  # of httpx, and of authlib, which asks for OAuth tokens
 # Answers of HTTP that may be others soon, beside a server's own faults.
 _PASSING: Final = frozenset({408, 425, 429})
@@ -59,6 +61,26 @@ def refuse_missing_file(option: str, location: str, for_text: str) -> None:
     if not exists:
         relative = "" if path.is_absolute() else "; give an absolute path: steps may have another working directory"
         raise ValueError(f"{option}={location!r} is not possible: there is no such file{relative}")
+
+
+def refuse_bad_url(option: str, url: str, instead: str) -> None:
+    """Refuse what is no address of HTTP, or one with a user and password in it. It is not shown.
+
+    Args:
+        option: Its name.
+        url: The address.
+        instead: What to set in place of a user and password.
+
+    Raises:
+        ValueError: It is such a one.
+    """
+    if "@" in url:  # wherever: a password may have a slash
+        raise ValueError(f"{option} is not possible with user and password in it: {instead}; any other @ is %40")
+    match = _URL.fullmatch(url.strip())
+    if not match or not 1 <= int(match["port"] or 80) <= 65535:  # noqa: PLR2004
+        raise ValueError(
+            f"{option} is not possible: give 'http://host:port' or 'https://host:port', the port 1 to 65535"
+        )
 
 
 def refuse_variables(option: str, value: Any, fix: str) -> None:
@@ -112,12 +134,12 @@ class SchemaRegistryConfig(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> SchemaRegistryConfig:
         for url in self.url.split(","):
-            scheme, _, rest = url.strip().partition("://")
-            host = rest.partition("/")[0]
-            if scheme not in {"http", "https", "mock"} or (not host and scheme != "mock"):
-                raise ValueError("url is not possible: give 'http://host:port' or 'https://host:port'")
-            if "@" in host:
-                raise ValueError("url is not possible with user and password in it: set username and password")
+            if not url.strip().startswith("mock://"):
+                refuse_bad_url("url", url, "set username and password")
+        name = "bearer.auth.issuer.endpoint.url"
+        if name in self.client_config:
+            instead = "set bearer.auth.client.id and bearer.auth.client.secret"
+            refuse_bad_url(f"client_config's {name}", self.client_config[name], instead)
         if (self.username is None) != (self.password is None):
             raise ValueError("username and password go together: give both, or none")
         if self.token is not None and self.username is not None:
