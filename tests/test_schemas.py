@@ -8,6 +8,7 @@ import http.server
 import itertools
 import json
 import pickle
+import socket
 import subprocess
 import sys
 import tempfile
@@ -1663,6 +1664,41 @@ def test_a_registry_that_is_away_may_come_back(closed_port):
     with pytest.raises(KafkaError, match="cannot be reached") as caught:
         encoder(registry, {"text": FLIGHT})([{"tailnum": "N1"}])
     assert caught.value.remedy is Remedy.RETRY
+
+
+@pytest.mark.parametrize(
+    ("answer", "said", "fix", "remedy"),
+    [
+        (b"", "UNEXPECTED_EOF", "runs", Remedy.RETRY),
+        (None, "no answer within 0.2 s", "runs", Remedy.RETRY),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "WRONG_VERSION_NUMBER", "ssl_ca_location", Remedy.FAIL),
+        (bytes([21, 3, 3, 0, 2, 2, 40]), "ALERT_HANDSHAKE_FAILURE", "ssl_ca_location", Remedy.FAIL),
+    ],
+    ids=["ends", "hangs", "no TLS", "refuses"],
+)
+def test_a_registry_that_goes_away_in_a_handshake_may_come_back(answer, said, fix, remedy):
+    def serve():
+        with server.accept()[0] as connection:
+            connection.settimeout(10)
+            connection.recv(65536)
+            if answer is None:
+                connection.recv(1)  # until the client gives up
+            else:
+                connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(10)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        url = f"https://127.0.0.1:{server.getsockname()[1]}"
+        config = SchemaRegistryConfig(
+            url=url, timeout=0.2 if answer is None else 10, client_config={"max.retries": "0"}
+        )
+        with pytest.raises(KafkaError, match=said) as caught:
+            encoder(SchemaRegistry(config), {"text": FLIGHT}).prepare()
+        thread.join(20)
+    assert fix in caught.value.fix
+    assert caught.value.remedy is remedy
 
 
 @pytest.fixture

@@ -333,7 +333,7 @@ class SchemaRegistry:
         if answer is not None:
             passing = answer.status_code in _PASSING or answer.status_code >= 500  # noqa: PLR2004
         else:
-            passing = type(error).__module__.startswith("httpx") and not _is_tls(cause)
+            passing = type(error).__module__.startswith("httpx") and not _is_refused_by_tls(cause)
         fix = (
             "Check that it runs, bearer.auth.issuer.endpoint.url, and that a firewall lets you through"
             if passing
@@ -345,7 +345,7 @@ class SchemaRegistry:
 
     def _unreachable(self, error: Exception) -> KafkaError:
         text = self.config.redact(str(error) or type(error).__name__)
-        if _is_tls(text):
+        if _is_refused_by_tls(text):
             return KafkaError(self.name, text, "Check the registry's url and ssl_ca_location")
         timed_out = "Timeout" in type(error).__name__
         cause = f"no answer within {self.config.timeout:g} s" if timed_out else f"it cannot be reached: {text}"
@@ -353,6 +353,6 @@ class SchemaRegistry:
         return (KafkaTimeoutError if timed_out else KafkaError)(self.name, cause, fix, remedy=Remedy.RETRY)
 
 
-def _is_tls(text: str) -> bool:
-    """Whether a connection failed for a certificate, or the like."""
-    return "CERTIFICATE" in text.upper() or "SSL" in text.upper()
+def _is_refused_by_tls(text: str) -> bool:
+    """Whether a handshake failed for a certificate or the like, and not for an end or time-out in its midst."""
+    return "[SSL: " in text and "UNEXPECTED_EOF" not in text
