@@ -345,6 +345,34 @@ def test_a_server_with_the_prefix_of_another_protocol_is_refused(options):
         KafkaProducerConfig(bootstrap_servers="b:2,SSL://a:1", **options)
 
 
+LOGIN = {"sasl_mechanism": "PLAIN", "sasl_username": "u", "sasl_password": CANARY}
+RAW_PAIR = {"ssl.certificate.pem": PEM, "ssl.key.pem": PEM}
+
+
+@pytest.mark.parametrize(
+    ("options", "raw"),
+    [
+        (LOGIN | {"ssl_ca_location": "probe"}, {"security.protocol": "sasl_ssl"}),
+        ({}, {"security.protocol": "SASL_SSL", "sasl.mechanisms": "PLAIN", "sasl.username": "u", "sasl.password": "p"}),
+        ({"security_protocol": "SSL", "ssl_key_password": CANARY}, RAW_PAIR),
+        ({"security_protocol": "SSL", "ssl_certificate_pem": PEM}, {"ssl.key.pem": PEM}),
+    ],
+)
+def test_options_go_together_with_raw_settings(options, raw):
+    config = KafkaProducerConfig(librdkafka_config=raw, **options)
+    expected = {name.replace("_", "."): value for name, value in options.items()} | raw
+    assert expected.items() <= client_options(config).items()
+
+
+def test_options_that_a_raw_protocol_would_ignore_are_refused():
+    with pytest.raises(ValidationError, match="would be ignored with security_protocol='PLAINTEXT'"):
+        KafkaProducerConfig(security_protocol="SASL_SSL", librdkafka_config={"security.protocol": "plaintext"}, **LOGIN)
+    unverified = KafkaProducerConfig(
+        enable_ssl_certificate_verification=False, librdkafka_config={"security.protocol": "SSL"}
+    )
+    assert client_options(unverified)["enable.ssl.certificate.verification"] == "false"
+
+
 KEY = f"-----BEGIN PRIVATE KEY-----\n{CANARY * 200}\n-----END PRIVATE KEY-----"
 
 

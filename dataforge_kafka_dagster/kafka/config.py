@@ -522,7 +522,7 @@ class KafkaProducerConfig(KafkaOptions):
                 )
 
     def _check_protocols(self) -> None:
-        protocol = self.librdkafka_config.get("security.protocol", self.security_protocol).upper()
+        protocol = self.protocol
         for server in self.servers.split(","):
             match = _SERVER.match(server)
             if match and match["protocol"] not in {None, protocol}:
@@ -532,7 +532,7 @@ class KafkaProducerConfig(KafkaOptions):
                 )
 
     def _check_sasl(self, given: Container[str], later: Container[str]) -> None:
-        protocol, mechanism = self.security_protocol, self.sasl_mechanism
+        protocol, mechanism = self.protocol, self.sasl_mechanism
         ours = [n for n in type(self).model_fields if n.startswith(("sasl_", "https_")) and n in given]
         if not protocol.startswith("SASL"):
             if ours:
@@ -541,7 +541,7 @@ class KafkaProducerConfig(KafkaOptions):
                     " set security_protocol to 'SASL_SSL' or 'SASL_PLAINTEXT'"
                 )
             return
-        if "sasl_mechanism" in later:
+        if "sasl_mechanism" in later or (mechanism is None and "security.protocol" in self.librdkafka_config):
             return
         if mechanism is None:
             raise ValueError(
@@ -604,9 +604,9 @@ class KafkaProducerConfig(KafkaOptions):
         ours = [n for n in type(self).model_fields if n.startswith("ssl_") and n in given]
         if not self.enable_ssl_certificate_verification:
             ours.append("enable_ssl_certificate_verification")
-        if ours and not self.security_protocol.endswith("SSL"):
+        if ours and not self.protocol.endswith("SSL"):
             raise ValueError(
-                f"{', '.join(ours)} would be ignored with security_protocol={self.security_protocol!r}:"
+                f"{', '.join(ours)} would be ignored with security_protocol={self.protocol!r}:"
                 " set security_protocol to 'SSL' or 'SASL_SSL'"
             )
         for what in ("ssl_ca", "ssl_certificate", "ssl_key", "https_ca"):
@@ -614,9 +614,11 @@ class KafkaProducerConfig(KafkaOptions):
                 raise ValueError(f"{what}_location and {what}_pem name the same thing: give one of them")
         certificate = [n for n in ours if n in {"ssl_certificate_location", "ssl_certificate_pem"}]
         key = [n for n in ours if n in {"ssl_key_location", "ssl_key_pem"}]
-        if bool(certificate) != bool(key):
+        # Which librdkafka judges itself.
+        raw = any(name.startswith(("ssl.certificate.", "ssl.key.")) for name in self.librdkafka_config)
+        if bool(certificate) != bool(key) and not raw:
             raise ValueError("a client certificate and its private key go together: give both, or none")
-        if "ssl_key_password" in given and not key:
+        if "ssl_key_password" in given and not key and not raw:
             raise ValueError("ssl_key_password is for a private key: set ssl_key_location or ssl_key_pem too")
         if ("ssl_keystore_location" in given) != ("ssl_keystore_password" in given):
             raise ValueError("ssl_keystore_location and ssl_keystore_password go together: give both, or none")
@@ -637,6 +639,11 @@ class KafkaProducerConfig(KafkaOptions):
         """The brokers as librdkafka's ``bootstrap.servers``: one string with commas."""
         value = self.bootstrap_servers
         return ",".join(s.strip() for s in (value.split(",") if isinstance(value, str) else value) if s.strip())
+
+    @property
+    def protocol(self) -> str:
+        """The security protocol as it is in the end, also as a raw setting."""
+        return self.librdkafka_config.get("security.protocol", self.security_protocol).upper()
 
     @property
     def idempotent(self) -> bool:
@@ -827,7 +834,7 @@ def client_options(config: KafkaProducerConfig) -> dict[str, Any]:
     for name in type(config).model_fields:
         if name.startswith(("sasl_", "ssl_", "https_")) and name not in _NOT_LIBRDKAFKAS:
             options[name.replace("_", ".")] = getattr(config, name)
-    if config.security_protocol.endswith("SSL") and not config.enable_ssl_certificate_verification:
+    if config.protocol.endswith("SSL") and not config.enable_ssl_certificate_verification:
         options["enable.ssl.certificate.verification"] = "false"
     return {name: value for name, value in options.items() if value is not None} | config.librdkafka_config
 
