@@ -716,6 +716,33 @@ def test_acks_that_lose_records_are_refused_for_exactly_once(acks):
 
 
 @pytest.mark.parametrize(
+    ("name", "wrong", "right"),
+    [
+        ("enable.idempotence", False, "True"),
+        ("acks", 1, "all"),
+        ("request.required.acks", "0", -1),
+        ("retries", 0, 1),
+        ("message.send.max.retries", "0", "10"),
+        ("max.in.flight", 6, "5"),
+        ("max.in.flight.requests.per.connection", 10, 1),
+    ],
+)
+def test_raw_settings_without_idempotence_are_refused_for_exactly_once(name, wrong, right):
+    producer = KafkaProducerConfig(librdkafka_config={name: wrong})
+    given = str(wrong).lower()
+    with pytest.raises(ValidationError, match=f"'{name}': '{given}'}} cannot give delivery_guarantee='exactly_once'"):
+        PublicationConfig(producer=producer)
+    assert PublicationConfig(producer=producer, delivery_guarantee="at_least_once").producer is producer
+    taken = PublicationConfig(producer=KafkaProducerConfig(librdkafka_config={name: right}))
+    confluent_kafka.Producer(publication_options(taken, "id"))
+
+
+def test_a_raw_time_out_of_transactions_is_refused_with_the_option_to_set():
+    with pytest.raises(ValidationError, match=r"'transaction\.timeout\.ms': .* Set transaction_timeout"):
+        KafkaProducerConfig(librdkafka_config={"transaction.timeout.ms": "60000"})
+
+
+@pytest.mark.parametrize(
     ("options", "name"),
     [
         ({"delivery_guarantee": "at_most_once"}, "exactly_once"),

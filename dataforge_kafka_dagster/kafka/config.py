@@ -58,6 +58,13 @@ _RAW_TIMEOUTS: Final = {"message.timeout.ms", "delivery.timeout.ms"}
 _TIMES: Final = {"linger.ms", "queue.buffering.max.ms", *_RAW_TIMEOUTS}
 _RAW_SERVERS: Final = {"bootstrap.servers", "metadata.broker.list"}
 _RAW_ACKS: Final = ("acks", "request.required.acks")
+# Patterns of what librdkafka needs for idempotence, and so for transactions.
+_IDEMPOTENT: Final = {
+    "enable.idempotence": "true|t|1",
+    **dict.fromkeys(_RAW_ACKS, "all|-1"),
+    **dict.fromkeys(("retries", "message.send.max.retries"), "0*[1-9][0-9]*"),
+    **dict.fromkeys(("max.in.flight", "max.in.flight.requests.per.connection"), "[1-5]"),
+}
 # What other clients call an option, and librdkafka's own settings.
 _OTHER_NAMES: Final = {
     "servers": "bootstrap_servers",
@@ -509,6 +516,11 @@ class KafkaProducerConfig(KafkaOptions):
                 "librdkafka_config={'delivery.report.only.error': ...} is not possible: nobody would be told of a"
                 " delivery. Leave it out; publications do without reports where they can"
             )
+        if "transaction.timeout.ms" in raw:
+            raise ValueError(
+                "librdkafka_config={'transaction.timeout.ms': ...} is not possible: records would not know of it, which"
+                " may not outlive their transaction. Set transaction_timeout"
+            )
         for name in _RAW_SERVERS & set(raw):
             raise ValueError(
                 f"librdkafka_config={{{name!r}: ...}} is not possible: errors would name other brokers."
@@ -777,6 +789,13 @@ class PublicationConfig(BaseModel):
                 "retries=0 cannot give delivery_guarantee='exactly_once': it needs idempotence, which needs retries."
                 " Set retries above 0, or delivery_guarantee='at_least_once'"
             )
+        raw = self.producer.librdkafka_config if self.delivery_guarantee == "exactly_once" else {}
+        for name in raw.keys() & _IDEMPOTENT.keys():
+            if not re.fullmatch(_IDEMPOTENT[name], raw[name], re.IGNORECASE):
+                raise ValueError(
+                    f"librdkafka_config={{{name!r}: {raw[name]!r}}} cannot give delivery_guarantee='exactly_once':"
+                    " it needs idempotence. Leave it out, or set delivery_guarantee='at_least_once'"
+                )
         return self
 
 
