@@ -170,7 +170,13 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
         return value.model_dump() if isinstance(value, KafkaTopicSpec) else value
 
     def __init__(self, **options: Any) -> None:
-        _check_at_definition(options, type(self).model_fields)
+        fields = type(self).model_fields
+        defaults = {  # which may be a subclass's own
+            name: fields[name].get_default(call_default_factory=True)
+            for name in KafkaProducerResource.model_fields
+            if not fields[name].is_required()
+        }
+        _check_at_definition(defaults | options, fields)
         super().__init__(**options)
 
     def publication_config(self) -> PublicationConfig:

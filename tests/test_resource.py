@@ -229,6 +229,30 @@ def test_security_options_that_may_fit_are_accepted_at_definition(options):
     KafkaProducerResource(bootstrap_servers="a:1", **options)
 
 
+class OfTheHouse(KafkaProducerResource):
+    security_protocol: str = "SASL_SSL"
+    sasl_mechanism: str | None = "SCRAM-SHA-512"
+    sasl_username: str | None = "dagster"
+    delivery_guarantee: str = "at_least_once"
+    schema_registry_url: str | None = "https://registry"
+    team: str = "data"
+
+
+def test_what_a_subclass_sets_is_given():
+    OfTheHouse(sasl_password=UNKNOWN, acks=1, schema_registry_token=UNKNOWN, team="other")
+    with pytest.raises(ValueError, match="needs sasl_username and sasl_password"):
+        OfTheHouse()
+
+
+def test_what_a_subclass_sets_is_given_at_launch_too(instance):
+    @dg.op
+    def look(kafka: KafkaProducerResource):
+        assert kafka.producer_config().sasl_username == "dagster"
+
+    config = {"resources": {"kafka": {"config": {"sasl_password": "secret"}}}}
+    assert _run_op(look, OfTheHouse.configure_at_launch(), instance, run_config=config).success
+
+
 REGISTRY = {"schema_registry_url": "https://registry"}
 
 
