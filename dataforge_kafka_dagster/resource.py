@@ -179,6 +179,12 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
         _check_at_definition(defaults | options, fields)
         super().__init__(**options)
 
+    def __copy__(self) -> Self:
+        """A copy, as model_copy makes it, too, may be told of another cluster: it has a producer of its own."""
+        copied = super().__copy__()
+        copied._producer, copied._lost, copied._locks = None, None, {}  # noqa: SLF001
+        return copied
+
     def publication_config(self) -> PublicationConfig:
         """The checked options of this resource's publications; picklable.
 

@@ -21,6 +21,7 @@ from dataforge_kafka_dagster import (
     KafkaError,
     KafkaIOManager,
     KafkaProducerResource,
+    NoBrokersAvailable,
     Publication,
 )
 from dataforge_kafka_dagster import resource as resource_module
@@ -447,6 +448,17 @@ def test_two_resources_in_one_run(kafka_bootstrap_servers, kafka_topic, read, in
     assert work.execute_in_process(instance=instance).success
     assert _values(read(topics["one"])) == [b"1"]
     assert _values(read(topics["two"])) == [b"2"]
+
+
+@pytest.mark.kafka
+def test_a_copy_of_a_used_resource_has_a_producer_of_its_own(kafka, kafka_topic, closed_port):
+    topic = kafka_topic()
+    with kafka.producer:
+        kafka.send_sync(topic, "x")
+        other = kafka.model_copy(update={"bootstrap_servers": closed_port, "connect_timeout": 1.0})
+        with pytest.raises(NoBrokersAvailable, match=closed_port):
+            other.send_sync(topic, "y")
+        assert other._lock is not kafka._lock
 
 
 @pytest.mark.kafka
