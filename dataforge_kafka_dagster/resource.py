@@ -230,7 +230,7 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
 
     @property
     def producer(self) -> DataForgeKafkaProducer:
-        """The connected producer of this process, made when first asked for, and anew if an error has ended it.
+        """The connected producer of this process, made when first asked for, and anew if it was closed or has failed.
 
         Raises:
             NoBrokersAvailable: No broker answered within connect_timeout, or none let us in.

@@ -451,6 +451,15 @@ def test_two_resources_in_one_run(kafka_bootstrap_servers, kafka_topic, read, in
 
 
 @pytest.mark.kafka
+def test_who_closes_the_producer_does_not_close_the_resource(kafka, kafka_topic, read):
+    topic = kafka_topic()
+    for value in ("x", "y"):
+        with kafka.producer as producer:
+            producer.send_sync(topic, value)
+    assert _values(read(topic)) == [b"x", b"y"]
+
+
+@pytest.mark.kafka
 def test_a_copy_of_a_used_resource_has_a_producer_of_its_own(kafka, kafka_topic, closed_port):
     topic = kafka_topic()
     with kafka.producer:
@@ -996,5 +1005,4 @@ def test_a_forked_process_sends_by_a_producer_of_its_own_and_ends_well(kafka, ka
             child.join(30)
             assert child.exitcode == 0
             kafka.producer.close()
-            kafka._producer = None
     assert sorted(_values(read(topic))) == [b"child"] * 3 + [b"other"] * 3 + [b"parent"] * 3

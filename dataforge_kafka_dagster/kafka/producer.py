@@ -90,7 +90,7 @@ class DataForgeKafkaProducer:
 
     @property
     def failed(self) -> bool:
-        """Whether to make a new producer: an error has ended this one, or what was sent last was late."""
+        """Whether to make a new producer: this one is closed, an error has ended it, or what was sent last was late."""
         return self._served.failed
 
     def send_sync(

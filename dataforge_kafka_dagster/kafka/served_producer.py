@@ -150,11 +150,11 @@ class ServedProducer:
 
     @property
     def failed(self) -> bool:
-        """Whether to make a new producer: an error has ended this one, or what was sent last was late.
+        """Whether to make a new producer: this one is closed, an error has ended it, or what was sent last was late.
 
         A client never finds a topic again that it knew and that was made anew with another leader (librdkafka 4898).
         """
-        return self._connection.fatal is not None or (self._late and not self._untold)
+        return self.ended or self._connection.fatal is not None or (self._late and not self._untold)
 
     @property
     def ended(self) -> bool:
