@@ -18,6 +18,7 @@ from pathlib import Path
 import confluent_kafka
 import pytest
 from confluent_kafka.admin import AdminClient, NewTopic
+from conftest import Clock
 
 from dataforge_kafka_dagster import (
     DataForgeKafkaProducer,
@@ -29,6 +30,7 @@ from dataforge_kafka_dagster import (
     RecordMetadata,
     create_kafka_producer,
 )
+from dataforge_kafka_dagster.kafka import producer as producer_module
 from dataforge_kafka_dagster.kafka.connection import Connection, logger
 from dataforge_kafka_dagster.kafka.errors import UNKNOWN_TOPIC_CODES, InvalidRecordError, Remedy
 
@@ -553,6 +555,22 @@ def test_a_time_out_without_a_connection_is_not_told_as_a_topic_made_anew(unconn
     assert "new producer" not in caught.value.fix
 
 
+def test_what_send_sync_has_waited_for_room_counts(unconnected, monkeypatch):
+    clock, waits = Clock(), []
+
+    def send(*_):
+        clock.sleep(8)
+        return concurrent.futures.Future()
+
+    with unconnected(delivery_timeout=10) as producer, monkeypatch.context() as patched:
+        patched.setattr(producer_module, "time", clock)
+        patched.setattr(producer._served, "send", send)
+        patched.setattr("concurrent.futures.wait", lambda _, seconds: waits.append(seconds))
+        with pytest.raises(KafkaTimeoutError, match=r"topic 't': not done in 10\.0 s"):
+            producer.send_sync("t", "x")
+    assert waits == [2 + producer_module._ON_THE_WAY]
+
+
 def test_a_fatal_error_that_no_new_try_helps_says_that_the_producer_has_ended(unconnected):
     producer = unconnected()
     fatal = confluent_kafka.KafkaError(confluent_kafka.KafkaError.CLUSTER_AUTHORIZATION_FAILED, fatal=True)
@@ -1072,6 +1090,7 @@ def test_the_client_of_a_producer_that_has_sent_nothing_is_closed_once(config, m
 LEAVES = """
 import logging, sys, time
 from dataforge_kafka_dagster import create_kafka_producer
+from dataforge_kafka_dagster.kafka import producer as producer_module
 from dataforge_kafka_dagster.kafka.connection import Connection, logger
 
 Connection.answer = lambda *_: None

@@ -8,6 +8,7 @@ import contextlib
 import datetime as dt
 import inspect
 import os
+import time
 import weakref
 from collections.abc import Mapping
 from types import TracebackType
@@ -121,9 +122,10 @@ class DataForgeKafkaProducer:
             InvalidRecordError: It cannot be encoded; nothing was sent.
         """
         self._refuse_in_callback(f"send_sync to topic {topic!r}", "Call send_async there")
-        future = self._send(topic, as_record(value, key, headers, partition, timestamp), _told_by_send_sync)
         seconds = self.config.delivery_timeout
-        concurrent.futures.wait([future], seconds + _ON_THE_WAY)
+        deadline = time.monotonic() + seconds + _ON_THE_WAY
+        future = self._send(topic, as_record(value, key, headers, partition, timestamp), _told_by_send_sync)
+        concurrent.futures.wait([future], deadline - time.monotonic())
         if not future.done():
             raise logged(timed_out(f"topic {topic!r}", seconds))
         return future.result()
