@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import copy
 import datetime as dt
 import json
 import os
 import threading
+import time
 import zlib
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -151,6 +153,8 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
 
     _producer: DataForgeKafkaProducer | None = PrivateAttr(default=None)
     _lost: KafkaError | None = PrivateAttr(default=None)
+    # When it was last tried in vain to connect: who has waited for that does not try again.
+    _refused: tuple[float, KafkaError] | None = PrivateAttr(default=None)
     # By process: that of a forked one's parent may be held by a thread that is not there.
     _locks: dict[int, Any] = PrivateAttr(default_factory=dict)
 
@@ -235,6 +239,7 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
         Raises:
             NoBrokersAvailable: No broker answered within connect_timeout, or none let us in.
         """
+        asked = time.monotonic()
         with self._lock:
             if self._producer is not None and self._producer.inherited:
                 self._producer = None
@@ -245,7 +250,14 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
                     self._lost = self._lost or error
                 self._producer = None
             if self._producer is None:
-                made = DataForgeKafkaProducer(self.producer_config())
+                if self._refused is not None and self._refused[0] > asked:
+                    raise copy.copy(self._refused[1])
+                try:
+                    made = DataForgeKafkaProducer(self.producer_config())
+                except KafkaError as error:
+                    # A copy has no traceback, which would keep what its frames hold.
+                    self._refused = time.monotonic(), copy.copy(error)
+                    raise
                 if self._producer is None:
                     self._producer = made
                 else:  # a signal handler has sent meanwhile

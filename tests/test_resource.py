@@ -959,6 +959,32 @@ def test_a_signal_handler_may_use_the_resource_while_its_producer_connects(monke
     assert closed[0] is not kafka.producer
 
 
+def test_threads_that_wait_for_a_connection_that_fails_fail_with_it(monkeypatch):
+    kafka, tries, asked, lock = KafkaProducerResource(), [], threading.Semaphore(0), threading.RLock()
+
+    def count(_):
+        asked.release()
+        return lock
+
+    class Away:
+        def __init__(self, _):
+            tries.append(1)
+            if len(tries) == 1:
+                assert all(asked.acquire(timeout=30) for _ in range(4))
+            raise NoBrokersAvailable("Kafka", "it is away", "Start it")
+
+    monkeypatch.setattr(resource_module, "DataForgeKafkaProducer", Away)
+    monkeypatch.setattr(KafkaProducerResource, "_lock", property(count))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        errors = [one.exception(60) for one in [pool.submit(lambda: kafka.producer) for _ in range(4)]]
+    assert [str(error) for error in errors] == ["Kafka: it is away. Start it"] * 4
+    assert len(set(errors)) == 4  # each with a traceback of its own
+    assert len(tries) == 1
+    with pytest.raises(NoBrokersAvailable):
+        _ = kafka.producer
+    assert len(tries) == 2
+
+
 def test_a_process_that_is_forked_while_another_thread_connects_is_not_held_up():
     kafka = KafkaProducerResource()
     held, go = threading.Event(), threading.Event()
