@@ -369,7 +369,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
             # What several Dagster partitions have together is there once.
             publications = {one.publication_id: one for one in found.values() if one}
             config = self.kafka.publication_config()
-            refuse_lost_topics(config.producer, publications.values(), self.read_timeout)
+            refuse_lost_topics(config.producer, publications.values())
 
             # One for all publications: it asks the registry for each schema once.
             registry = config.schema_registry

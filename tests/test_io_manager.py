@@ -1411,7 +1411,7 @@ def test_the_assets_own_retry_policy_decides_alone(retries, closed_port, instanc
 
 
 def _read_from(broker, upstream, instance, *, retry_policy=None, **options):
-    dead = KafkaIOManager(kafka=_manager(broker, **options).kafka, read_timeout=0.2)
+    dead = _manager(broker, connect_timeout=0.2, **options)
     reader = _reader(list, [], retry_policy=retry_policy)
     return _materialize([upstream, reader], dead, instance, selection=["reader"], raise_on_error=False)
 
@@ -1426,7 +1426,7 @@ def test_a_dead_broker_in_load_input_is_tried_again(manager, kafka_topic, closed
     assert 0.1 <= waits[0] <= 0.125
     assert 0.2 <= waits[1] <= 0.25
     (failed,) = result.get_step_failure_events()
-    assert closed_port in failed.event_specific_data.error.to_string()
+    assert f"Kafka at {closed_port}: no answer in 0.2 s" in failed.event_specific_data.error.to_string()
 
 
 def test_the_readers_own_retry_policy_decides_alone(manager, kafka_topic, closed_port, instance):

@@ -114,19 +114,18 @@ def _read_all(
         raise GoneError(short, f"{gone} of {publication.rows} records are gone", gone)
 
 
-def refuse_lost_topics(config: KafkaProducerConfig, publications: Iterable[Publication], timeout: float) -> None:
+def refuse_lost_topics(config: KafkaProducerConfig, publications: Iterable[Publication]) -> None:
     """Refuse to read publications whose topic was deleted: in one made anew, their offsets are others' records.
 
     Args:
         config: The cluster.
         publications: What is to be read.
-        timeout: Longest wait for each topic's answer, seconds.
 
     Raises:
-        KafkaError: A topic was deleted, or made anew, or the broker does not answer.
+        KafkaError: A topic was deleted, or made anew, or the broker does not answer within connect_timeout.
     """
     with contextlib.closing(Connection(config)) as connection:
-        look = functools.cache(functools.partial(lost_since, connection, timeout=timeout))
+        look = functools.cache(functools.partial(lost_since, connection, timeout=config.connect_timeout))
         for publication in publications:
             for topic in dict.fromkeys(offsets.topic for offsets in publication.offsets):
                 lost = look(topic, publication.topic_ids.get(topic))
