@@ -32,7 +32,7 @@ from dataforge_kafka_dagster.kafka.config import (
     registry_config,
 )
 from dataforge_kafka_dagster.kafka.connection import logger
-from dataforge_kafka_dagster.kafka.errors import KafkaConfigError, KafkaError, out_of_turn
+from dataforge_kafka_dagster.kafka.errors import FencedError, KafkaConfigError, KafkaError, out_of_turn
 from dataforge_kafka_dagster.kafka.ledger import Publication, make_transactional_id
 from dataforge_kafka_dagster.kafka.producer import DataForgeKafkaProducer
 from dataforge_kafka_dagster.kafka.publication import OtherWriterError, PublicationWriter, find_published
@@ -406,10 +406,19 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
             writer = self.writer(context, identity, topic, key, create_topic, on_bad_record, value, key_)
             writer.encoders()  # refuses a schema before anything is connected
             session = PublishingSession(writer, identity.partition)
-            with session:
-                if session.replayed:
-                    _refuse_that_of_other_assets(op_context_of(context), identity, named=name is not None)
-                yield session
+            try:
+                with session:
+                    if session.replayed:
+                        _refuse_that_of_other_assets(op_context_of(context), identity, named=name is not None)
+                    yield session
+            except FencedError as error:
+                op_context = op_context_of(context)
+                if name is None and op_context.has_assets_def and op_context.assets_def.can_subset:
+                    error.add(
+                        "so would a run of other assets of this multi-asset",
+                        "If it was one, name each session after what it publishes, publishing(..., name=)",
+                    )
+                raise
             context.log.info(describe(session.result, identity.partition))
 
     def writer(

@@ -379,6 +379,31 @@ def test_a_session_is_not_taken_for_that_of_an_asset_which_is_not_retried(named,
         assert "publishing(..., name=)" in event.step_failure_data.user_failure_data.description
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_a_session_that_a_run_of_other_assets_fences_says_to_name_it(named, kafka, kafka_topic, read, instance):
+    topic = kafka_topic()
+    run = {"resources": {"kafka": kafka}, "instance": instance, "raise_on_error": False}
+
+    @dg.multi_asset(specs=[dg.AssetSpec(name, skippable=True) for name in "ab"], can_subset=True)
+    def several(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        (key,) = context.selected_asset_keys
+        name = key.to_user_string()
+        with kafka.publishing(context, topic=topic, name=name if named else None) as publication:
+            publication.send(name)
+            if name == "a":
+                assert dg.materialize([several], selection=["b"], **run).success
+        yield publication.materialize_result(asset_key=key)
+
+    result = dg.materialize([several], selection=["a"], **run)
+    assert result.success is named
+    assert sorted(_values(read(topic))) == (["a", "b"] if named else ["b"])
+    if not named:
+        said = _failure(result, "several")
+        assert "another attempt at the same publication took over" in said
+        assert "so would a run of other assets of this multi-asset" in said
+        assert "publishing(..., name=)" in said
+
+
 @pytest.mark.parametrize("by_hand", [True, False])
 def test_a_graph_asset_that_is_executed_again_finds_what_its_steps_had_published(
     by_hand, kafka, kafka_topic, read, instance
