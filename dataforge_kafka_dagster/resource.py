@@ -186,7 +186,7 @@ class KafkaProducerResource(dg.ConfigurableResource, KafkaOptions, SchemaRegistr
     def __copy__(self) -> Self:
         """A copy, as model_copy makes it, too, may be told of another cluster: it has a producer of its own."""
         copied = super().__copy__()
-        copied._producer, copied._lost, copied._locks = None, None, {}  # noqa: SLF001
+        copied._producer, copied._lost, copied._refused, copied._locks = None, None, None, {}  # noqa: SLF001
         return copied
 
     def publication_config(self) -> PublicationConfig:
