@@ -175,7 +175,7 @@ def _name(context: dg.OutputContext) -> str:
 def _origin_of_output(context: dg.OutputContext) -> Origin:
     step = step_context_of(context)
     if step is None:  # each is work of its own
-        return Origin(str(uuid.uuid4()), context.step_key)
+        return Origin(str(uuid.uuid4()), "")
     return origin_of(step.instance, step.dagster_run, context.step_key)
 
 

@@ -330,7 +330,7 @@ class Connection:
         elif clients or self.silent:
             patience = _END_SECONDS if self.silent else _RETURN_SECONDS
             kept: list[object] = [self._admin, *clients]
-            if self.config.security_protocol != "PLAINTEXT":
+            if self.config.protocol != "PLAINTEXT":
                 _kept.append(kept)
             self.aside(functools.partial(_keep, kept, patience))
         self._admin = None
@@ -374,7 +374,7 @@ class Connection:
         if _CERTIFICATE_ALERT.search(text):
             code, fix = "_SSL", _CHECK_CERTIFICATE
         elif _NO_SASL in text:
-            plain = "SSL" if self.config.security_protocol == "SASL_SSL" else "PLAINTEXT"
+            plain = "SSL" if self.config.protocol == "SASL_SSL" else "PLAINTEXT"
             fix = f"The listener has no SASL: set security_protocol={plain!r}, or the port of a listener that has SASL"
         elif code != "_SSL" and (self.config.sasl_password or "").strip() != (self.config.sasl_password or ""):
             fix = f"sasl_password begins or ends with white space, perhaps a line's end of its file. {fix}"
@@ -589,7 +589,7 @@ def _end_at_exit() -> None:
     """
     deadline = time.monotonic() + _END_SECONDS
     for connection in list(_open):
-        if connection.config.security_protocol != "PLAINTEXT":
+        if connection.config.protocol != "PLAINTEXT":
             _kept.append([connection._admin])  # noqa: SLF001
             connection._admin = None  # noqa: SLF001
     while _kept and time.monotonic() < deadline:
