@@ -1,5 +1,6 @@
 """Asset checks: what an asset published last is still in Kafka, whole."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, Literal
 
@@ -58,7 +59,8 @@ def build_publication_checks(
         The checks, for `dagster.Definitions(asset_checks=...)`.
 
     Raises:
-        KafkaConfigError: A single asset is given, or something else than one, or one's schema is none.
+        KafkaConfigError: A single asset is given, or something else than one, or one's schema is none; or the wait has
+            no end.
 
     Example:
         >>> checks = build_publication_checks([flights], severity=dg.AssetCheckSeverity.WARN)
@@ -66,6 +68,8 @@ def build_publication_checks(
     if isinstance(assets, (str, dg.AssetKey, dg.AssetSpec, dg.AssetsDefinition)):
         kind = type(assets).__qualname__
         raise KafkaConfigError(f"assets of type {kind}", "it is a single one", "Give a list of them")
+    if not 0 < timeout < math.inf:
+        raise KafkaConfigError(f"timeout={timeout!r}", "a wait needs an end", "Give a number of seconds above 0")
     specs = [(spec, manager, bare) for asset in assets for spec, manager, bare in _specs(asset)]
     checks = [_build_check(spec, bare, thorough, severity, blocking, resource_key, timeout) for spec, _, bare in specs]
     for spec, io_manager_key, _ in specs:

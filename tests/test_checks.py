@@ -351,6 +351,12 @@ def test_each_topic_is_asked_for_its_own_kafka_partitions(monkeypatch):
     assert [(one.topic, one.partition, one.records) for one in found] == [("cut", 0, 4)]
 
 
+@pytest.mark.parametrize("timeout", [0, -1.0, float("inf"), float("nan")])
+def test_a_check_whose_wait_has_no_end_is_refused(timeout):
+    with pytest.raises(KafkaConfigError, match=rf"timeout={timeout!r}: a wait needs an end"):
+        build_publication_checks(["flights"], timeout=timeout)
+
+
 _TWO = [PartitionOffsets("t", partition, ((0, 1),)) for partition in (0, 1)]
 
 
