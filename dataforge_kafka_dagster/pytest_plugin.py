@@ -37,15 +37,24 @@ def pytest_report_header() -> list[str]:
 class TopicFactory(Protocol):
     """What the fixture `kafka_topic` gives."""
 
-    def __call__(self, partitions: int = 1, name: str | None = None, config: Mapping[str, str] | None = None) -> str:
+    def __call__(
+        self,
+        partitions: int = 1,
+        name: str | None = None,
+        config: Mapping[str, str] | None = None,
+        *,
+        topic: str | None = None,
+    ) -> str:
         """Create a topic, wait until its leaders take requests, and return its name.
 
         Args:
             partitions: Number of Kafka partitions.
             name: Start of the name, which a unique ending follows. Default: `test`.
             config: Topic settings, such as `{"cleanup.policy": "compact"}`.
+            topic: The whole name, instead of `name`: for an asset whose metadata says `kafka/topic`.
 
         Raises:
+            KafkaError: There is a topic of that name already, which is left alone.
             confluent_kafka.KafkaException: Kafka refused it.
         """
 
@@ -94,15 +103,30 @@ def local_schema_registry() -> Iterator[LocalSchemaRegistry]:
 
 @pytest.fixture
 def kafka_topic(kafka_bootstrap_servers: str) -> Iterator[TopicFactory]:
-    """Factory of topics with unique names, which are deleted after the test."""
+    """Factory of topics, with unique names unless they are given, which are deleted after the test."""
     # Its log would stand below pytest's summary: the Kafka ends before it.
     admin = AdminClient({"bootstrap.servers": kafka_bootstrap_servers, "log_level": 0})
     created: list[str] = []
 
-    def create(partitions: int = 1, name: str | None = None, config: Mapping[str, str] | None = None) -> str:
-        topic = f"{name or 'test'}-{uuid.uuid4().hex[:12]}"
+    def create(
+        partitions: int = 1,
+        name: str | None = None,
+        config: Mapping[str, str] | None = None,
+        *,
+        topic: str | None = None,
+    ) -> str:
+        topic = topic or f"{name or 'test'}-{uuid.uuid4().hex[:12]}"
         new = NewTopic(topic, partitions, config=dict(config or {}))
-        admin.create_topics([new], operation_timeout=_WAIT, request_timeout=_WAIT)[topic].result(_WAIT)
+        try:
+            admin.create_topics([new], operation_timeout=_WAIT, request_timeout=_WAIT)[topic].result(_WAIT)
+        except KafkaException as error:
+            if error.args[0].name() != "TOPIC_ALREADY_EXISTS":
+                raise
+            raise KafkaError(
+                f"topic {topic!r}",
+                f"the Kafka at {kafka_bootstrap_servers} has it already",
+                "Delete it, if a test has left it there; or have a new name made by kafka_topic(name=...)",
+            ) from error
         created.append(topic)
         deadline = time.monotonic() + _WAIT
         while True:

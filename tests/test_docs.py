@@ -334,9 +334,11 @@ def flights():
 def test_tests_of_a_page_pass(page, kafka_bootstrap_servers, pytester, monkeypatch):
     (pytester.path / "my_project").mkdir()
     (pytester.path / "my_project" / "assets.py").write_text(FLIGHTS)
-    for block in _blocks(page):
-        if found := _FILE.fullmatch(block.tag):
-            (pytester.path / f"{found[1]}.py").write_text(block.source)
+    files = [(f"{found[1]}.py", block.source) for block in _blocks(page) if (found := _FILE.fullmatch(block.tag))]
+    for name, source in files:
+        (pytester.path / name).write_text(source)
     monkeypatch.setenv("KAFKA_BOOTSTRAP_SERVERS", kafka_bootstrap_servers)
     monkeypatch.setenv("PYTHONPATH", f"{pytester.path}:{ROOT}")
-    pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=1)
+    pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(
+        passed=sum(source.count("\ndef test_") for _, source in files)
+    )

@@ -438,10 +438,20 @@ def test_topics_are_created_with_their_settings(local_kafka):
 @pytest.mark.kafka
 def test_fixtures_make_topics_and_delete_them(local_kafka, pytester):
     pytester.makepyfile("""
+        import pytest
+
+        from dataforge_kafka_dagster import KafkaError
+
         pytest_plugins = ["dataforge_kafka_dagster.pytest_plugin"]
 
         def test_topics(kafka_topic, kafka_bootstrap_servers):
             assert kafka_topic(partitions=2, name="fixture").startswith("fixture-")
+
+        @pytest.mark.parametrize("again", [False, True])
+        def test_topic_with_a_name_that_is_given(again, kafka_topic, kafka_bootstrap_servers):
+            assert kafka_topic(topic="fixture-given", partitions=2) == "fixture-given"
+            with pytest.raises(KafkaError, match="topic 'fixture-given': .* has it already"):
+                kafka_topic(topic="fixture-given")
 
         def test_topic_that_the_test_deletes(kafka_topic, kafka_bootstrap_servers):
             from confluent_kafka.admin import AdminClient
@@ -456,7 +466,7 @@ def test_fixtures_make_topics_and_delete_them(local_kafka, pytester):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KAFKA_BOOTSTRAP_SERVERS", local_kafka.bootstrap_servers)
         patch.setenv("PYTHONPATH", str(Path(local.__file__).parents[1]))
-        pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=2, skipped=1)
+        pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=4, skipped=1)
     assert eventually(lambda: not [t for t in local_kafka._metadata(1).topics if t.startswith("fixture-")])
 
 
