@@ -178,6 +178,12 @@ def test_what_was_never_materialized_fails_with_what_to_do(resources, kafka_topi
     assert "it was never materialized. Materialize it first" in _fails(asset, asset, resources, instance)
 
 
+def test_an_output_that_another_io_manager_has_stored_does_not_pass(resources, kafka_topic, instance):
+    asset = _rows(kafka_topic())
+    dg.materialize([asset], resources={"io_manager": dg.mem_io_manager}, instance=instance)
+    assert "it was not published by a KafkaIOManager" in _fails(asset, asset, resources, instance)
+
+
 def test_a_run_for_a_dagster_partition_checks_that_one(resources, kafka_topic, admin, instance):
     topic, days = kafka_topic(), dg.StaticPartitionsDefinition(["mon", "tue"])
     asset = _rows(topic, partitions_def=days)
