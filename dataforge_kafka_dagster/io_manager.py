@@ -268,6 +268,12 @@ class KafkaIOManager(dg.ConfigurableIOManager):
     def _publish_records(
         self, context: dg.OutputContext, obj: Any, target: "_Target", identity: Identity
     ) -> Publication:
+        if unpublished := _index_names(obj):
+            context.log.warning(
+                f"{log_prefix(identity.partition)}The frame's index {', '.join(unpublished)} is not published:"
+                " frame.reset_index() makes it a column"
+            )
+
         def attempt(reports: bool, repeats: OtherWriterError | None) -> Publication:
             writer = self.kafka.writer(context, identity, **target._asdict(), reports=reports, repeats=repeats)
             # Refuses the output and its schema before anything is connected.
@@ -546,6 +552,13 @@ def _refuse_own(output: Any) -> None:
                 if isinstance(one, RecordMetadata)
                 else "Return publication.materialize_result()",
             )
+
+
+def _index_names(output: Any) -> list[str]:
+    """What the index of a pandas frame has names for, and no column has."""
+    if not hasattr(output, "reset_index"):
+        return []
+    return [repr(name) for name in output.index.names if name is not None and name not in output.columns]
 
 
 def _is_meant_by_partition(context: dg.OutputContext, output: Mapping[str, Any], asked: set[str]) -> bool:

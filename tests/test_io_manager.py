@@ -2,6 +2,7 @@ import collections
 import dataclasses
 import datetime as dt
 import json
+import logging
 import shutil
 import subprocess
 import time
@@ -436,6 +437,24 @@ def _read_back(annotation, output, manager, topic, instance):
 def test_read_as_polars(manager, kafka_topic, instance):
     got = _read_back(pl.DataFrame, READ, manager, kafka_topic(), instance)
     assert got.equals(pl.DataFrame(READ))
+
+
+@pytest.mark.parametrize(
+    ("frame", "warned"),
+    [
+        (
+            pd.DataFrame({"user": ["a", "a", "b"], "page": [1, 2, 3]}).groupby("user")[["page"]].sum(),
+            ["The frame's index 'user' is not published: frame.reset_index() makes it a column"],
+        ),
+        (pd.DataFrame({"user": ["a"], "page": [1]}).set_index("user", drop=False), []),
+        (pd.DataFrame({"page": [1]}), []),
+        (pl.DataFrame({"page": [1]}), []),
+    ],
+)
+def test_a_named_index_that_is_not_published_is_told_in_the_steps_log(frame, warned, manager, kafka_topic, instance):
+    result = dg.materialize([_asset(frame, kafka_topic())], resources={"io_manager": manager}, instance=instance)
+    logged = [entry.user_message for entry in instance.all_logs(result.run_id) if entry.level == logging.WARNING]
+    assert logged == warned
 
 
 def test_read_as_pandas(manager, kafka_topic, instance):
