@@ -827,9 +827,32 @@ def test_a_value_inside_itself_is_refused():
 
 
 def test_fixes_keep_the_spelling_of_json():
+    value: list = []
+    value.append(value)
     with pytest.raises(InvalidRecordError) as caught:
-        serialize_value({"a": 2**64})
+        serialize_value({"a": value})
     assert caught.value.fix == "Convert it to a type that JSON has"
+
+
+@pytest.mark.parametrize(
+    ("value", "fix"),
+    [
+        (2**70, "Publish it as str"),
+        ({1: 2}, "Make the keys str"),
+        ("\ud800", "Remove the lone surrogate, as by .encode(errors='replace').decode()"),
+        (Point("\ud800", 1), "Remove the lone surrogate, as by .encode(errors='replace').decode()"),
+        (dt.timedelta(1), "Convert it first, as by .total_seconds()"),
+        (pd.Timedelta(1), "Convert it first, as by .total_seconds()"),
+        (np.timedelta64(1, "s"), "Convert it first, as by str(...)"),
+        ({1}, "Convert it first, as by list(...)"),
+        (1j, "Convert it first, as by str(...)"),
+        (pd.Period("2020"), "Convert it first, as by str(...)"),
+    ],
+)
+def test_what_has_no_json_form_is_told_how_to_have_one(value, fix):
+    with pytest.raises(InvalidRecordError) as caught:
+        serialize_value({"a": value})
+    assert caught.value.fix == fix
 
 
 @pytest.mark.parametrize(

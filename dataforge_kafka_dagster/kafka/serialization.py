@@ -20,7 +20,7 @@ import math
 import operator
 import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple, cast
 from zoneinfo import ZoneInfo
 
@@ -76,6 +76,13 @@ _LEAVES: Final = _FINITE | {float, decimal.Decimal}
 
 # What is written as an array; of these, sets and deques only in models.
 _LISTS: Final = (list, tuple, set, frozenset, collections.deque)
+
+# What to do where orjson or Python says this, in words that change.
+_JSON_FIXES: Final = {
+    "64-bit|too big": "Publish it as str",
+    "key must be str": "Make the keys str",
+    "surrogates": "Remove the lone surrogate, as by .encode(errors='replace').decode()",
+}
 
 RowsEncoder = Callable[[Sequence[Any], int], "list[bytes | None]"]
 """Takes values or keys, and the position of the first; returns the bytes of each, or raises `InvalidRecordError`."""
@@ -192,7 +199,12 @@ def _in_whole_minutes(moment: dt.datetime) -> dt.datetime:
 
 
 def _no_json_form_of(cls: type) -> UnsupportedTypeError:
-    return UnsupportedTypeError(f"type {cls.__qualname__} has no JSON form; convert it first")
+    way = (
+        ".total_seconds()"
+        if issubclass(cls, dt.timedelta)
+        else f"{'list' if issubclass(cls, Iterable) else 'str'}(...)"
+    )
+    return UnsupportedTypeError(f"type {cls.__qualname__} has no JSON form; convert it first, as by {way}")
 
 
 def _of_numpy(value: Any) -> Any:
@@ -510,7 +522,8 @@ def no_json_form(
     """The error for a value that could not be written as JSON, with the field at fault."""
     field = _find(value, lambda v: not _has_json_form(v, write), _written) or None
     cause = error.__cause__ or error  # orjson's own error says only that there was one
-    what, fix = str(cause) or type(cause).__name__, ""
+    what = str(cause) or type(cause).__name__
+    fix = next((fix for said, fix in _JSON_FIXES.items() if re.search(said, what)), "")
     if isinstance(cause, UnsupportedTypeError):
         what, _, fix = what.partition("; ")
     place = f", field {field!r}" if field else ""
