@@ -412,6 +412,17 @@ def test_frames_that_cannot_be_written_are_refused(frame, said):
     assert said in str(caught.value)
 
 
+def test_a_column_whose_name_is_no_text_is_told_how_to_have_one():
+    frame = pd.DataFrame({"a": [1], 3: [2]})
+    with pytest.raises(InvalidRecordError) as caught:
+        chunks(frame, "a")
+    assert str(caught.value) == (
+        "data frame, column 3: its name is not a str. Rename it, as by frame.columns = frame.columns.map(str)"
+    )
+    frame.columns = frame.columns.map(str)
+    assert _values(frame) == [b'{"a":1,"3":2}']
+
+
 def test_a_key_in_the_index_of_a_pandas_frame_is_told_how_to_be_one():
     with pytest.raises(InvalidRecordError, match=r"reset_index\(\)"):
         chunks(pd.DataFrame({"delay": [3.5]}, index=pd.Index(["UA"], name="carrier")), "carrier")

@@ -59,12 +59,19 @@ def open_frame(native: Any, fields: Sequence[str]) -> nw.DataFrame[Any] | None:
         ) from error
     index = "; its index is none of them, reset_index() makes it one" if frame.implementation.is_pandas() else ""
     for name in (*(fields if columns or len(frame) else ()), *columns):
-        if name not in columns or not isinstance(name, str):
+        if not isinstance(name, str):
             raise InvalidRecordError(
                 f"data frame, column {name!r}",
-                "the key column is missing" if name in fields else "its name is not a str",
-                f"Its columns are {', '.join(map(repr, columns[:30]))}{index}",
+                "its name is not a str",
+                "Rename it, as by frame.columns = frame.columns.map(str)",
                 field=str(name),
+            )
+        if name not in columns:
+            raise InvalidRecordError(
+                f"data frame, column {name!r}",
+                "the key column is missing",
+                f"Its columns are {', '.join(map(repr, columns[:30]))}{index}",
+                field=name,
             )
     if not columns and len(frame):
         raise InvalidRecordError(f"data frame of {len(frame)} rows", "it has no columns", f"Give it columns{index}")
