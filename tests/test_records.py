@@ -161,6 +161,20 @@ def test_a_key_field_is_not_made_up(fields, wrapped):
     assert row == {"n": 1}
 
 
+@pytest.mark.parametrize("output", [[{"k": 1, "j": 2}], pd.DataFrame({"k": [1], "j": [2]})])
+def test_a_key_field_with_commas_is_told_that_several_are_a_list(output):
+    with pytest.raises(InvalidRecordError, match=r"field is missing|key column is missing") as caught:
+        _records(output, "k, j")
+    assert caught.value.fix.endswith("; for several, give a list: ['k', 'j']")
+    assert _records(output, ["k", "j"]) == [(b'{"k":1,"j":2}', b'{"k":1,"j":2}')]
+
+
+def test_integers_beside_a_missing_one_are_their_own_keys_as_int64():
+    frame = pd.DataFrame({"k": [1, None]})
+    assert [key for key, _ in _records(frame, "k")] == [b"1.0", None]
+    assert [key for key, _ in _records(frame.astype("Int64"), "k")] == [b"1", None]
+
+
 class Person(BaseModel):
     name: str
     mail: str = Field(serialization_alias="email")

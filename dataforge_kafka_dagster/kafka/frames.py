@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import narwhals as nw
 
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError
-from dataforge_kafka_dagster.kafka.records import Chunk, key_of
+from dataforge_kafka_dagster.kafka.records import Chunk, key_of, list_hint
 from dataforge_kafka_dagster.kafka.serialization import (
     DEFAULT_ENCODERS,
     STANDARD_TIME,
@@ -70,7 +70,7 @@ def open_frame(native: Any, fields: Sequence[str]) -> nw.DataFrame[Any] | None:
             raise InvalidRecordError(
                 f"data frame, column {name!r}",
                 "the key column is missing",
-                f"Its columns are {', '.join(map(repr, columns[:30]))}{index}",
+                f"Its columns are {', '.join(map(repr, columns[:30]))}{index}{list_hint(name)}",
                 field=name,
             )
     if not columns and len(frame):

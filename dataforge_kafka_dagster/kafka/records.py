@@ -342,10 +342,16 @@ def key_of(row: Any, fields: Sequence[str], index: int | None = None) -> Any:
     raise InvalidRecordError(
         f"{record_name(index)}, field {field!r}",
         "the key field is missing",
-        f"Name a field that every record has; this one has {', '.join(map(str, names[:20]))}",
+        f"Name a field that every record has; this one has {', '.join(map(str, names[:20]))}{list_hint(field)}",
         index=index,
         field=field,
     )
+
+
+def list_hint(field: str) -> str:
+    """What to add where a field is missing whose name looks like several."""
+    names = [name.strip() for name in field.split(",")]
+    return f"; for several, give a list: {names}" if len(names) > 1 else ""
 
 
 def _shown(row: Any, fields: Sequence[str]) -> dict[str, Any]:
