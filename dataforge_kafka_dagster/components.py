@@ -36,6 +36,7 @@ from dataforge_kafka_dagster.io_manager import (
     check_write_mode,
     may_give_resource,
     refuse_other_cluster,
+    told,
 )
 from dataforge_kafka_dagster.kafka.config import (
     ACKS,
@@ -216,13 +217,6 @@ _OF_TEXTS: Final = ("create_topics", "librdkafka_config", "schema_registry_clien
 _OWN_KEYS: Final = ("resource_key", "io_manager_key", "io_manager")
 
 
-def _told(error: Any) -> str:
-    """What is wrong with an option, by name: our own messages have it, pydantic's have not."""
-    if error["type"] == "value_error":
-        return str(error["msg"]).removeprefix("Value error, ")
-    return f"{'.'.join(map(str, error['loc']))}: {error['msg']}"
-
-
 class _ResourceAttributesBase(_Attributes):
     resource_key: str = Field(default="kafka", description="Name of the KafkaProducerResource.")
     io_manager_key: str | None = Field(
@@ -247,7 +241,7 @@ class _ResourceAttributesBase(_Attributes):
                 if self.io_manager_key is not None and not _has_template(of_io_manager):
                     KafkaIOManager(kafka=kafka, **of_io_manager)
             except pydantic.ValidationError as error:
-                raise ValueError("; ".join(map(_told, error.errors()))) from None
+                raise ValueError("; ".join(map(told, error.errors()))) from None
         return self
 
 
@@ -265,7 +259,7 @@ def _made(name: str, given: Any, kinds: tuple[type, ...], make: Callable[[Any], 
     try:
         return make(given)
     except pydantic.ValidationError as error:
-        raise KafkaConfigError(name, "; ".join(map(_told, error.errors())), fix) from None
+        raise KafkaConfigError(name, "; ".join(map(told, error.errors())), fix) from None
 
 
 def _resolved(context: dg.ResolutionContext, value: Any, *, text: bool = False) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from typing import Any, Final
 
 import dagster as dg
-from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator, model_validator
 
 from dataforge_kafka_dagster.failures import log_prefix
 from dataforge_kafka_dagster.history import (
@@ -22,7 +22,7 @@ from dataforge_kafka_dagster.history import (
 from dataforge_kafka_dagster.identity import Identity, has_sessions, is_again, output_identity, step_context_of
 from dataforge_kafka_dagster.inputs import form_of_each, in_form
 from dataforge_kafka_dagster.kafka.cloudevents import CloudEventHeaders
-from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, check_on_bad_record, check_topic
+from dataforge_kafka_dagster.kafka.config import KafkaTopicSpec, check_on_bad_record, check_topic, refuse_unknown
 from dataforge_kafka_dagster.kafka.errors import InvalidRecordError, KafkaConfigError, KafkaError, SupersededError
 from dataforge_kafka_dagster.kafka.ledger import Publication
 from dataforge_kafka_dagster.kafka.publication import OtherWriterError, PublicationWriter, settle
@@ -141,6 +141,14 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         guarantee = getattr(options.get("kafka"), "delivery_guarantee", None)
         if self.write_mode == "upsert" and guarantee is not None and not is_env_var(guarantee):
             _refuse_upsert(guarantee)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_names(cls, options: Any) -> Any:
+        for name in options:
+            if name in KafkaProducerResource.model_fields and name not in cls.model_fields:
+                raise ValueError(f"unknown option {name!r}: give kafka=KafkaProducerResource({name}=...)")
+        return refuse_unknown(options, cls.model_fields)
 
     @field_validator("topic", "key", "write_mode", "value_schema", "key_schema", mode="before")
     @classmethod
@@ -791,9 +799,16 @@ def _spec_of(context: dg.OutputContext) -> KafkaTopicSpec | None:
         first = error.errors()[0]
         raise KafkaConfigError(
             f"metadata kafka/create_topic={given!r}",
-            f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}",
+            told(first),
             f"Give a mapping of {', '.join(KafkaTopicSpec.model_fields)}",
         ) from error
+
+
+def told(error: Any) -> str:
+    """What is wrong with an option, by name: our own messages have it, pydantic's have not."""
+    if error["type"] == "value_error":
+        return str(error["msg"]).removeprefix("Value error, ")
+    return f"{'.'.join(map(str, error['loc'])) or 'it'}: {error['msg']}"
 
 
 def _on_bad_record_of(context: dg.OutputContext) -> str | None:

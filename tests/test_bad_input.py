@@ -191,6 +191,19 @@ def test_wrong_io_manager_options_are_refused_at_definition(options):
         KafkaIOManager(kafka=KafkaProducerResource(), **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("topik", "did you mean 'topic'?"),
+        ("bootstrap_servers", "give kafka=KafkaProducerResource(bootstrap_servers=...)"),
+    ],
+)
+def test_an_unknown_option_of_an_io_manager_is_told_what_is_meant(name, hint):
+    with pytest.raises(ValidationError) as caught:
+        KafkaIOManager(kafka=KafkaProducerResource(), **{name: "a:1"})
+    assert f"unknown option {name!r}: {hint}" in str(caught.value)
+
+
 def test_an_upsert_without_transactions_is_refused_at_definition():
     options = {"delivery_guarantee": "at_least_once"}
     with pytest.raises(KafkaConfigError, match="write_mode='upsert': delivery_guarantee='at_least_once'"):

@@ -789,7 +789,7 @@ def test_a_cluster_made_in_python_may_be_configured_at_launch():
         ([None], "kafka of the KafkaResourceComponent: it is missing"),
         ([{"bootstrap_server": "x"}], "kafka: unknown option 'bootstrap_server': did you mean 'bootstrap_servers'"),
         ([{}, "io"], "io_manager: it is of type str. Give io_manager=KafkaIOManager"),
-        ([{}, {"topics": "x"}], "io_manager: topics: Extra inputs are not permitted"),
+        ([{}, {"topics": "x"}], "io_manager: unknown option 'topics': did you mean 'topic'?"),
     ],
     ids=repr,
 )

@@ -68,6 +68,20 @@ def test_wrong_specs_are_refused_at_definition(options):
             door()
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("partition", "did you mean 'partitions'?"),
+        ("retention.ms", "the options are partitions, replication_factor, configs."),
+    ],
+)
+def test_a_misspelt_field_of_a_spec_is_told_what_is_meant(name, hint):
+    for door in (lambda: KafkaTopicSpec(**{name: 3}), lambda: KafkaProducerResource(create_topics={name: 3})):
+        with pytest.raises(ValidationError) as caught:
+            door()
+        assert f"unknown option {name!r}: {hint}" in str(caught.value)
+
+
 def test_env_vars_are_resolved_from_a_mapping_and_refused_in_a_spec(monkeypatch):
     monkeypatch.setenv("RETENTION_OF_TEST", "604800000")
     monkeypatch.setenv("COUNT_OF_TEST", "3")
@@ -107,6 +121,7 @@ def test_wrong_specs_in_metadata_fail_the_step(options, closed_port, instance):
     (failure,) = result.get_step_failure_events()
     said = failure.step_failure_data.user_failure_data
     assert "kafka/create_topic" in said.description
+    assert ("unknown option 'partition': did you mean 'partitions'?" in said.description) == ("partition" in options)
     assert "partitions, replication_factor, configs" in said.description
 
 

@@ -11,7 +11,7 @@ import importlib
 import math
 import os
 import re
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, cast
 
@@ -125,9 +125,25 @@ def _hint(name: str, known: Iterable[str]) -> str:
         return "values and keys are encoded by their types, and bytes sent as they are: serialize before you send"
     if lower in _RAW_NAMES:
         return f"set {_RAW_NAMES[lower]!r} in librdkafka_config"
-    close = [_OTHER_NAMES[lower]] if lower in _OTHER_NAMES else difflib.get_close_matches(lower, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(known)}."
-    return f"{hint} Raw librdkafka settings go into librdkafka_config." if "." in name or not close else hint
+    hint = _meant(_OTHER_NAMES.get(lower, lower), known)
+    return f"{hint} Raw librdkafka settings go into librdkafka_config." if "." in name or hint[-1] != "?" else hint
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name.lower(), known, 1, 0.7)
+    return f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(known)}."
+
+
+def refuse_unknown(options: Any, known: Collection[str]) -> Any:
+    """Options as they are, if they are a mapping of such that there are.
+
+    Raises:
+        ValueError: There is no such one.
+    """
+    for name in options if isinstance(options, Mapping) else ():
+        if name not in known:
+            raise ValueError(f"unknown option {name!r}: {_meant(str(name), known)}")
+    return options
 
 
 def as_text(value: Any) -> Any:
@@ -698,6 +714,11 @@ class TopicOptions(BaseModel):
             " https://kafka.apache.org/documentation/#topicconfigs. Those of an existing one are left alone."
         ),
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_names(cls, options: Any) -> Any:
+        return refuse_unknown(options, cls.model_fields)
 
 
 class KafkaTopicSpec(TopicOptions):
