@@ -87,6 +87,8 @@ _OF_FIELDS: Final = {
     "uniqueItems": True,
 }
 _OF_TOPIC_SPEC: Final = KafkaTopicSpec.model_json_schema() | {"type": ["object", "null"]}
+_OF_FACTOR: Final = _OF_TOPIC_SPEC["properties"]["replication_factor"]
+_OF_FACTOR.update(_OF_FACTOR.pop("anyOf")[0], type=["integer", "null"])
 _TOPIC: Final = r"^[A-Za-z0-9._-]{1,249}$"
 _SCHEMA: Final = r"^(avro|json_schema|protobuf|latest|.+\.(avsc|json|proto))$"
 _FUNCTION: Final = r"^\w+(\.\w+)*:\w+$"
@@ -422,13 +424,16 @@ _Schema = Annotated[
 ]
 
 
+def _given(name: str) -> dict[str, Any]:
+    return {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
+
+
 class _TopicAttributes(_Attributes):
-    # One of both.
     model_config = ConfigDict(
         json_schema_extra={
-            "if": {"required": ["path"]},
-            "then": {"properties": {"function": {"type": "null"}}},
-            "else": {"required": ["function"]},
+            "if": {"oneOf": [_given("path"), _given("function")]},
+            "then": True,
+            "else": {"const": "one of path and function"},
         }
     )
 

@@ -202,6 +202,11 @@ BAD_RESOURCES = [
         "{'env': 'NAME_OF_A_VARIABLE'} was expected",
     ),
     ("librdkafka_config: [1]", "librdkafka_config", "[1] is not of type 'object'"),
+    (
+        "create_topics: {replication_factor: x}",
+        "create_topics.replication_factor",
+        "'x' is not of type 'integer', 'null'",
+    ),
     ("create_topics: {partitions: 0}", "create_topics.partitions", "0 is less than the minimum of 1"),
     ("io_manager: {read_timeout: soon}", "io_manager.read_timeout", "'soon' is not of type 'number'"),
 ]
@@ -222,8 +227,13 @@ def test_options_that_do_not_go_together_are_refused_with_their_reason():
 
 
 BAD_TOPICS = [
-    ("{asset: {key: a}}", "", "'function' is a required property"),
-    ("{asset: {key: a}, path: a.csv, function: 'a:b'}", "function", "'a:b' is not of type 'null'"),
+    ("{asset: {key: a}}", "", "'one of path and function' was expected"),
+    ("{asset: {key: a}, path: a.csv, function: 'a:b'}", "", "'one of path and function' was expected"),
+    (
+        "{asset: {key: a}, path: a.csv, create_topic: {replication_factor: x}}",
+        "create_topic.replication_factor",
+        "'x' is not of type 'integer', 'null'",
+    ),
     ("{asset: {}, function: 'a:b'}", "asset", "'key' is a required property"),
     (
         "{asset: {key: a, grp: x}, function: 'a:b'}",
@@ -268,6 +278,9 @@ def test_bad_values_of_a_topic_are_refused(text, path, message):
 
 
 def test_either_a_file_or_a_function_gives_the_records():
+    for text in ("{asset: {key: a}, path: null, function: 'a:b'}", "{asset: {key: a}, path: a.csv, function: null}"):
+        assert _said(KafkaTopicComponent, text) == set()
+        assert KafkaTopicComponent.get_model_cls().model_validate(yaml.safe_load(text))
     for text in ("{asset: {key: a}}", "{asset: {key: a}, path: a.csv, function: 'a:b'}"):
         with pytest.raises(ValidationError, match="give either path or function"):
             _component(KafkaTopicComponent, text)
