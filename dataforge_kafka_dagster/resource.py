@@ -58,11 +58,12 @@ _FAILED_CLOSE_SECONDS: Final = 1.0
 
 _COLUMNS: Final = dg.TableSchema(
     columns=[
-        dg.TableColumn("topic", "string", "Kafka topic"),
         dg.TableColumn("partition", "int", "Kafka partition"),
         dg.TableColumn("first offset", "int", "Offset of the first record"),
         dg.TableColumn("last offset", "int", "Offset of the last record"),
         dg.TableColumn("records", "int", "Records of this publication"),
+        # Last, since it may be wide, and stands in kafka/topic too.
+        dg.TableColumn("topic", "string", "Kafka topic"),
     ]
 )
 
@@ -600,11 +601,11 @@ def publication_metadata(publication: Publication, partitions: Sequence[str] = (
         records = [
             dg.TableRecord(
                 {
-                    "topic": offsets.topic,
                     "partition": offsets.partition,
                     "first offset": offsets.first,
                     "last offset": offsets.last,
                     "records": offsets.records,
+                    "topic": offsets.topic,
                 }
             )
             for offsets in publication.offsets

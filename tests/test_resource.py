@@ -582,6 +582,11 @@ def test_publishing_from_an_asset(kafka, kafka_topic, read, instance):
     assert said["kafka/replayed"] is False
     assert said["more"] == "of mine"
     assert said["kafka/offsets"] == _expected_offsets(found, topic)
+    (event,) = result.get_asset_materialization_events()
+    table = event.materialization.metadata["kafka/offsets"]
+    names = ["partition", "first offset", "last offset", "records", "topic"]
+    assert [column.name for column in table.schema.columns] == names
+    assert all(list(record.data) == names for record in table.records)
     publication = sessions[0].result
     assert isinstance(publication, Publication)
     assert publication.records == 22

@@ -27,7 +27,7 @@ def test_a_day_launched_by_hand_shows_its_rows_and_the_offsets_that_kafka_has(ui
     assert page.get_by_text("842", exact=True).count() >= 2  # the row count, and kafka/records
     table = page.locator("table", has_text="first offset").last
     rows = [row.locator("td").all_inner_texts() for row in table.locator("tr").all()]
-    shown = {int(row[1]): (int(row[2]), int(row[3]), int(row[4])) for row in rows if len(row) == 5}
+    shown = {int(row[0]): (int(row[1]), int(row[2]), int(row[3])) for row in rows if len(row) == 5}
 
     records = read_topic(ui.servers, "flights")
     there = {}
