@@ -56,6 +56,12 @@ def test_statistics_are_the_worst_of_their_seconds():
     }
 
 
+def test_what_did_not_happen_is_left_out_of_the_statistics():
+    statistics = Statistics()
+    statistics.take(_report(1500, 9000, 0, 0, 0))
+    assert statistics.summary() == {"latency_p50_ms": 1.5, "latency_p99_ms": 9.0}
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"brokers": {"b": {"nodeid": 1}}}'])
 def test_reports_of_another_form_are_left_alone(text):
     statistics = Statistics()
@@ -82,8 +88,6 @@ def test_librdkafkas_statistics_stand_in_the_metadata(kafka_bootstrap_servers, k
     (event,) = result.get_asset_materialization_events()
     said = {name: value.value for name, value in event.materialization.metadata.items()}
     assert 0 < said["kafka/latency_p50_ms"] <= said["kafka/latency_p99_ms"]
-    assert said["kafka/request_retries"] >= 0
-    assert said["kafka/throttled_ms"] >= 0
     assert said["kafka/publication"]["statistics"]["latency_p99_ms"] == said["kafka/latency_p99_ms"]
 
 

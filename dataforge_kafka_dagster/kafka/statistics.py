@@ -41,18 +41,21 @@ class Statistics:
         return self._throttled
 
     def summary(self) -> dict[str, float]:
-        """The numbers, by name; none if no request was measured, as in a publication of less than a second.
+        """The numbers, by name; none if no request was measured, as in one that sends for less than a second.
 
         ``latency_p50_ms`` and ``latency_p99_ms``: of requests to the slowest broker in the slowest second;
         ``request_retries``: requests that were sent again; ``most_queued_records``: that waited at once;
-        ``throttled_ms``: for how long brokers held requests back by quota.
+        ``throttled_ms``: for how long brokers held requests back by quota. These three only if they are not 0.
         """
         if not self._seen:
             return {}
-        return {
-            "latency_p50_ms": round(self._median, 2),
-            "latency_p99_ms": round(self._slowest, 2),
+        trouble = {
             "request_retries": self._retries,
             "most_queued_records": self._queued,
             "throttled_ms": round(self._throttled, 2),
+        }
+        return {
+            "latency_p50_ms": round(self._median, 2),
+            "latency_p99_ms": round(self._slowest, 2),
+            **{name: number for name, number in trouble.items() if number},
         }
