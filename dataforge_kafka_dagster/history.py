@@ -108,7 +108,8 @@ def published(metadata: Mapping[str, Any], name: str) -> Published:
         return Published(None, ())
     raise KafkaError(
         name,
-        f"its last materialization has no {PUBLICATION_METADATA!r}: it was not published by a KafkaIOManager",
+        f"its last materialization has no {PUBLICATION_METADATA!r}: it was not published by a KafkaIOManager (or its"
+        " function is annotated '-> None', and Dagster hands no IO manager what it returns)",
         "Materialize it with this IO manager, give the input the IO manager that stored it, or return"
         " publication.materialize_result() from its body",
     )

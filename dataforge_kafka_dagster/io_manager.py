@@ -838,13 +838,16 @@ def _publications(context: dg.InputContext) -> dict[str | None, Publication | No
         if found is None:
             if lenient:
                 continue
-            raise KafkaError(
-                name_of(asset_key, partition),
-                "it was never materialized",
-                "Materialize it first, with this IO manager: it does not read what other programs have written. To read"
-                " the Dagster partitions that there are, set allow_missing_partitions in the input's metadata; a check"
-                " that has the asset's partitions_def reads those of its run",
-            )
+            fix = "Materialize it first, with this IO manager: it does not read what other programs have written"
+            step = step_context_of(context)
+            if partition is not None and step is not None and step.is_asset_check_step:
+                fix += ". A check that has the asset's partitions_def reads those of its run"
+            elif partition is not None:
+                fix += (
+                    ". To read the Dagster partitions that there are, give the input"
+                    ' dg.AssetIn(metadata={"allow_missing_partitions": True})'
+                )
+            raise KafkaError(name_of(asset_key, partition), "it was never materialized", fix)
         publication, covered, _ = found
         refuse_partition_for_whole(asset_key, partition, found)
         publications[partition] = publication

@@ -688,12 +688,30 @@ def test_an_input_of_several_dagster_partitions(manager, kafka_topic, instance):
     assert collections.Counter(row["letter"] for row in into[0]) == {"a": 3, "b": 3, "c": 3}
 
 
+def test_reading_what_a_function_annotated_as_none_returns_says_why_there_is_nothing(manager, kafka_topic, instance):
+    @dg.asset(metadata={"kafka/topic": kafka_topic()})
+    def made() -> None:
+        pass
+
+    result = _materialize([made, _reader(list, [])], manager, instance, raise_on_error=False)
+    assert "its function is annotated '-> None'" in _failure(result).description
+
+
 def test_a_missing_dagster_partition_is_told_or_left_out(manager, kafka_topic, instance):
     made, into = _letters(kafka_topic()), []
     _materialize(made, manager, instance, partition_key="b")
     strict = _reader(list, into)
     result = _materialize([made, strict], manager, instance, selection=["reader"], raise_on_error=False)
     assert "partition 'a'" in _failure(result).description
+    assert _failure(result).description.endswith('dg.AssetIn(metadata={"allow_missing_partitions": True})')
+
+    @dg.asset_check(asset=made)
+    def check(made: list):
+        return dg.AssetCheckResult(passed=True)
+
+    selection = dg.AssetSelection.checks(check)
+    result = _materialize([made, check], manager, instance, selection=selection, raise_on_error=False)
+    assert _failure(result).description.endswith("A check that has the asset's partitions_def reads those of its run")
 
     @dg.asset(ins={"made": dg.AssetIn(metadata={"allow_missing_partitions": True})})
     def lenient(made: list):
