@@ -289,7 +289,8 @@ def _resolved(context: dg.ResolutionContext, value: Any, *, text: bool = False) 
 class _ResourceScaffolder(dg.Scaffolder):
     def scaffold(self, request: dg.ScaffoldRequest[Any]) -> None:
         attributes = (
-            "  bootstrap_servers: {env: KAFKA_BOOTSTRAP_SERVERS}\n  resource_key: kafka\n  io_manager_key: kafka_io"
+            "  bootstrap_servers: {env: KAFKA_BOOTSTRAP_SERVERS}\n  resource_key: kafka\n  io_manager_key: kafka_io\n"
+            "  # create_topics: {partitions: 6}  # makes topics that are missing"
         )
         _scaffold(request, attributes)
 

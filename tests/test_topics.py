@@ -150,6 +150,7 @@ def test_a_missing_topic_is_refused_with_the_command_that_creates_it(kafka_boots
         pass
     assert caught.value.code == "UNKNOWN_TOPIC_OR_PART"
     assert f"--bootstrap-server {kafka_bootstrap_servers} --create --topic {new_topic}" in caught.value.fix
+    assert "create_topics=KafkaTopicSpec(partitions=6), in YAML create_topics: {partitions: 6}," in caught.value.fix
     assert "KafkaTopicSpec" in caught.value.fix
     assert new_topic not in _topics(kafka_bootstrap_servers)
 

@@ -248,8 +248,8 @@ def ask_end_offsets(admin: AdminClient, topic: str, partitions: int, timeout: fl
 def _how_to_create(connection: Connection, topic: str) -> str:
     return (
         f"Create the topic: kafka-topics.sh --bootstrap-server {connection.config.servers} --create --topic {topic}"
-        " --partitions 6; or correct its name; or set create_topics=KafkaTopicSpec(partitions=6), and publications"
-        " create their topics"
+        " --partitions 6; or correct its name; or set create_topics=KafkaTopicSpec(partitions=6), in YAML"
+        " create_topics: {partitions: 6}, and publications create their topics"
     )
 
 
