@@ -850,6 +850,12 @@ def test_oauth_callback_is_imported():
             oauth_callback(KafkaProducerConfig(**config, sasl_oauthbearer_callback=path))
 
 
+def test_a_raw_setting_that_librdkafka_refuses_by_another_name_is_told_by_its_own():
+    with pytest.raises(KafkaConfigError, match=r"queue\.buffering\.max\.ms") as caught:
+        create_kafka_producer({"librdkafka_config": {"linger.ms": "abc"}})
+    assert caught.value.fix.endswith("in librdkafka_config, which sets linger.ms")
+
+
 @pytest.mark.parametrize("name", ["bootstrap.servers", "metadata.broker.list"])
 def test_raw_servers_that_errors_would_not_name_are_refused(name):
     with pytest.raises(ValidationError, match=f"'{name}': ...}} is not possible: .* Set bootstrap_servers"):

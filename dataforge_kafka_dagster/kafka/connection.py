@@ -182,10 +182,12 @@ class Connection:
             return make(options | extra)
         except (confluent_kafka.KafkaException, ValueError, TypeError, AttributeError) as error:
             text = error.args[0].str() if isinstance(error, confluent_kafka.KafkaException) else str(error)
+            # librdkafka may call a setting by another name than it was given by.
+            raw = f", which sets {', '.join(self.config.librdkafka_config)}" if self.config.librdkafka_config else ""
             raise KafkaConfigError(
                 "librdkafka's settings",
                 self.config.redact(text),
-                "Correct the option that this names, in the config or in librdkafka_config",
+                f"Correct the option that this names, in the config or in librdkafka_config{raw}",
                 code="_INVALID_ARG",
             ) from None
 
