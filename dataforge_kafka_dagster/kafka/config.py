@@ -879,6 +879,17 @@ def client_options(config: KafkaProducerConfig) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None} | config.librdkafka_config
 
 
+def token_server(config: KafkaProducerConfig) -> str | None:
+    """What errors call the server that librdkafka itself asks for OAuth tokens; None if it asks none."""
+    options = client_options(config)
+    if config.sasl_mechanism != "OAUTHBEARER" or str(options.get("sasl.oauthbearer.method")).lower() != "oidc":
+        return None
+    raw = "sasl.oauthbearer.token.endpoint.url"
+    if raw in config.librdkafka_config or config.sasl_oauthbearer_token_endpoint_url is None:
+        return f"librdkafka_config={{{raw!r}: {options.get(raw)!r}}}"
+    return f"sasl_oauthbearer_token_endpoint_url={config.sasl_oauthbearer_token_endpoint_url!r}"
+
+
 def producer_options(config: KafkaProducerConfig) -> dict[str, Any]:
     """librdkafka's settings for a producer of single records."""
     options: dict[str, Any] = {

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, SupportsFloat, TypeVar
 
 import confluent_kafka
 
-from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig, client_options, oauth_callback
+from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig, client_options, oauth_callback, token_server
 from dataforge_kafka_dagster.kafka.errors import (
     FENCED_CODES,
     LATCHED_CODES,
@@ -92,6 +92,7 @@ class Connection:
         self._transport: confluent_kafka.KafkaError | None = None
         self._oauth_error: Exception | None = None
         self._all_down = False
+        self._has_heard = False
         self.troubles = 0
         """How often a broker could not be reached since one has answered."""
         self.fatal: confluent_kafka.KafkaError | None = None
@@ -110,6 +111,7 @@ class Connection:
 
     def _on_error(self, error: confluent_kafka.KafkaError) -> None:
         self.troubles += 1
+        self._has_heard = True
         if _is_fatal(error):
             self.fatal = self.fatal or error
         elif error.name() in LATCHED_CODES or _CERTIFICATE_ALERT.search(error.str()):
@@ -124,6 +126,7 @@ class Connection:
         """Forget why a broker could not be reached: one has answered."""
         self._latched = self._transport = self._oauth_error = None
         self._all_down = self.silent = False
+        self._has_heard = True
         self.troubles = 0
 
     def serve(
@@ -322,17 +325,18 @@ class Connection:
         """Let go of the admin client, and of others of this cluster, which end beside: that takes milliseconds.
 
         A client that reaches no broker takes until 5 s after its start to end, and the interpreter waits with it
-        (librdkafka 2.16 with a short reconnect.backoff.ms): that time passes first.
+        (librdkafka 2.16 with a short reconnect.backoff.ms): that time passes first. One that may wait for a token
+        begins to end at once, and takes up to 20 s, or ends with the process.
 
         Args:
             clients: Those that whoever calls this lets go of, too, when it returns.
         """
         if self.inherited:
             keep_for_ever(*clients)
-        elif clients or self.silent:
-            patience = _END_SECONDS if self.silent else _RETURN_SECONDS
+        elif clients or self.silent or self._may_lack_token:
+            patience = _END_SECONDS if self.silent and not self._may_lack_token else _RETURN_SECONDS
             kept: list[object] = [self._admin, *clients]
-            if self.config.protocol != "PLAINTEXT":
+            if self.config.protocol != "PLAINTEXT" and not self._may_lack_token:
                 _kept.append(kept)
             self.aside(functools.partial(_keep, kept, patience))
         self._admin = None
@@ -399,6 +403,14 @@ class Connection:
     def _lacks_token(self) -> bool:
         return self._latched is not None and self._latched.str().startswith(_NO_TOKEN)
 
+    @property
+    def _may_lack_token(self) -> bool:
+        """Whether librdkafka may still wait for a first token, without which it tries no connection.
+
+        It asks a token server that answers 429 or 5xx again, for 50 s, and does not tell. Meanwhile it cannot be ended.
+        """
+        return not self._has_heard and token_server(self.config) is not None
+
     def _no_token(self, answer: str, code: str) -> KafkaError:
         """The error for a token server that gives librdkafka no token, after its answer (RFC 6749, 5.2) or without."""
         try:
@@ -420,6 +432,15 @@ class Connection:
         hidden = self._hidden_cause()
         if hidden is not None:
             return hidden
+        if self._may_lack_token:
+            return NoBrokersAvailable(
+                f"{token_server(self.config)}, or {self.name}",
+                f"no answer in {seconds:.1f} s: no token came, or no broker answered [_TIMED_OUT]",
+                "Check that the token server gives tokens: while it answers 429 or 5xx, librdkafka asks again and tells"
+                " nothing. Check also that the brokers run and can be reached from here",
+                code="_TIMED_OUT",
+                remedy=Remedy.RETRY,
+            )
         code, text = "_TIMED_OUT", "no broker answered"
         if self._transport is not None:
             code, text = self._transport.name(), self.config.redact(self._transport.str())
@@ -591,7 +612,9 @@ def _end_at_exit() -> None:
     """
     deadline = time.monotonic() + _END_SECONDS
     for connection in list(_open):
-        if connection.config.protocol != "PLAINTEXT":
+        if connection._may_lack_token:  # noqa: SLF001
+            keep_for_ever(connection._admin)  # noqa: SLF001
+        elif connection.config.protocol != "PLAINTEXT":
             _kept.append([connection._admin])  # noqa: SLF001
             connection._admin = None  # noqa: SLF001
     while _kept and time.monotonic() < deadline:

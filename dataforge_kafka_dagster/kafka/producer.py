@@ -75,14 +75,17 @@ class DataForgeKafkaProducer:
         # Who drops this one without close() has the records delivered, and the client ended, all the same.
         weakref.finalize(self, self._served.forsake).atexit = False
         try:
-            admin = connection.admin
             timeout = self.config.connect_timeout
-            connection.answer(lambda: admin.describe_cluster(request_timeout=timeout), timeout, connection.name)
-        except KafkaError as error:
-            logger.error("Cannot connect: %s", error)
+            connection.answer(
+                lambda: connection.admin.describe_cluster(request_timeout=timeout), timeout, connection.name
+            )
+        except BaseException as error:
+            # The traceback may keep this one, and where it is let go of nobody is to wait for the client's end.
+            connection.close(self._served.let_go())
+            if isinstance(error, KafkaError):
+                logger.error("Cannot connect: %s", error)
             raise
-        finally:
-            connection.close()
+        connection.close()
 
     @property
     def inherited(self) -> bool:

@@ -447,6 +447,14 @@ class ServedProducer:
             thread.join(_FULL_SECONDS)
         self._logged.rest()
 
+    def let_go(self) -> confluent_kafka.Producer:
+        """The client, which has been given nothing and is given nothing from now on, for the caller to end."""
+        _alive.discard(self)
+        self._ended.set()
+        producer = self._producer
+        del self._producer
+        return producer
+
     def forsake(self) -> None:
         """Deliver what is on its way, and close the client then: nobody has the producer any more."""
         self._forsaken = True
