@@ -7,8 +7,11 @@ import traceback
 import types
 import urllib.error
 
+import botocore.config
+import botocore.session
 import confluent_kafka
 import dagster as dg
+import httpx
 import pytest
 from conftest import mostly_slow
 
@@ -527,6 +530,31 @@ def _numbered(_):
     raise _SystemsError("no name server")
 
 
+def _wrapped(_):
+    try:
+        _away(_)
+    except OSError as error:
+        raise LookupError("no token in the vault") from error
+
+
+def _wrapped_refusal(_):
+    try:
+        _refused(_)
+    except OSError as error:
+        raise LookupError("no token in the vault") from error
+
+
+def _httpx_away(_):
+    httpx.post("http://127.0.0.1:9/token")
+
+
+def _botocore_away(_):
+    no_retries = botocore.config.Config(retries={"max_attempts": 0})
+    options = {"region_name": "eu-west-1", "endpoint_url": "http://127.0.0.1:9", "config": no_retries}
+    keys = {"aws_access_key_id": "a", "aws_secret_access_key": "b"}
+    botocore.session.get_session().create_client("sts", **options, **keys).get_caller_identity()
+
+
 @pytest.mark.parametrize(
     ("name", "said", "remedy"),
     [
@@ -537,6 +565,10 @@ def _numbered(_):
         ("_throttled", "it raised _LibrarysError: ", Remedy.RETRY),
         ("_throttled_in_words", "it raised _SDKsError: ", Remedy.RETRY),
         ("_numbered", "no name server", Remedy.RETRY),
+        ("_wrapped", "no token in the vault", Remedy.RETRY),
+        ("_wrapped_refusal", "no token in the vault", Remedy.FAIL),
+        ("_httpx_away", "ConnectError", Remedy.RETRY),
+        ("_botocore_away", "EndpointConnectionError", Remedy.RETRY),
     ],
 )
 def test_an_error_of_the_token_function_is_the_cause_at_once(name, said, remedy):

@@ -563,13 +563,19 @@ class Connection:
 
 
 def _remedy_of_token(error: Exception) -> Remedy:
-    """Whether what a token function raised may pass: what it asks was away, or has answered so (RFC 9110, 15)."""
-    # As urllib, requests and httpx name it.
-    told = (getattr(error, "code", None), getattr(getattr(error, "response", None), "status_code", None))
-    status = next((one for one in told if isinstance(one, int) and one in _STATUSES), None)
-    if status is not None:
-        return Remedy.RETRY if status in _PASSING or status >= _SERVERS_FAULT else Remedy.FAIL
-    return Remedy.RETRY if isinstance(error, OSError) else Remedy.FAIL
+    """Whether what a token function raised may pass: what it asks was away, or has answered so (RFC 9110, 15).
+
+    The function or its library may have made another error of it, as httpx and botocore do.
+    """
+    for behind in _chain(error):
+        # As urllib, requests and httpx name it.
+        told = (getattr(behind, "code", None), getattr(getattr(behind, "response", None), "status_code", None))
+        status = next((one for one in told if isinstance(one, int) and one in _STATUSES), None)
+        if status is not None:
+            return Remedy.RETRY if status in _PASSING or status >= _SERVERS_FAULT else Remedy.FAIL
+        if isinstance(behind, OSError):
+            return Remedy.RETRY
+    return Remedy.FAIL
 
 
 def _address(server: str) -> str:
