@@ -529,6 +529,7 @@ def test_msk_signs_its_own_tokens(monkeypatch):
     options = client_options(config)
     assert options["sasl.mechanism"] == "OAUTHBEARER"
     assert not [name for name in options if "aws" in name]
+    assert "reconnect.backoff.ms" not in options
     text, expiry = oauth_callback(config)("")
     url = urllib.parse.urlsplit(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)).decode())
     query = urllib.parse.parse_qs(url.query)

@@ -414,6 +414,25 @@ def test_an_alert_for_a_certificate_is_no_outage(number, connection):
     assert connection._locked_out == (number != 40)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a:1/bootstrap: SASL PLAIN mechanism handshake failed: Local: Broker transport failure: broker's supported mechanisms",
+        "a:1/bootstrap: SASL SCRAM-SHA-512 mechanism handshake failed: Local: Timed out: broker's supported mechanisms: ",
+        "a:1/bootstrap: SASL authentication error: [a1b2-c3]: Too many connects (after 9ms in state AUTH_REQ)",
+    ],
+)
+def test_a_broker_that_has_not_looked_at_the_password_does_not_count_as_one_that_refuses_it(text, connection):
+    connection._on_error(confluent_kafka.KafkaError(confluent_kafka.KafkaError._AUTHENTICATION, text))
+    connection._on_error(_theirs("_ALL_BROKERS_DOWN"))
+    assert not connection._locked_out
+    for error in (connection.unreachable(5), connection.cause(_theirs("_TIMED_OUT"), "topic 't'")):
+        assert text in error.cause
+        assert (error.remedy, "sasl_password" in error.fix) == (Remedy.RETRY, False)
+    assert connection.unreachable(5).code == "_TRANSPORT"
+    assert ("reconnect.backoff.ms" in connection.unreachable(5).fix) == ("Too many" in text)
+
+
 @pytest.mark.parametrize(("broker", "told"), [("good:9092/bootstrap", True), ("old:9092/bootstrap", False)])
 def test_beside_a_broker_that_is_no_more_that_of_another_is_told(broker, told, connection):
     def seen(name, text):

@@ -864,7 +864,8 @@ def client_options(config: KafkaProducerConfig) -> dict[str, Any]:
         "log.connection.close": "false",
         # librdkafka's 100 ms delay the first connection to a broker by its own name. What waits for one that refuses it
         # tries every 13 ms then instead of every 52 ms (an admin client of 2.16), or less and less often (a producer).
-        "reconnect.backoff.ms": "1",
+        # Amazon MSK limits how often a broker is connected to with IAM.
+        "reconnect.backoff.ms": None if config.sasl_mechanism == "AWS_MSK_IAM" else "1",
         # A topic that is misspelt or gone is an error, also where the brokers would create it. For what is no consumer,
         # and so for a client that only asks, librdkafka's default is true.
         "allow.auto.create.topics": "false",

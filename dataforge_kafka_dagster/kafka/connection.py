@@ -62,6 +62,10 @@ _LOG_SECONDS: Final = 2.0
 _NO_TOKEN: Final = "Failed to acquire SASL OAUTHBEARER token: "  # noqa: S105
 # In what it tells of a listener that has no SASL; its code is that of a wrong password, too.
 _NO_SASL: Final = "not valid in current SASL state"
+# What Amazon MSK answers who connects with IAM more often than it lets: aws-msk-iam-auth's README.
+_TOO_MANY: Final = "Too many connects"
+# In what is told, with the code of a wrong password, of a broker that has not looked at one.
+_NOT_JUDGED: Final = re.compile(rf"handshake failed: Local: (?:Broker transport failure|Timed out)|\]: {_TOO_MANY}")
 
 # What a broker says of a certificate that it does not take, or misses: RFC 5246, 7.2.2, and RFC 8446, 6.2.
 _CERTIFICATE_ALERT: Final = re.compile(r"SSL alert number (?:4[2-68]|116)\b")
@@ -114,6 +118,8 @@ class Connection:
         self._has_heard = True
         if _is_fatal(error):
             self.fatal = self.fatal or error
+        elif _NOT_JUDGED.search(error.str()):
+            self._transport = confluent_kafka.KafkaError(confluent_kafka.KafkaError._TRANSPORT, error.str())  # noqa: SLF001
         elif error.name() in LATCHED_CODES or _CERTIFICATE_ALERT.search(error.str()):
             self._latched = error
         else:
@@ -447,6 +453,8 @@ class Connection:
         fix = fix_for(code)
         if code == "_ALL_BROKERS_DOWN":  # its own text counts brokers, also as none of two
             text = "each connection was refused, or closed again"
+        if _TOO_MANY in text:
+            fix = "Begin fewer steps at once, or raise 'reconnect.backoff.ms' in librdkafka_config"
         elsewhere = _OF_BROKER.match(text)
         if elsewhere and _address(elsewhere[1]) not in map(_address, self.config.servers.split(",")):
             fix = (
