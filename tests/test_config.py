@@ -234,6 +234,14 @@ REFUSED = {
         OAUTH | OIDC | {"sasl_oauthbearer_callback": "os.path:join", "sasl_oauthbearer_method": "default"},
         ["sasl_oauthbearer_client_id, sasl_oauthbearer_client_secret, sasl_oauthbearer_token_endpoint_url", "ignored"],
     ),
+    "extension without value": (
+        OAUTH | OIDC | {"sasl_oauthbearer_extensions": "a=b, noequals"},
+        ["sasl_oauthbearer_extensions='noequals'", "name=value"],
+    ),
+    "extension with a name that is none": (
+        OAUTH | OIDC | {"sasl_oauthbearer_extensions": "bad key=1"},
+        ["sasl_oauthbearer_extensions='bad key'", "letters"],
+    ),
     "CA of OIDC with callback": (
         OAUTH | {"sasl_oauthbearer_callback": "os.path:join", "https_ca_location": __file__},
         ["https_ca_location", "ignored", "sasl_oauthbearer_callback"],
@@ -509,7 +517,8 @@ def test_a_pem_text_may_have_its_line_ends_escaped():
 @pytest.mark.parametrize(
     "options",
     [
-        OIDC | {"sasl_oauthbearer_scope": "s", "sasl_oauthbearer_extensions": "a=b", "https_ca_location": __file__},
+        OIDC
+        | {"sasl_oauthbearer_scope": "s", "sasl_oauthbearer_extensions": "a=b, c=d=e,", "https_ca_location": __file__},
         {"sasl_oauthbearer_callback": "os.path:join", "sasl_oauthbearer_config": CANARY},
         {"librdkafka_config": {"sasl.oauthbearer.metadata.authentication.type": "azure_imds"}},
         {"librdkafka_config": {"enable.sasl.oauthbearer.unsecure.jwt": "true"}},

@@ -631,6 +631,13 @@ WRONG_TOKENS = {
     "seconds from now": (lambda _: ("secret", 3600), "the expiry that it returned is 3600, and now is 1"),
     "milliseconds": (lambda _: ("secret", (time.time() + 3600) * 1000), "the expiry that it returned is 1[0-9]{12}, "),
     "for ever": (lambda _: ("secret", float("inf")), "the expiry that it returned is inf"),
+    "NUL": (lambda _: ("secret\0", NEVER), "it returned a token that cannot be sent"),
+    "umlaut": (lambda _: ("secretä", NEVER), "it returned a token that cannot be sent"),
+    "NUL in principal": (lambda _: ("secret", NEVER, "me\0", {}), "it returned a principal that cannot be sent"),
+    "extension that is no text": (lambda _: ("secret", NEVER, "me", {"a": 1}), "an extension 'a' that cannot be sent"),
+    "extension's value": (lambda _: ("secret", NEVER, "me", {"b": "secretä"}), "an extension 'b' that cannot be sent"),
+    "extension's name": (lambda _: ("secret", NEVER, "me", {"a": "b", "a b": ""}), "an extension 'a b' that cannot"),
+    "extension of SASL's own": (lambda _: ("secret", NEVER, "me", {"auth": "a"}), "an extension 'auth' that cannot"),
 }
 
 

@@ -114,6 +114,18 @@ _NO_KERBEROS: Final = (
 )
 
 
+SENDABLE: Final = re.compile(r"[\t\n\r -~]*")
+"""What a token, and the value of a SASL extension, may be: RFC 7628, 3.1."""
+_EXTENSION: Final = re.compile(r"(?!auth$)[A-Za-z]+")
+
+
+def is_extension(name: object, value: object) -> bool:
+    """Whether librdkafka takes this for a SASL extension (RFC 7628, 3.1)."""
+    if not isinstance(name, str) or not isinstance(value, str):
+        return False
+    return bool(_EXTENSION.fullmatch(name) and SENDABLE.fullmatch(value))
+
+
 def _not(option: str, value: object, allowed: str) -> ValueError:
     return ValueError(f"{option}={value!r} is not possible: {allowed}")
 
@@ -473,6 +485,17 @@ class KafkaProducerConfig(KafkaOptions):
         if value is not None:
             instead = "set sasl_oauthbearer_client_id and sasl_oauthbearer_client_secret"
             refuse_bad_url(str(info.field_name), value, instead)
+        return value
+
+    @field_validator("sasl_oauthbearer_extensions")
+    @classmethod
+    def _extensions(cls, value: str | None) -> str | None:
+        for pair in re.split(r"(?<!\\),", value or ""):
+            name, equals, text = pair.strip().partition("=")
+            if pair.strip() and not (equals and is_extension(name, text)):
+                raise _not(
+                    "sasl_oauthbearer_extensions", name, "give 'name=value', the name of letters, but not 'auth'"
+                )
         return value
 
     @field_validator("sasl_oauthbearer_callback")

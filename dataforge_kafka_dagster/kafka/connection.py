@@ -25,7 +25,14 @@ from typing import TYPE_CHECKING, Any, Final, SupportsFloat, TypeVar
 
 import confluent_kafka
 
-from dataforge_kafka_dagster.kafka.config import KafkaProducerConfig, client_options, oauth_callback, token_server
+from dataforge_kafka_dagster.kafka.config import (
+    SENDABLE,
+    KafkaProducerConfig,
+    client_options,
+    is_extension,
+    oauth_callback,
+    token_server,
+)
 from dataforge_kafka_dagster.kafka.errors import (
     FENCED_CODES,
     LATCHED_CODES,
@@ -252,13 +259,16 @@ class Connection:
             cause = f"it returned ({', '.join(type(part).__name__ for part in fetched)})"
         elif not time.time() < float(fetched[1]) < _MILLISECONDS:
             cause = f"the expiry that it returned is {float(fetched[1]):.0f}, and now is {time.time():.0f}"
+        elif unsendable := _unsendable(*fetched):
+            cause = f"it returned {unsendable} that cannot be sent"
         else:
             return
         raise KafkaError(
             self._of_token,
             cause,
             "Return (token, expiry in seconds since the epoch), a str and a number, from a function that is not async;"
-            " after them may come the principal, a str, and a dict of SASL extensions",
+            " after them may come the principal, a str, and a dict of SASL extensions. All but the principal is ASCII;"
+            " extensions have names of letters",
             code="_AUTHENTICATION",
         )
 
@@ -568,6 +578,16 @@ class Connection:
         admin = self._admin
         if admin is not None:
             admin.poll(0)
+
+
+def _unsendable(token: str, _: object, principal: str = "", extensions: Mapping[object, object] = {}) -> str:
+    """Of what a token function returned, that which librdkafka does not take; nothing if it takes all."""
+    if not SENDABLE.fullmatch(token):
+        return "a token"
+    if "\0" in principal:
+        return "a principal"
+    wrong = (name for name, value in extensions.items() if not is_extension(name, value))
+    return next((f"an extension {name!r}" for name in wrong), "")
 
 
 def _remedy_of_token(error: Exception) -> Remedy:
