@@ -1,5 +1,6 @@
 """What OpenID Connect servers may answer librdkafka, which asks them itself, and what becomes of it."""
 
+import base64
 import http.server
 import json
 import subprocess
@@ -8,6 +9,10 @@ import threading
 import time
 
 import pytest
+
+from dataforge_kafka_dagster import DataForgeKafkaProducer, KafkaError, KafkaProducerConfig
+
+SECRET = "the client's secret"
 
 
 class _Answer(http.server.BaseHTTPRequestHandler):
@@ -46,7 +51,7 @@ def _options(servers, url, **options):
         "sasl_mechanism": "OAUTHBEARER",
         "sasl_oauthbearer_method": "oidc",
         "sasl_oauthbearer_client_id": "me",
-        "sasl_oauthbearer_client_secret": "the client's secret",
+        "sasl_oauthbearer_client_secret": SECRET,
         "sasl_oauthbearer_token_endpoint_url": url,
         **options,
     }
@@ -115,3 +120,28 @@ def test_a_process_that_waits_for_a_busy_token_server_ends_when_it_is_terminated
     terminated, code, ended = _end(what, json.dumps(options), "true")
     assert code == 3
     assert ended - terminated < 3  # two seconds are promised; the machine may be busy
+
+
+def _refusal(servers, url, **options):
+    with pytest.raises(KafkaError) as caught:
+        DataForgeKafkaProducer(KafkaProducerConfig(**_options(servers, url, connect_timeout=20, **options)))
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "raw", [{}, {"sasl.oauthbearer.client.credentials.client.secret": SECRET[::-1]}], ids=["", "raw"]
+)
+def test_no_secret_in_what_a_token_server_quotes(raw, token_server, closed_port, caplog):
+    def quote(headers):
+        basic = headers["Authorization"].partition(" ")[2]
+        quoted = {"error": "invalid_client", "error_description": f"{basic} is {base64.b64decode(basic).decode()}"}
+        return 401, "application/json", json.dumps(quoted)
+
+    caplog.set_level("DEBUG")
+    token_server.answer = quote
+    error = _refusal(closed_port, token_server.url, librdkafka_config=raw)
+    assert "*** is me:***" in error.cause
+    assert "Failed to retrieve OIDC token" in caplog.text
+    for secret in (SECRET, SECRET[::-1]):
+        for form in (secret, base64.b64encode(f"me:{secret}".encode()).decode()):
+            assert form not in f"{error} {caplog.text}"

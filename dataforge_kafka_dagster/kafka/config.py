@@ -6,6 +6,7 @@ https://kafka.apache.org/documentation/#producerconfigs for what they mean to Ka
 
 from __future__ import annotations
 
+import base64
 import difflib
 import importlib
 import math
@@ -710,7 +711,12 @@ class KafkaProducerConfig(KafkaOptions):
     def redact(self, text: str) -> str:
         """The text without any secret of this config."""
         raw = (value for name, value in self.librdkafka_config.items() if re.search(SECRET_SETTINGS, name))
-        return without_secrets(text, [*(getattr(self, name) or "" for name in SECRET_OPTIONS), *map(str, raw)])
+        secrets = [*(getattr(self, name) or "" for name in SECRET_OPTIONS), *map(str, raw)]
+        # As they go over the wire, where a token server or a proxy may quote them.
+        oauth = [one for one in client_options(self).items() if one[0].startswith("sasl.oauthbearer.client")]
+        ids, passwords = ([value for name, value in oauth if name.endswith(end)] for end in (".id", ".secret"))
+        basic = (f"{client}:{password}".encode() for client in ids for password in passwords)
+        return without_secrets(text, [*secrets, *(base64.b64encode(one).decode() for one in basic)])
 
 
 class TopicOptions(BaseModel):

@@ -190,7 +190,7 @@ class Connection:
                 self.fatal = self.fatal or error
 
     def _client(self, make: Callable[..., T], options: dict[str, Any]) -> T:
-        extra: dict[str, Any] = {"error_cb": self._on_error, "logger": _Quiet("librdkafka")}
+        extra: dict[str, Any] = {"error_cb": self._on_error, "logger": _Quiet(self.config.redact)}
         token = oauth_callback(self.config)
         if token is not None:
             extra["oauth_cb"] = self._first_token_at_once(token, options)
@@ -711,15 +711,21 @@ class _Quiet(logging.Logger):
 
     librdkafka hands its lines over in the calls that wait for a broker, which do not look at their time-outs between
     two lines. Lines that come faster than they can be kept, as with debug=all where Dagster stores them, are dropped.
+
+    Args:
+        redact: Takes secrets out of a line, such as those that a token server quotes.
     """
 
-    def __init__(self, name: str) -> None:
-        super().__init__(f"{logger.name}.{name}")
+    def __init__(self, redact: Callable[[str], str]) -> None:
+        super().__init__(f"{logger.name}.librdkafka")
         self.parent = logger
+        self._redact = redact
         self._spent, self._dropped = 0.0, 0
         self._last = time.monotonic()
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        if not self.isEnabledFor(min(level, logging.DEBUG)):
+            return
         began = time.monotonic()
         self._spent = max(0.0, self._spent - (began - self._last) * _LOG_SHARE)
         self._last = began
@@ -731,7 +737,7 @@ class _Quiet(logging.Logger):
             super().log(
                 logging.DEBUG, "%d lines of librdkafka were dropped: they came faster than they are kept", dropped
             )
-        super().log(min(level, logging.DEBUG), msg, *args, **kwargs)
+        super().log(min(level, logging.DEBUG), "%s", self._redact(str(msg) % args if args else str(msg)), **kwargs)
         self._spent += time.monotonic() - began
 
 
