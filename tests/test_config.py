@@ -6,6 +6,7 @@ import re
 import sys
 import threading
 import time
+import traceback
 import urllib.parse
 from urllib.parse import quote, quote_plus
 
@@ -810,6 +811,15 @@ def test_redact_hides_each_line_of_a_key():
         ssl_key_pem=f"-----BEGIN PRIVATE KEY-----\n{CANARY}1\n{CANARY}2\n-----END PRIVATE KEY-----",
     )
     assert config.redact(f"-----BEGIN PRIVATE KEY----- {CANARY}2") == "-----BEGIN PRIVATE KEY----- ***"
+
+
+def test_what_a_token_module_raises_is_told_without_secrets(tmp_path, monkeypatch):
+    (tmp_path / "broken_tokens.py").write_text(f"raise KeyError('{CANARY} is not set')")
+    monkeypatch.syspath_prepend(tmp_path)
+    callback = {"sasl_oauthbearer_callback": "broken_tokens:fetch", "sasl_oauthbearer_config": CANARY}
+    with pytest.raises(KafkaConfigError, match=r"broken_tokens:fetch.*KeyError: '\*\*\* is not set'") as caught:
+        oauth_callback(KafkaProducerConfig(**OAUTH, **callback))
+    assert CANARY not in "".join(traceback.format_exception(caught.value))
 
 
 def test_every_secret_is_kept_out_of_reprs_and_errors():

@@ -962,19 +962,26 @@ def publication_options(config: PublicationConfig, transactional_id: str) -> dic
     return options
 
 
-def import_function(option: str, path: str) -> Callable[..., Any]:
+def import_function(option: str, path: str, redact: Callable[[str], str] = str) -> Callable[..., Any]:
     """The function that an option names by its import path 'package.module:function'.
 
+    Args:
+        option: Its name.
+        path: Its value.
+        redact: Takes secrets out of what the module raises.
+
     Raises:
-        KafkaConfigError: There is no such module or function, or it is none.
+        KafkaConfigError: There is no such module or function, it is none, or its module raises.
     """
     module, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001  (of any kind: the module is the user's)
         raise KafkaConfigError(
-            f"{option}={path!r}", str(error), "Give an import path 'package.module:function'"
-        ) from error
+            f"{option}={path!r}",
+            redact(f"its import raised {type(error).__name__}: {error}"),
+            "Give an import path 'package.module:function', of a module that can be imported in each process",
+        ) from None
     if not callable(function):
         raise KafkaConfigError(
             f"{option}={path!r}", f"it is of type {type(function).__qualname__}, no function", "Name a function"
@@ -991,7 +998,7 @@ def oauth_callback(config: KafkaProducerConfig) -> Callable[[str], tuple[Any, ..
     if config.sasl_mechanism == "AWS_MSK_IAM":
         return _msk_token(config)
     path = config.sasl_oauthbearer_callback
-    return None if path is None else import_function("sasl_oauthbearer_callback", path)
+    return None if path is None else import_function("sasl_oauthbearer_callback", path, config.redact)
 
 
 def _msk_token(config: KafkaProducerConfig) -> Callable[[str], tuple[str, float]]:
