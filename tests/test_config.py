@@ -791,6 +791,7 @@ def test_redact_hides_every_secret_and_nothing_else():
     assert config.redact(f"user={CANARY} raw={CANARY}-raw end") == "user=*** raw=*** end"
     assert config.redact("nothing here") == "nothing here"
     assert KafkaProducerConfig().redact("nothing to hide") == "nothing to hide"
+    assert _secured(sasl_password="c").redact("10 seconds, codec") == "10 seconds, codec"
 
 
 @pytest.mark.parametrize("said", [str, repr, json.dumps, "{}'\"".format, quote, quote_plus])

@@ -600,6 +600,19 @@ def test_an_error_of_the_token_function_is_the_cause_at_once(name, said, remedy)
     assert caught.value.remedy is remedy
 
 
+def _told_by_ours(config):
+    raise NoBrokersAvailable(f"culprit {config}", f"cause {config}", f"fix {config}", code="_TRANSPORT")
+
+
+def test_no_secret_in_an_error_of_ours_that_a_token_function_raises():
+    oauth = {"security_protocol": "SASL_SSL", "sasl_mechanism": "OAUTHBEARER", "sasl_oauthbearer_config": "canary"}
+    config = KafkaProducerConfig(**oauth, sasl_oauthbearer_callback=f"{__name__}:_told_by_ours")
+    with pytest.raises(NoBrokersAvailable) as caught:
+        _ = Connection(config).admin
+    error = caught.value
+    assert (str(error), error.cause, error.remedy) == ("culprit ***: cause ***. fix ***", "cause ***", Remedy.RETRY)
+
+
 _over = threading.Event()
 
 

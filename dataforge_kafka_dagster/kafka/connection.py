@@ -273,7 +273,9 @@ class Connection:
         )
 
     def _oauth_cause(self, error: Exception) -> KafkaError:
-        if isinstance(error, KafkaError):
+        if isinstance(error, KafkaError):  # which may be the function's own
+            error.culprit, error.cause, error.fix = map(self.config.redact, (error.culprit, error.cause, error.fix))
+            error.args = (self.config.redact(str(error)),)
             return error
         return KafkaError(
             self._of_token,

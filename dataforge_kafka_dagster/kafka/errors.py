@@ -295,11 +295,11 @@ _SHORT: Final = 3
 
 def without_secrets(text: str, secrets: Sequence[str]) -> str:
     """A text without secrets: as they are, each line of them, and as Python, JSON and URLs quote them."""
-    # A key's text may be cut into its lines; what is as short as a brace says nothing.
+    # A key's text may be cut into its lines; what is as short as a brace says nothing, and stands in any text.
     lines = itertools.chain.from_iterable(map(str.splitlines, secrets))
-    parts = [line for line in lines if not line.startswith("-----") and len(line) > _SHORT]
-    forms = {form for secret in (*secrets, *parts) for form in _quoted(secret)}
-    for form in sorted(forms - {""}, key=len, reverse=True):
+    parts = [line for line in lines if not line.startswith("-----")]
+    forms = {form for secret in (*secrets, *parts) if len(secret) > _SHORT for form in _quoted(secret)}
+    for form in sorted(forms, key=len, reverse=True):
         text = text.replace(form, "***")
     return text
 
