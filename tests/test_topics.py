@@ -58,7 +58,13 @@ def _writer(servers, topic, spec=None, *, reports=True, **options):
     )
 
 
-WRONG = [{"partitions": 0}, {"replication_factor": 0}, {"partitions": "many"}, {"configs": {"a": 1}}, {"partition": 6}]
+WRONG = [
+    {"partitions": 0},
+    {"replication_factor": 0},
+    {"partitions": "many"},
+    {"configs": {"a": None}},
+    {"partition": 6},
+]
 
 
 @pytest.mark.parametrize("options", WRONG, ids=str)
@@ -80,6 +86,14 @@ def test_a_misspelt_field_of_a_spec_is_told_what_is_meant(name, hint):
         with pytest.raises(ValidationError) as caught:
             door()
         assert f"unknown option {name!r}: {hint}" in str(caught.value)
+
+
+def test_settings_may_be_numbers_and_booleans():
+    given = {"retention.ms": 604800000, "preallocate": True, "cleanup.policy": "compact"}
+    texts = {"retention.ms": "604800000", "preallocate": "true", "cleanup.policy": "compact"}
+    assert KafkaTopicSpec(configs=given).configs == texts
+    with KafkaProducerResource(create_topics={"configs": given}).process_config_and_initialize_cm() as kafka:
+        assert kafka.publication_config().create_topics == KafkaTopicSpec(configs=texts)
 
 
 def test_env_vars_are_resolved_from_a_mapping_and_refused_in_a_spec(monkeypatch):

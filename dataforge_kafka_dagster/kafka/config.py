@@ -127,6 +127,20 @@ def is_extension(name: object, value: object) -> bool:
     return bool(_EXTENSION.fullmatch(name) and SENDABLE.fullmatch(value))
 
 
+def _as_texts(option: str, value: Any) -> Any:
+    """Settings, with numbers and booleans as librdkafka and Kafka write them."""
+    if not isinstance(value, Mapping):
+        return value
+    for name, one in value.items():
+        if isinstance(one, int) and hasattr(one, "env_var_name"):
+            variable = one.env_var_name
+            raise ValueError(
+                f"{option}={{{name!r}: EnvVar.int({variable!r})}} is not possible: its values are texts."
+                f" Give EnvVar({variable!r})"
+            )
+    return {name: as_text(one) for name, one in value.items()}
+
+
 def _not(option: str, value: object, allowed: str) -> ValueError:
     return ValueError(f"{option}={value!r} is not possible: {allowed}")
 
@@ -292,18 +306,8 @@ class KafkaOptions(BaseModel):
 
     @field_validator("librdkafka_config", mode="before")
     @classmethod
-    def _as_texts(cls, value: Any) -> Any:
-        """Numbers and booleans as librdkafka writes them."""
-        if not isinstance(value, Mapping):
-            return value
-        for name, one in value.items():
-            if isinstance(one, int) and hasattr(one, "env_var_name"):
-                variable = one.env_var_name
-                raise ValueError(
-                    f"librdkafka_config={{{name!r}: EnvVar.int({variable!r})}} is not possible: its values are texts."
-                    f" Give EnvVar({variable!r})"
-                )
-        return {name: as_text(one) for name, one in value.items()}
+    def _settings(cls, value: Any, info: ValidationInfo) -> Any:
+        return _as_texts(str(info.field_name), value)
 
 
 class SchemaRegistryOptions(BaseModel):
@@ -748,6 +752,11 @@ class TopicOptions(BaseModel):
     @classmethod
     def _known_names(cls, options: Any) -> Any:
         return refuse_unknown(options, cls.model_fields)
+
+    @field_validator("configs", mode="before")
+    @classmethod
+    def _settings(cls, value: Any, info: ValidationInfo) -> Any:
+        return _as_texts(str(info.field_name), value)
 
 
 class KafkaTopicSpec(TopicOptions):
