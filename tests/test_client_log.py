@@ -45,7 +45,7 @@ def keeping(monkeypatch):
 
 
 def test_lines_that_can_be_kept_are_kept(keeping):
-    kept, log = keeping(0), _Quiet(str)
+    kept, log = keeping(0), _Quiet(str, str)
     for number in range(500):
         log.log(logging.CRITICAL, "line %d", number)
     assert kept.lines == [f"line {number}" for number in range(500)]
@@ -53,7 +53,7 @@ def test_lines_that_can_be_kept_are_kept(keeping):
 
 @pytest.mark.slow
 def test_lines_that_come_too_fast_are_dropped_and_counted(keeping):
-    kept, log, sent = keeping(0.2), _Quiet(str), 0
+    kept, log, sent = keeping(0.2), _Quiet(str, str), 0
     began = time.monotonic()
     while not any("were dropped" in line for line in kept.lines):
         log.log(logging.DEBUG, "line")

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from dataforge_kafka_dagster import DataForgeKafkaProducer, KafkaError, KafkaProducerConfig
+from dataforge_kafka_dagster.kafka.errors import Remedy
 
 SECRET = "the client's secret"
 
@@ -122,9 +123,10 @@ def test_a_process_that_waits_for_a_busy_token_server_ends_when_it_is_terminated
     assert ended - terminated < 3  # two seconds are promised; the machine may be busy
 
 
-def _refusal(servers, url, **options):
+def _refusal(servers, url, connect_timeout=20, **options):
+    options = _options(servers, url, connect_timeout=connect_timeout, **options)
     with pytest.raises(KafkaError) as caught:
-        DataForgeKafkaProducer(KafkaProducerConfig(**_options(servers, url, connect_timeout=20, **options)))
+        DataForgeKafkaProducer(KafkaProducerConfig(**options))
     return caught.value
 
 
@@ -145,3 +147,68 @@ def test_no_secret_in_what_a_token_server_quotes(raw, token_server, closed_port,
     for secret in (SECRET, SECRET[::-1]):
         for form in (secret, base64.b64encode(f"me:{secret}".encode()).decode()):
             assert form not in f"{error} {caplog.text}"
+
+
+_ERROR = json.dumps({"error": "invalid_client"})
+ANSWERS = {
+    "refused": (
+        (401, "application/json", _ERROR),
+        "HTTP status 401, ",
+        "sasl_oauthbearer_client_secret",
+        Remedy.FAIL,
+    ),
+    "refused in HTML": (
+        (403, "text/html", "<html>no"),
+        "HTTP status 403, <html>no",
+        "sasl_oauthbearer_client_id",
+        Remedy.FAIL,
+    ),
+    "refused without a word": ((401, "text/plain", ""), "HTTP status 401, ", "sasl_oauthbearer_client_id", Remedy.FAIL),
+    "another address": ((404, "text/html", "<html>"), "HTTP status 404, <html>", "this address", Remedy.FAIL),
+    "a fault of its own": ((501, "application/json", _ERROR), "HTTP status 501, ", "this address", Remedy.RETRY),
+    "no token": ((200, "application/json", "{}"), "access_token", "gives no token that is a JWT", Remedy.FAIL),
+    "HTML": ((200, "text/html", "<html>"), "not JSON", "gives no token that is a JWT", Remedy.FAIL),
+    "no JWT": (
+        (200, "application/json", json.dumps({"access_token": "opaque"})),
+        "JWT",
+        "gives no token that is a JWT",
+        Remedy.FAIL,
+    ),
+}
+
+
+@pytest.mark.parametrize(("answer", "said", "fix", "remedy"), ANSWERS.values(), ids=ANSWERS)
+def test_what_a_token_server_answers_says_whether_it_is_asked_again(
+    answer, said, fix, remedy, token_server, closed_port
+):
+    token_server.answer = lambda _: answer
+    error = _refusal(closed_port, token_server.url, connect_timeout=20 if remedy is Remedy.FAIL else 1)
+    assert token_server.url in error.culprit
+    assert said in error.cause
+    assert fix in error.fix
+    assert error.remedy is remedy
+    assert "opaque" not in str(error)
+
+
+def test_raw_settings_of_a_token_server_are_named_as_they_were_given(token_server, closed_port):
+    token_server.answer = lambda _: (401, "application/json", _ERROR)
+    raw = {
+        "sasl.oauthbearer.method": "oidc",
+        "sasl.oauthbearer.client.id": "me",
+        "sasl.oauthbearer.client.secret": SECRET,
+        "sasl.oauthbearer.token.endpoint.url": token_server.url,
+    }
+    oauth = {"security_protocol": "SASL_PLAINTEXT", "sasl_mechanism": "OAUTHBEARER", "connect_timeout": 20}
+    with pytest.raises(KafkaError) as caught:
+        DataForgeKafkaProducer(KafkaProducerConfig(bootstrap_servers=closed_port, **oauth, librdkafka_config=raw))
+    assert f"'sasl.oauthbearer.token.endpoint.url': '{token_server.url}'" in caught.value.culprit
+    assert "sasl_oauthbearer" not in str(caught.value)
+    assert caught.value.remedy is Remedy.FAIL
+
+
+def test_settings_by_which_no_token_can_be_asked_for_fail(closed_port):
+    raw = {"enable.sasl.oauthbearer.unsecure.jwt": "true", "sasl.oauthbearer.config": "principal=me nonsense"}
+    oauth = {"security_protocol": "SASL_PLAINTEXT", "sasl_mechanism": "OAUTHBEARER", "connect_timeout": 20}
+    with pytest.raises(KafkaError, match=r"Check the settings of sasl\.oauthbearer in librdkafka_config") as caught:
+        DataForgeKafkaProducer(KafkaProducerConfig(bootstrap_servers=closed_port, **oauth, librdkafka_config=raw))
+    assert caught.value.remedy is Remedy.FAIL

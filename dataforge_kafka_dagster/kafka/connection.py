@@ -11,7 +11,6 @@ import concurrent.futures
 import contextlib
 import ctypes
 import functools
-import json
 import logging
 import os
 import re
@@ -67,6 +66,16 @@ _LOG_SHARE: Final = 0.25
 _LOG_SECONDS: Final = 2.0
 # How librdkafka begins what it tells of a token server (OpenID Connect); its code is that of a wrong password.
 _NO_TOKEN: Final = "Failed to acquire SASL OAUTHBEARER token: "  # noqa: S105
+# What its log says of an answer that it got, or did not get: -1. The error has the answer alone.
+_TOKEN_STATUS: Final = re.compile(r"Failed to retrieve \w+ token from .* \((-?\d+)\)\s*$", re.DOTALL)
+# How it begins what it tells of an answer that has no token, and of settings by which it cannot ask.
+_WRONG_ANSWER: Final = ("Expected ", "Failed to decode JWT", "Failed to parse JSON", "Response is not JSON")
+_CANNOT_ASK: Final = (
+    "Failed to create JWT",
+    "Failed to build JWT",
+    "Unrecognized sasl.oauthbearer",
+    "Invalid sasl.oauth",
+)
 # In what it tells of a listener that has no SASL; its code is that of a wrong password, too.
 _NO_SASL: Final = "not valid in current SASL state"
 # What Amazon MSK answers who connects with IAM more often than it lets: aws-msk-iam-auth's README.
@@ -102,6 +111,7 @@ class Connection:
         self._latched: confluent_kafka.KafkaError | None = None
         self._transport: confluent_kafka.KafkaError | None = None
         self._oauth_error: Exception | None = None
+        self._token_status = -1
         self._all_down = False
         self._has_heard = False
         self.troubles = 0
@@ -134,6 +144,11 @@ class Connection:
             if self._transport is None or error.name() != "_ALL_BROKERS_DOWN":  # which says less than what came before
                 self._transport = error
         logger.debug("%s: %s", self.name, self.config.redact(str(error)))
+
+    def _on_line(self, line: str) -> None:
+        status = _TOKEN_STATUS.search(line)
+        if status is not None:
+            self._token_status = int(status[1])
 
     def connected(self) -> None:
         """Forget why a broker could not be reached: one has answered."""
@@ -190,7 +205,7 @@ class Connection:
                 self.fatal = self.fatal or error
 
     def _client(self, make: Callable[..., T], options: dict[str, Any]) -> T:
-        extra: dict[str, Any] = {"error_cb": self._on_error, "logger": _Quiet(self.config.redact)}
+        extra: dict[str, Any] = {"error_cb": self._on_error, "logger": _Quiet(self._on_line, self.config.redact)}
         token = oauth_callback(self.config)
         if token is not None:
             extra["oauth_cb"] = self._first_token_at_once(token, options)
@@ -431,17 +446,24 @@ class Connection:
 
     def _no_token(self, answer: str, code: str) -> KafkaError:
         """The error for a token server that gives librdkafka no token, after its answer (RFC 6749, 5.2) or without."""
-        try:
-            refused = "error" in json.loads(answer)
-        except (ValueError, TypeError):
-            refused = False
-        options = "sasl_oauthbearer_client_id, sasl_oauthbearer_client_secret and sasl_oauthbearer_scope"
+        fix, remedy = "Check that it runs at this address, and https_ca_location", Remedy.RETRY
+        if answer.startswith(_CANNOT_ASK):
+            fix, remedy = "Check the settings of sasl.oauthbearer in librdkafka_config, and their files", Remedy.FAIL
+        elif answer.startswith(_WRONG_ANSWER):
+            fix, remedy = "Check this address: what answers there gives no token that is a JWT", Remedy.FAIL
+        elif self._token_status > 0:
+            answer = f"HTTP status {self._token_status}, {answer}"
+            names = "sasl_oauthbearer_client_id, sasl_oauthbearer_client_secret and sasl_oauthbearer_scope"
+            if self.config.sasl_oauthbearer_client_secret is None:
+                names = "the client's id, secret and scope in librdkafka_config"
+            fix = f"Check this address, {names}"
+            remedy = _remedy_of_status(self._token_status)
         return NoBrokersAvailable(
-            f"sasl_oauthbearer_token_endpoint_url={self.config.sasl_oauthbearer_token_endpoint_url!r}",
+            token_server(self.config) or "OAuth in librdkafka_config",
             f"it gave no token: {self.config.redact(answer)} [{code}]",
-            f"Check {options}" if refused else "Check that it runs at this address, and https_ca_location",
+            fix,
             code=code,
-            remedy=Remedy.FAIL if refused else Remedy.RETRY,
+            remedy=remedy,
         )
 
     def unreachable(self, seconds: float) -> KafkaError:
@@ -592,6 +614,10 @@ def _unsendable(token: str, _: object, principal: str = "", extensions: Mapping[
     return next((f"an extension {name!r}" for name in wrong), "")
 
 
+def _remedy_of_status(status: int) -> Remedy:
+    return Remedy.RETRY if status in _PASSING or status >= _SERVERS_FAULT else Remedy.FAIL
+
+
 def _remedy_of_token(error: Exception) -> Remedy:
     """Whether what a token function raised may pass: what it asks was away, or has answered so (RFC 9110, 15).
 
@@ -602,7 +628,7 @@ def _remedy_of_token(error: Exception) -> Remedy:
         told = (getattr(behind, "code", None), getattr(getattr(behind, "response", None), "status_code", None))
         status = next((one for one in told if isinstance(one, int) and one in _STATUSES), None)
         if status is not None:
-            return Remedy.RETRY if status in _PASSING or status >= _SERVERS_FAULT else Remedy.FAIL
+            return _remedy_of_status(status)
         if isinstance(behind, OSError):
             return Remedy.RETRY
     return Remedy.FAIL
@@ -715,17 +741,20 @@ class _Quiet(logging.Logger):
     two lines. Lines that come faster than they can be kept, as with debug=all where Dagster stores them, are dropped.
 
     Args:
+        hear: Called with each line.
         redact: Takes secrets out of a line, such as those that a token server quotes.
     """
 
-    def __init__(self, redact: Callable[[str], str]) -> None:
+    def __init__(self, hear: Callable[[str], object], redact: Callable[[str], str]) -> None:
         super().__init__(f"{logger.name}.librdkafka")
         self.parent = logger
-        self._redact = redact
+        self._hear, self._redact = hear, redact
         self._spent, self._dropped = 0.0, 0
         self._last = time.monotonic()
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        line = str(msg) % args if args else str(msg)
+        self._hear(line)
         if not self.isEnabledFor(min(level, logging.DEBUG)):
             return
         began = time.monotonic()
@@ -739,7 +768,7 @@ class _Quiet(logging.Logger):
             super().log(
                 logging.DEBUG, "%d lines of librdkafka were dropped: they came faster than they are kept", dropped
             )
-        super().log(min(level, logging.DEBUG), "%s", self._redact(str(msg) % args if args else str(msg)), **kwargs)
+        super().log(min(level, logging.DEBUG), "%s", self._redact(line), **kwargs)
         self._spent += time.monotonic() - began
 
 
