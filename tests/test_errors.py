@@ -16,6 +16,7 @@ import pytest
 from conftest import mostly_slow
 
 from dataforge_kafka_dagster import (
+    DataForgeKafkaProducer,
     KafkaError,
     KafkaIOManager,
     KafkaProducerConfig,
@@ -700,6 +701,22 @@ def test_the_clients_of_a_publication_wait_for_their_tokens_at_the_same_time(clo
     ):
         pass
     assert not _three.broken
+
+
+_two = threading.Barrier(2)
+
+
+def _both(_):
+    _two.wait(5)
+    return "token", time.time() + 3600
+
+
+def test_the_clients_of_a_producer_of_single_records_wait_for_their_tokens_at_the_same_time(closed_port):
+    oauth = {"security_protocol": "SASL_PLAINTEXT", "sasl_mechanism": "OAUTHBEARER", "connect_timeout": 0.5}
+    config = KafkaProducerConfig(bootstrap_servers=closed_port, **oauth, sasl_oauthbearer_callback=f"{__name__}:_both")
+    with pytest.raises(NoBrokersAvailable):
+        DataForgeKafkaProducer(config)
+    assert not _two.broken
 
 
 NEVER = 1e11

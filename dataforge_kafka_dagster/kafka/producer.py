@@ -71,6 +71,7 @@ class DataForgeKafkaProducer:
         self.config = config or KafkaProducerConfig()
         connection = Connection(self.config)
         self._has_warned = False
+        connection.make_ready()
         self._served = ServedProducer(self.config, connection)
         # Who drops this one without close() has the records delivered, and the client ended, all the same.
         weakref.finalize(self, self._served.forsake).atexit = False
