@@ -12,6 +12,7 @@ import threading
 import uuid
 import weakref
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
 import dagster as dg
@@ -56,36 +57,70 @@ class Origin(NamedTuple):
     step_key: str
 
 
-def origin_of(instance: dg.DagsterInstance, run: dg.DagsterRun, step_key: str) -> Origin:
+def origin_of(
+    instance: dg.DagsterInstance, run: dg.DagsterRun, step_key: str, made: AbstractSet[Any] = frozenset()
+) -> Origin:
     """Where the work that a step does began: in the first ancestor of its run that is not itself a retry.
 
     Automatic run retries and re-executions from failure are retries. A re-execution of everything is new work, and so
     is a re-execution of selected steps for a step that had succeeded, also if what they repeat was a retry itself.
+
+    Args:
+        instance: Where its runs are.
+        run: The run.
+        step_key: The step's key.
+        made: The keys of the assets and checks whose work it is; all that the step makes if empty.
+
+    Raises:
+        KafkaConfigError: What the run repeats cannot be told.
     """
+    if run.parent_run_id is not None:
+        made = made or _made_by(instance, run).get(step_key.partition(".")[0], set())
     while run.parent_run_id is not None:
         parent = instance.get_run_by_id(run.parent_run_id)
-        there = _key_in_parent(instance, run, parent, step_key)
-        if not _is_retry(instance, run, parent, there):
+        there = _key_in(instance, parent, step_key, made)
+        if not _is_retry(instance, run, parent, there, made):
             break
         step_key = there
         if parent is None:
+            if run.parent_run_id != run.root_run_id:
+                raise KafkaConfigError(
+                    f"run {run.parent_run_id}",
+                    "it was deleted, so that it cannot be told whether what its retry repeats was a retry itself",
+                    "Launch a new run",
+                )
             return Origin(run.parent_run_id, step_key)
         run = parent
     return Origin(run.run_id, step_key)
 
 
-def _key_in_parent(
-    instance: dg.DagsterInstance, run: dg.DagsterRun, parent: dg.DagsterRun | None, step_key: str
-) -> str:
-    """The key that a step had in the run that its own repeats.
+def _key_in(instance: dg.DagsterInstance, run: dg.DagsterRun | None, step_key: str, made: AbstractSet[Any]) -> str:
+    """The key that a step had in a run that its own repeats.
 
     Dagster names a node after its op, and numbers those of one op. A run of other assets numbers them anew, so that an
     asset's step may have the key that another's had.
+
+    Args:
+        instance: Where the run is.
+        run: The run.
+        step_key: The step's key in its own.
+        made: The keys of the assets and checks whose work it is.
+
+    Raises:
+        KafkaConfigError: Several steps did that work.
     """
     node, dot, inside = step_key.partition(".")
-    made = _made_by(instance, run).get(node, set())
-    there = next((name for name, also in _made_by(instance, parent).items() if made & also), node)
-    return f"{there}{dot}{inside}"
+    nodes = [name for name, also in _made_by(instance, run).items() if made & also]
+    if run is not None and len(nodes) > 1:
+        begun = {key.partition(".")[0] for key in _steps(instance, run.run_id, dg.DagsterEventType.STEP_START)}
+        nodes = [name for name in nodes if name in begun] or nodes[:1]
+        if len(nodes) > 1:
+            raise KafkaConfigError(
+                f"step {step_key!r}",
+                f"in run {run.run_id}, which is repeated, it was several steps: {', '.join(nodes)}",
+                "Launch a new run",
+            )
+    return f"{nodes[0] if nodes else node}{dot}{inside}"
 
 
 def _made_by(instance: dg.DagsterInstance, run: dg.DagsterRun | None) -> dict[str, set[Any]]:
@@ -99,8 +134,14 @@ def _made_by(instance: dg.DagsterInstance, run: dg.DagsterRun | None) -> dict[st
     return made
 
 
-def _is_retry(instance: dg.DagsterInstance, run: dg.DagsterRun, parent: dg.DagsterRun | None, step_key: str) -> bool:
-    """Whether a run is a retry of its parent for a step, which had this key there."""
+def _is_retry(
+    instance: dg.DagsterInstance,
+    run: dg.DagsterRun,
+    parent: dg.DagsterRun | None,
+    step_key: str,
+    made: AbstractSet[Any],
+) -> bool:
+    """Whether a run is a retry of its parent for the step that had this key there."""
     # A re-execution of selected steps has the number of its parent; an automatic retry has a higher one.
     number, before = (one.tags.get(_NUMBER_TAG) if one else None for one in (run, parent))
     if _RESUME_TAG in run.tags or (number is not None and number != before):
@@ -110,7 +151,7 @@ def _is_retry(instance: dg.DagsterInstance, run: dg.DagsterRun, parent: dg.Dagst
     # selected steps does.
     if _ASSET_RESUME_TAG not in run.tags and not _starts_from_parent(instance, run):
         return False
-    if not _had_succeeded(instance, parent, step_key):
+    if not _had_succeeded(instance, parent, step_key, made):
         return True
     # A graph's asset is executed again as a whole if one of its steps has failed.
     if _ASSET_RESUME_TAG not in run.tags or (parent is not None and _ASSET_RESUME_TAG in parent.tags):
@@ -120,7 +161,9 @@ def _is_retry(instance: dg.DagsterInstance, run: dg.DagsterRun, parent: dg.Dagst
     return bool(inside) and any(key.startswith(f"{graph}.") for key in failed)
 
 
-def _had_succeeded(instance: dg.DagsterInstance, run: dg.DagsterRun | None, step_key: str) -> bool:
+def _had_succeeded(
+    instance: dg.DagsterInstance, run: dg.DagsterRun | None, step_key: str, made: AbstractSet[Any]
+) -> bool:
     """Whether a step had ended in success when it was last begun, in a run or in those that the run repeats.
 
     A re-execution from failure leaves out what had succeeded.
@@ -130,9 +173,8 @@ def _had_succeeded(instance: dg.DagsterInstance, run: dg.DagsterRun | None, step
             return True
         if run.parent_run_id is None or step_key in _steps(instance, run.run_id, dg.DagsterEventType.STEP_START):
             return False
-        parent = instance.get_run_by_id(run.parent_run_id)
-        step_key = _key_in_parent(instance, run, parent, step_key)
-        run = parent
+        run = instance.get_run_by_id(run.parent_run_id)
+        step_key = _key_in(instance, run, step_key, made)
     return False
 
 
@@ -176,7 +218,9 @@ def _origin_of_output(context: dg.OutputContext) -> Origin:
     step = step_context_of(context)
     if step is None:  # each is work of its own
         return Origin(str(uuid.uuid4()), "")
-    return origin_of(step.instance, step.dagster_run, context.step_key)
+    # One of a multi-asset's may have been another step's.
+    made = {context.asset_key} if context.has_asset_key else set()
+    return origin_of(step.instance, step.dagster_run, context.step_key, made)
 
 
 def op_context_of(
@@ -235,16 +279,17 @@ def session_identity(
         assets_def = op_context.assets_def
         # All keys, not those that this run selects, which may be fewer in a retry; and so with Dagster partitions.
         keys = sorted(assets_def.node_keys_by_output_name.values())
+        checks = assets_def.node_check_specs_by_output_name.values()
         if keys:
             kind, path = f"asset-{kind}", list(keys[0].path)
-            part = _part_of(op_context.instance, origin, set(keys)) if assets_def.can_subset else None
-            if part is not None:
-                kind, path = f"part-of-{kind}", [*path, part.to_string()]
         else:
             # Another code location may have a function of the same name, for another asset.
-            checks = assets_def.node_check_specs_by_output_name.values()
             first = min([*check.asset_key.path, check.name] for check in checks)
             kind, path = f"check-{kind}", [assets_def.node_def.name, *first]
+        if assets_def.can_subset:
+            part = _part_of(op_context.instance, origin, {*keys, *(check.key for check in checks)})
+            if part is not None:
+                kind, path = f"part-of-{kind}", [*path, part]
         # A graph has several steps, and a dynamic one many of a kind.
         _, graph, inside = step.key.partition(".")
         name = (f"step-of-{kind}", inside, *path, session) if graph else (kind, *path, session)
@@ -253,15 +298,23 @@ def session_identity(
     return _identity(name, partition, origin.run_id)
 
 
-def _part_of(instance: dg.DagsterInstance, origin: Origin, keys: set[dg.AssetKey]) -> dg.AssetKey | None:
-    """The first asset of a step that makes some of a multi-asset's, and not the first of them; else None.
+def _part_of(instance: dg.DagsterInstance, origin: Origin, keys: set[Any]) -> str | None:
+    """The first asset or check of a step that makes some of a definition's, and not the first of them; else None.
 
-    Dagster makes several steps of a multi-asset where another asset of the run lies between its own.
+    Dagster makes several steps of a definition where another asset of the run lies between its own.
     """
     made_by = _made_by(instance, instance.get_run_by_id(origin.run_id))
-    made = keys & set().union(*made_by.values())
-    mine = keys & made_by.get(origin.step_key.partition(".")[0], set())
-    return min(mine) if mine and min(mine) != min(made) else None
+    made = map(_sortable, keys & set().union(*made_by.values()))
+    mine = map(_sortable, keys & made_by.get(origin.step_key.partition(".")[0], set()))
+    first = min(mine, default=None)
+    return first[1] if first is not None and first != min(made) else None
+
+
+def _sortable(key: Any) -> tuple[bool, str]:
+    """A key for sorting, assets before checks."""
+    if isinstance(key, dg.AssetCheckKey):
+        return True, f"{key.asset_key.to_string()}:{key.name}"
+    return False, key.to_string()
 
 
 def _partition_of_session(op_context: dg.OpExecutionContext, partition_key: str | None) -> tuple[str, ...]:

@@ -192,8 +192,8 @@ class KafkaIOManager(dg.ConfigurableIOManager):
                 _schema_of(context, "kafka/value_schema", self.value_schema),
                 _schema_of(context, "kafka/key_schema", self.key_schema),
             )
-        identity = output_identity(context)
         with self.kafka.errors_in_dagster(context, target.topic):
+            identity = output_identity(context)
             # An op's output is handed on as it is, also inside the graph of an asset.
             outputs = _by_partition(context, obj, identity.partition) if context.has_asset_key else {}
         if len(outputs) > 1:

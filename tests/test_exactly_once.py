@@ -24,6 +24,7 @@ from dagster._core.execution.api import ReexecutionOptions, execute_run
 from dataforge_kafka_dagster import KafkaProducerConfig
 from dataforge_kafka_dagster.identity import origin_of
 from dataforge_kafka_dagster.kafka.config import PublicationConfig
+from dataforge_kafka_dagster.kafka.errors import KafkaConfigError
 from dataforge_kafka_dagster.kafka.ledger import make_transactional_id
 from dataforge_kafka_dagster.kafka.publication import PublicationWriter
 
@@ -224,6 +225,25 @@ def test_what_is_launched_from_an_automatic_retry_is_no_retry_for_its_tag(instan
     origin, _ = launched(3, selected)
     assert origin == selected
     assert len({first, second, selected, third}) == 4
+
+
+@pytest.mark.parametrize("deleted", ["root", "between"])
+def test_a_retry_of_a_run_that_was_deleted_is_its_work_unless_that_may_have_been_a_retry_itself(deleted, instance):
+    @dg.op
+    def work(): ...
+
+    job = dg.GraphDefinition("job", node_defs=[work]).to_job()
+    tags = {"dagster/is_resume_retry": "true"}
+    root = instance.create_run_for_job(job).run_id
+    between = instance.create_run_for_job(job, tags=tags, parent_run_id=root, root_run_id=root).run_id
+    parent = root if deleted == "root" else between
+    run = instance.create_run_for_job(job, tags=tags, parent_run_id=parent, root_run_id=root)
+    instance.delete_run(parent)
+    if deleted == "root":
+        assert origin_of(instance, run, "work") == (root, "work")
+    else:
+        with pytest.raises(KafkaConfigError, match=f"run {between}: it was deleted, .*Launch a new run"):
+            origin_of(instance, run, "work")
 
 
 @dg.op

@@ -289,6 +289,18 @@ def _run_and_resume(assets, names, kafka, instance, tags=None, partition=None, t
     return last
 
 
+@dg.asset
+def first() -> None: ...
+
+
+@dg.asset(deps=["a"])
+def between() -> None: ...
+
+
+CUT_IN_THREE = {"a": [], "b": ["first"], "c": ["between"]}
+"""What assets of one function depend on, so that Dagster runs each in a step of its own."""
+
+
 @pytest.mark.parametrize("failed", [["b"], ["b", "c"]])
 def test_a_retry_of_some_of_several_assets_finds_their_publications(failed, kafka, kafka_topic, read, instance):
     topics = {name: kafka_topic() for name in "abc"}
@@ -526,14 +538,87 @@ def test_the_sessions_of_a_multi_asset_that_dagster_runs_in_two_steps_are_two(na
                 raise failure
             yield publication.materialize_result(asset_key=key)
 
-    @dg.asset(deps=["a"])
-    def between() -> None: ...
-
     result = _run_and_resume([several, between], ["b"], kafka, instance)
     assert result.success
     assert _values(read(topic)) == ["a", "b"]
     (said,) = result.get_asset_materialization_events()
     assert said.materialization.metadata["kafka/replayed"].value is True
+
+
+def test_the_sessions_of_checks_that_dagster_runs_in_two_steps_are_two(kafka, kafka_topic, read, instance):
+    topic = kafka_topic()
+
+    @dg.asset
+    def orders() -> None: ...
+
+    @dg.asset(deps=[orders])
+    def invoices() -> None: ...
+
+    specs = [dg.AssetCheckSpec("valid", asset=asset, blocking=True) for asset in (orders, invoices)]
+
+    @dg.multi_asset_check(specs=specs, can_subset=True)
+    def valid(context: dg.AssetCheckExecutionContext, kafka: KafkaProducerResource):
+        for key in sorted(context.selected_asset_check_keys):
+            with kafka.publishing(context, topic=topic) as publication:
+                publication.send(key.asset_key.to_user_string())
+            yield dg.AssetCheckResult(passed=True, asset_key=key.asset_key, check_name=key.name)
+
+    definitions = dg.Definitions([orders, invoices], asset_checks=[valid], resources={"kafka": kafka})
+    assert definitions.resolve_implicit_global_asset_job_def().execute_in_process(instance=instance).success
+    assert _values(read(topic)) == ["invoices", "orders"]
+
+
+def test_a_step_that_does_again_what_several_did_is_refused_as_one_publication(kafka, kafka_topic, read, instance):
+    topic = kafka_topic()
+    failures = {"b", "c"}
+
+    @dg.multi_asset(
+        specs=[dg.AssetSpec(name, deps=deps, skippable=True) for name, deps in CUT_IN_THREE.items()], can_subset=True
+    )
+    def several(context: dg.AssetExecutionContext, kafka: KafkaProducerResource):
+        for name in sorted(key.to_user_string() for key in context.selected_asset_keys):
+            with kafka.publishing(context, topic=topic, name=name) as publication:
+                publication.send(name)
+            if name in failures:
+                failures.discard(name)
+                raise ZeroDivisionError
+            yield publication.materialize_result(asset_key=name)
+
+    result = _run_and_resume([several, first, between], ["b", "c"], kafka, instance)
+    (event,) = [event for event in result.all_events if event.is_step_failure]
+    assert "it was several steps: several_2, several_3. Launch a new run" in event.step_failure_data.error.message
+    assert _values(read(topic)) == ["a", "b", "c"]
+
+
+def test_an_output_of_a_step_that_does_again_what_several_did_finds_its_own_publication(
+    kafka, kafka_topic, read, instance
+):
+    """The step of b had succeeded, with nothing to yield; that of c has failed after its commit."""
+    topic = kafka_topic()
+    failures = iter([ZeroDivisionError])
+
+    class Dies(KafkaIOManager):
+        def handle_output(self, context, obj):
+            super().handle_output(context, obj)
+            if context.asset_key.path == ["c"] and (failure := next(failures, None)):
+                raise failure
+
+    outs = {name: dg.AssetOut(is_required=False, io_manager_key="dies") for name in CUT_IN_THREE}
+    inside = {name: {dg.AssetKey(dep) for dep in deps} for name, deps in CUT_IN_THREE.items()}
+
+    @dg.multi_asset(
+        outs=outs,
+        deps=["first", "between"],
+        internal_asset_deps=inside,
+        can_subset=True,
+        resource_defs={"dies": Dies(kafka=kafka, topic=topic)},
+    )
+    def several(context: dg.AssetExecutionContext):
+        for name in sorted(context.op_execution_context.selected_output_names - {"b"}):
+            yield dg.Output([name], name)
+
+    assert _run_and_resume([several, first, between], ["b", "c"], kafka, instance).success
+    assert _values(read(topic)) == ["a", "c"]
 
 
 def test_a_range_of_a_session_is_read_back_only_as_a_whole(kafka, kafka_topic, read, instance):
