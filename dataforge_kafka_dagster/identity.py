@@ -13,7 +13,7 @@ import uuid
 import weakref
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import dagster as dg
 
@@ -125,13 +125,25 @@ def _key_in(instance: dg.DagsterInstance, run: dg.DagsterRun | None, step_key: s
 
 def _made_by(instance: dg.DagsterInstance, run: dg.DagsterRun | None) -> dict[str, set[Any]]:
     """The keys of the assets and checks that each node of a run's plan makes, a graph's steps as one."""
+    if run is None or run.execution_plan_snapshot_id is None:
+        return {}
+    if (known := _plans.get(run.execution_plan_snapshot_id)) is not None:
+        return known
     made: dict[str, set[Any]] = collections.defaultdict(set)
-    if run is not None and run.execution_plan_snapshot_id is not None:
-        for step in instance.get_execution_plan_snapshot(run.execution_plan_snapshot_id).steps:
-            for output in step.outputs:
-                told: Any = output.properties
-                made[step.key.partition(".")[0]] |= {told.asset_key, told.asset_check_key} - {None}
-    return made
+    for step in instance.get_execution_plan_snapshot(run.execution_plan_snapshot_id).steps:
+        for output in step.outputs:
+            told: Any = output.properties
+            made[step.key.partition(".")[0]] |= {told.asset_key, told.asset_check_key} - {None}
+    if len(_plans) >= _PLANS:
+        _plans.clear()
+    _plans[run.execution_plan_snapshot_id] = known = dict(made)
+    return known
+
+
+# What the nodes of plans make, by the id of the snapshot, which is its hash: to read one of many steps takes long, and
+# each of the steps asks.
+_plans: Final[dict[str, dict[str, set[Any]]]] = {}
+_PLANS: Final = 8
 
 
 def _is_retry(

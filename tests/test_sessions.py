@@ -481,6 +481,30 @@ def test_a_retry_of_an_asset_that_shares_its_function_finds_its_own_publication(
     assert said.materialization.metadata["kafka/replayed"].value is True
 
 
+def test_the_steps_of_a_retry_read_no_plan_more_than_once(kafka, kafka_topic, read, instance, monkeypatch):
+    """To read that of a thousand steps takes 50 ms."""
+    topic, names = kafka_topic(), "abcdef"
+    failures, plans, plan_of = iter([ZeroDivisionError] * len(names)), [], instance.get_execution_plan_snapshot
+
+    def counted(snapshot_id):
+        plans.append(snapshot_id)
+        return plan_of(snapshot_id)
+
+    def asset_of(name):
+        @dg.asset(name=name, io_manager_def=KafkaIOManager(kafka=kafka, topic=topic))
+        def letter():
+            if failure := next(failures, None):
+                raise failure
+            return name
+
+        return letter
+
+    monkeypatch.setattr(instance, "get_execution_plan_snapshot", counted)
+    assert _run_and_resume(list(map(asset_of, names)), names, kafka, instance, {"dagster/retry_number": "1"}).success
+    assert sorted(_values(read(topic))) == list(names)
+    assert len(plans) < len(names)  # Dagster itself reads one, too
+
+
 @pytest.mark.parametrize("tags", [{"dagster/is_asset_resume_retry": "true"}, {"dagster/retry_number": "1"}])
 def test_what_a_graphs_op_hands_on_is_not_taken_for_that_of_another_asset_of_the_graph(
     tags, kafka, kafka_topic, read, instance
