@@ -1,11 +1,13 @@
 import http.client
 import pickle
+import ssl
 import sys
 import threading
 import time
 import traceback
 import types
 import urllib.error
+from pathlib import Path
 
 import botocore.config
 import botocore.session
@@ -557,6 +559,20 @@ def _wrapped(_):
         raise LookupError("no token in the vault") from error
 
 
+def _wrapped_file(_):
+    try:
+        Path("/no/such/token").read_text(encoding="utf-8")
+    except OSError as error:
+        raise LookupError("no token in this file") from error
+
+
+def _wrapped_certificate(_):
+    try:
+        raise ssl.SSLCertVerificationError
+    except OSError as error:
+        raise LookupError("no token from who that is") from error
+
+
 def _wrapped_refusal(_):
     try:
         _refused(_)
@@ -586,6 +602,8 @@ def _botocore_away(_):
         ("_throttled_in_words", "it raised _SDKsError: ", Remedy.RETRY),
         ("_numbered", "no name server", Remedy.RETRY),
         ("_wrapped", "no token in the vault", Remedy.RETRY),
+        ("_wrapped_file", "no token in this file", Remedy.FAIL),
+        ("_wrapped_certificate", "no token from who that is", Remedy.FAIL),
         ("_wrapped_refusal", "no token in the vault", Remedy.FAIL),
         ("_httpx_away", "ConnectError", Remedy.RETRY),
         ("_botocore_away", "EndpointConnectionError", Remedy.RETRY),

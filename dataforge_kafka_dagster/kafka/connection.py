@@ -14,6 +14,7 @@ import functools
 import logging
 import os
 import re
+import ssl
 import sys
 import threading
 import time
@@ -99,6 +100,14 @@ _TOKEN_SIZES: Final = (2, 3, 4)
 _PASSING: Final = frozenset({408, 425, 429})
 _SERVERS_FAULT: Final = 500
 _STATUSES: Final = range(100, 600)
+# What an error that a token function makes of it does not pass with: a file, or a certificate.
+_STAYS: Final = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    ssl.SSLCertVerificationError,
+)
 # No time in seconds is so late; each in milliseconds is, since 2001.
 _MILLISECONDS: Final = 1e12
 
@@ -629,7 +638,7 @@ def _remedy_of_token(error: Exception) -> Remedy:
         status = next((one for one in told if isinstance(one, int) and one in _STATUSES), None)
         if status is not None:
             return _remedy_of_status(status)
-        if isinstance(behind, OSError):
+        if isinstance(behind, OSError) and (behind is error or not isinstance(behind, _STAYS)):
             return Remedy.RETRY
     return Remedy.FAIL
 
