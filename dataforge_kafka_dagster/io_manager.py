@@ -148,7 +148,7 @@ class KafkaIOManager(dg.ConfigurableIOManager):
         for name in options:
             if name in KafkaProducerResource.model_fields and name not in cls.model_fields:
                 raise ValueError(f"unknown option {name!r}: give kafka=KafkaProducerResource({name}=...)")
-        return refuse_unknown(options, cls.model_fields)
+        return refuse_unknown(options, cls)
 
     @field_validator("topic", "key", "write_mode", "value_schema", "key_schema", mode="before")
     @classmethod

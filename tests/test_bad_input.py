@@ -15,7 +15,7 @@ import polars as pl
 import pytest
 from conftest import mostly_slow, read_topic
 from dagster._core.definitions.scoped_resources_builder import ScopedResourcesBuilder
-from pydantic import ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from dataforge_kafka_dagster import (
     DataForgeKafkaProducer,
@@ -202,6 +202,19 @@ def test_an_unknown_option_of_an_io_manager_is_told_what_is_meant(name, hint):
     with pytest.raises(ValidationError) as caught:
         KafkaIOManager(kafka=KafkaProducerResource(), **{name: "a:1"})
     assert f"unknown option {name!r}: {hint}" in str(caught.value)
+
+
+def test_a_subclass_has_options_of_its_own_by_their_aliases_or_any():
+    class Renamed(KafkaIOManager):
+        team: str = Field(default="a", alias="owner")
+
+    class Open(KafkaIOManager):
+        model_config = ConfigDict(extra="allow")
+
+    assert Renamed(kafka=KafkaProducerResource(), owner="b").team == "b"
+    assert Open(kafka=KafkaProducerResource(), owner="b").owner == "b"
+    with pytest.raises(ValidationError, match="unknown option 'ownr'"):
+        Renamed(kafka=KafkaProducerResource(), ownr="b")
 
 
 def test_an_upsert_without_transactions_is_refused_at_definition():

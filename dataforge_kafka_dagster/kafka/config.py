@@ -12,7 +12,7 @@ import importlib
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, cast
 
@@ -161,14 +161,18 @@ def _meant(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(known)}."
 
 
-def refuse_unknown(options: Any, known: Collection[str]) -> Any:
-    """Options as they are, if they are a mapping of such that there are.
+def refuse_unknown(options: Any, model: type[BaseModel]) -> Any:
+    """Options as they are, if they are a mapping of such that a model has, or it takes others, as a subclass may.
 
     Raises:
         ValueError: There is no such one.
     """
-    for name in options if isinstance(options, Mapping) else ():
-        if name not in known:
+    if not isinstance(options, Mapping) or model.model_config.get("extra") in {"allow", "ignore"}:
+        return options
+    known = model.model_fields
+    aliases = {field.alias for field in known.values()}
+    for name in options:
+        if name not in known and name not in aliases:
             raise ValueError(f"unknown option {name!r}: {_meant(str(name), known)}")
     return options
 
@@ -751,7 +755,7 @@ class TopicOptions(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known_names(cls, options: Any) -> Any:
-        return refuse_unknown(options, cls.model_fields)
+        return refuse_unknown(options, cls)
 
     @field_validator("configs", mode="before")
     @classmethod
