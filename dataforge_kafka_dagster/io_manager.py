@@ -564,7 +564,7 @@ def _refuse_own(output: Any) -> None:
 
 def _index_names(output: Any) -> list[str]:
     """What the index of a pandas frame has names for, and no column has."""
-    if not hasattr(output, "reset_index"):
+    if not hasattr(output, "reset_index") or not hasattr(output, "columns"):  # a Series has no columns
         return []
     return [repr(name) for name in output.index.names if name is not None and name not in output.columns]
 

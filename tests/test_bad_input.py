@@ -389,6 +389,7 @@ OUTPUTS: dict[str, Case] = {
     "number": Case(lambda: 5, ["int", "KafkaRecord"]),
     "series": Case(lambda: pl.Series([1]), ["Series", "polars"]),
     "pandas series": Case(lambda: pd.Series([1]), ["Series", "pandas"]),
+    "pandas series with a named index": Case(lambda: pd.Series([1], pd.Index([2], name="i")), ["Series", "pandas"]),
     "array": Case(lambda: np.array([1]), ["ndarray", "KafkaRecord"]),
     "range": Case(lambda: range(3), ["record", "int"]),
     "deque of numbers": Case(lambda: collections.deque([1]), ["record", "int"]),
