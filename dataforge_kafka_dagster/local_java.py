@@ -25,7 +25,8 @@ _FREE_PORTS = range(12000, 32000)
 LAST_PORT = 65535
 INSTALL = "Install it with: pip install 'dataforge-kafka-dagster[local]'"
 STOP_WAIT = 10.0
-_STALLED_SECONDS = 120
+# Where Maven Central answers 429, jgo waits for three minutes in all.
+_STALLED_SECONDS = 300
 _LOCK_SECONDS = 1_800
 # A process that starts soon and stays small.
 JVM_OPTIONS = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData")

@@ -18,6 +18,7 @@ import types
 import urllib.request
 from pathlib import Path
 
+import jgo.util.http
 import psutil
 import pytest
 from confluent_kafka import Consumer, KafkaException, Producer
@@ -220,6 +221,10 @@ def test_a_killed_process_leaves_no_download_behind(tmp_path, monkeypatch):
     with pytest.raises(LocalKafkaError, match=rf"and room for 46 MB in {tmp_path}, where \d+ are free"):
         _ = LocalKafka(cache_dir=tmp_path, progress=lambda _: None).classpath
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_a_download_is_given_up_after_jgo_would_have_tried_again():
+    assert local_java._STALLED_SECONDS > jgo.util.http._MAX_RETRIES * jgo.util.http._DEFAULT_RETRY_AFTER + 60
 
 
 @pytest.mark.slow
