@@ -78,12 +78,12 @@ class _Consumer:
         return places
 
 
-def _read(consumer, runs=((0, 4),), *, timeout=TIMEOUT, partial=False, **more):
+def _read(consumer, runs=((0, 4),), *, timeout=TIMEOUT, partial=False, connection=None, **more):
     offsets = PartitionOffsets("t", 2, runs)
     fields = {"publication_id": "p", "transactional_id": "x", "topic": "t", "bytes": 0, "value_format": "bytes"}
     counts = {"records": offsets.records, "replayed": False, "seconds": 0.0}
     publication = Publication(**fields, offsets=(offsets,), **counts, **more)
-    connection = Connection(KafkaProducerConfig(bootstrap_servers="localhost:1"))
+    connection = connection or Connection(KafkaProducerConfig(bootstrap_servers="localhost:1"))
     return _read_all(connection, consumer, publication, timeout, partial=partial)
 
 
@@ -95,6 +95,21 @@ def test_errors_that_pass_without_end_do_not_put_the_deadline_off(clock):
     error = caught.value
     assert (error.culprit, error.code) == ("topic 't', Kafka partition 2", "LEADER_NOT_AVAILABLE")
     assert f"no record in {TIMEOUT} s" in error.cause
+
+
+def test_who_has_read_a_record_lacks_no_token(clock):
+    of_token_server = {
+        "security_protocol": "SASL_SSL",
+        "sasl_mechanism": "OAUTHBEARER",
+        "sasl_oauthbearer_method": "oidc",
+        "sasl_oauthbearer_token_endpoint_url": "HTTPS://localhost:1/token",
+        "sasl_oauthbearer_client_id": "reader",
+        "sasl_oauthbearer_client_secret": "canary",
+    }
+    connection = Connection(KafkaProducerConfig(bootstrap_servers="localhost:1", **of_token_server))
+    assert connection._may_lack_token
+    list(_read(_Consumer(clock, errors=1, records=5), connection=connection))
+    assert not connection._may_lack_token
 
 
 def test_each_record_puts_the_deadline_off(clock):

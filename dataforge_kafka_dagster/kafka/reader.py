@@ -169,6 +169,8 @@ def _read_partition(
             if offset > offsets.last:
                 break
             if whole or offset <= offsets.runs[bisect.bisect_right(starts, offset) - 1][1]:
+                if not found:
+                    connection.connected()
                 found += 1
                 value = message.value()
                 if value is None:

@@ -29,7 +29,7 @@ _FILES: Final = ("ssl_ca_location", "ssl_certificate_location", "ssl_key_locatio
 _NUMBERS: Final = frozenset(
     {"timeout", "max.retries", "retries.wait.ms", "retries.max.wait.ms", "cache.capacity", "cache.latest.ttl.sec"}
 )
-_URL: Final = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[^\s:,/?#\[\]]+)(?::(?P<port>[0-9]+))?(?:[/?#]\S*)?")
+_URL: Final = re.compile(r"(?i:https?)://(?:\[[0-9A-Fa-f:.]+\]|[^\s:,/?#\[\]]+)(?::(?P<port>[0-9]+))?(?:[/?#]\S*)?")
 _CHARSETS: Final = ("utf-8", "latin-1")  # of httpx, and of authlib, which asks for OAuth tokens
 # Answers of HTTP that may be others soon, beside a server's own faults.
 _PASSING: Final = frozenset({408, 425, 429})
