@@ -218,10 +218,10 @@ def run_gathering(partition, home, tags, config):
         return result.success
 
 
-def publish_slowly(sizes, topic, config):
+def publish_slowly(sizes, topic, config, home):
     """A run for each Dagster partition and its number of records; when each began and ended, by time.time()."""
     times = []
-    with dg.DagsterInstance.get() as instance:
+    with dg.DagsterInstance.from_config(home) as instance:
         for partition, size in sizes:
             tags = {"crash/topic": topic, "crash/records": str(size), "crash/pause": "0.002"}
             began = time.time()

@@ -55,7 +55,9 @@ def test_nothing_is_lost_or_doubled_while_brokers_come_and_go(three_brokers, ins
     shares = [list(sizes.items())[start::WRITERS] for start in range(WRITERS)]
     with concurrent.futures.ProcessPoolExecutor(WRITERS, context) as pool:
         began = time.monotonic()
-        writers = [pool.submit(crashing.publish_slowly, share, topic, config) for share in shares]
+        # Not from the environment, which is the fork server's and may be that of an earlier test.
+        home = instance.root_directory
+        writers = [pool.submit(crashing.publish_slowly, share, topic, config, home) for share in shares]
         away = []
         for node, how in zip(itertools.cycle((1, 2, 3)), itertools.cycle(("killed", "stopped")), strict=False):
             away.append(_bounce(kafka, node, how, 3))
