@@ -308,6 +308,15 @@ def test_infinity_is_refused_with_row_and_column(series):
     assert caught.value.field.startswith("f")
 
 
+@pytest.mark.parametrize("library", ["polars", "pandas", "pyarrow"])
+def test_a_bad_value_is_refused_with_its_own_row_though_one_before_has_nan(library, by_row):
+    frame = pl.DataFrame({"x": [math.nan, math.nan], "y": [None, b"text"]})
+    native = {"polars": lambda: frame, "pandas": frame.to_pandas, "pyarrow": frame.to_arrow}[library]()
+    for refused in (encoded(native), by_row(native)):
+        assert refused.startswith("record 1, field 'y'")
+        assert "bytes" in refused
+
+
 @pytest.mark.parametrize("unit", ["ms", "us", "ns"])
 def test_a_moment_whose_offset_has_seconds_is_written_in_utc(unit, by_row):
     moments = [dt.datetime(1971, 12, 31), None, dt.datetime(1971, 12, 31, 0, 0, 0, 1000), dt.datetime(2020, 1, 1)]

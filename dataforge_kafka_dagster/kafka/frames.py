@@ -23,9 +23,9 @@ from dataforge_kafka_dagster.kafka.serialization import (
     is_missing,
     is_nan,
     json_lines,
+    no_json_form,
     refuse_infinite,
     serialize_key,
-    serialize_value,
     text_size,
     to_json,
 )
@@ -201,8 +201,12 @@ class FrameEncoder:
         try:
             lines = json_lines(rows)
         except (TypeError, ValueError):
-            for i, row in enumerate(rows):
-                serialize_value(row, start + i)
+            for i, row in enumerate(rows, start):
+                try:
+                    to_json(row)
+                except (TypeError, ValueError) as error:
+                    raise no_json_form(row, i, error) from error
+                refuse_infinite(row, i)
             raise
         for i in lines.with_null:
             refuse_infinite(rows[i], start + i)
