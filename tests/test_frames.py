@@ -317,6 +317,20 @@ def test_a_bad_value_is_refused_with_its_own_row_though_one_before_has_nan(libra
         assert "bytes" in refused
 
 
+@pytest.mark.parametrize("library", ["polars", "pandas", "pyarrow"])
+@pytest.mark.parametrize(("bad", "why"), [(math.inf, "infinity"), (b"text", "bytes")])
+def test_what_no_key_of_several_columns_has_is_refused_beside_values_that_have_it(library, bad, why):
+    frame = pl.DataFrame({"a": [None, bad], "b": [1, 2]})
+    native = {"polars": lambda: frame, "pandas": frame.to_pandas, "pyarrow": frame.to_arrow}[library]()
+    of_a_schema = Encoders(value=lambda rows, _: [b"value"] * len(rows), form="avro")
+    with pytest.raises(InvalidRecordError, match=why) as caught:
+        list(chunks(native, ["a", "b"], encoders=of_a_schema))
+    assert (caught.value.index, caught.value.field) == (1, "a")
+    told = []
+    (chunk,) = chunks(native, ["a", "b"], encoders=of_a_schema, on_bad=lambda _, index, __: told.append(index))
+    assert (list(chunk.keys), told) == ([b'{"a":null,"b":1}'], [1])
+
+
 @pytest.mark.parametrize("unit", ["ms", "us", "ns"])
 def test_a_moment_whose_offset_has_seconds_is_written_in_utc(unit, by_row):
     moments = [dt.datetime(1971, 12, 31), None, dt.datetime(1971, 12, 31, 0, 0, 0, 1000), dt.datetime(2020, 1, 1)]

@@ -192,7 +192,7 @@ class FrameEncoder:
         elif len(fields) == 1:
             keys = [self._key(row[fields[0]], start + i, fields[0]) for i, row in enumerate(key_rows or rows)]
         elif fields:
-            keys = [to_json(key_of(row, fields)) for row in key_rows or rows]
+            keys, _ = self._values([key_of(row, fields) for row in key_rows or rows], start)
         return Chunk(values, keys, None, size + text_size(keys), encoders.form or "json")
 
     @staticmethod
