@@ -187,6 +187,17 @@ def test_a_query_that_fails_is_refused_before_anything_is_connected():
         chunks(pl.LazyFrame({"a": ["x"]}).select(pl.col("a").cast(pl.Int64)))
 
 
+def test_whole_numbers_of_128_bits_from_duckdb_are_text_that_keeps_their_digits():
+    low, high = 2**128 - 1, 2**127 - 1
+    relation = duckdb.sql(f"""select '{low}'::UHUGEINT as "a ""b", 1 as "A ""B", null::UHUGEINT as n""")
+    (chunk,) = chunks(relation, key='a "b')
+    assert json.loads(chunk.values[0]) == {'a "b': str(low), 'A "B': 1, "n": None}
+    assert list(chunk.keys) in ([str(low)], [str(low).encode()])
+    (chunk,) = chunks(duckdb.sql(f"select '{high}'::HUGEINT as h"), key="h")
+    assert json.loads(chunk.values[0]) == {"h": str(high)}
+    assert list(chunk.keys) in ([str(high)], [str(high).encode()])
+
+
 @pytest.mark.parametrize("version", ["1.36.1", "1.9.0", "0.20.31"])
 def test_an_older_polars_that_hides_the_failure_of_a_query_is_refused(version, monkeypatch):
     monkeypatch.setattr(pl, "__version__", version)

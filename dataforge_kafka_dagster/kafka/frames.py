@@ -174,7 +174,9 @@ class FrameEncoder:
     def _keys(self, series: pl.Series, start: int) -> list[Any]:
         import polars as pl  # noqa: PLC0415  (optional, and slow to import)
 
-        if series.dtype.is_integer() or isinstance(series.dtype, (pl.String, pl.Date, pl.Categorical, pl.Enum)):
+        # A decimal of Python's, made of one with more than 38 digits, as DuckDB has some, would be rounded.
+        texts = (pl.String, pl.Date, pl.Decimal, pl.Categorical, pl.Enum)
+        if series.dtype.is_integer() or isinstance(series.dtype, texts):
             return series.cast(pl.String).to_list()  # type: ignore[no-any-return]
         return [self._key(value, start + i, series.name) for i, value in enumerate(series.to_list())]
 

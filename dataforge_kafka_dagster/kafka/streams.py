@@ -62,6 +62,7 @@ def open_stream(output: Any) -> Stream | None:
         batches = output.to_batches(batch_size=_ROWS, batch_readahead=2, fragment_readahead=1)
         return Stream(_tables(batches), of_frames=True)
     if library == "duckdb":
+        output = _without_uhugeint(output)
         # Its Arrow stream has batches of a million rows.
         read = getattr(output, "to_arrow_reader", None) or getattr(output, "fetch_arrow_reader", None)
         if read is not None:
@@ -73,6 +74,22 @@ def open_stream(output: Any) -> Stream | None:
         pa = _library("pyarrow", f"output of type {type(output).__qualname__}")
         return Stream(_tables(pa.RecordBatchReader.from_stream(output)), of_frames=True)
     return None
+
+
+def _without_uhugeint(relation: Any) -> Any:
+    """A DuckDB relation whose columns of UHUGEINT are text.
+
+    It gives Arrow the 128 bits of their numbers for those of a decimal, of which a half is negative.
+    """
+    types = [str(dtype) for dtype in getattr(relation, "types", ())]
+    if "UHUGEINT" not in types:
+        return relation
+    columns = []
+    # By their places: names may differ by case alone.
+    for number, (name, dtype) in enumerate(zip(relation.columns, types, strict=True), 1):
+        cast, quoted = "::VARCHAR" if dtype == "UHUGEINT" else "", name.replace('"', '""')
+        columns.append(f'#{number}{cast} as "{quoted}"')
+    return relation.project(", ".join(columns))
 
 
 def _call(read: Callable[[int], Any], name: str) -> Any:
