@@ -700,41 +700,31 @@ def test_what_is_no_token_any_more_is_the_cause_once_the_broker_does_not_let_us_
     assert "m:f" in connection.unreachable(1).culprit
 
 
-_three = threading.Barrier(3)
+_meeting = threading.Barrier(1)
+"""A test's own stands in its place."""
 
 
 def _together(_):
-    _three.wait(5)
+    _meeting.wait(5)
     return "token", time.time() + 3600
 
 
-def test_the_clients_of_a_publication_wait_for_their_tokens_at_the_same_time(closed_port):
+def _publication(config):
+    with PublicationWriter(PublicationConfig(producer=config), transactional_id="t", publication_id="p", topic="t"):
+        pass
+
+
+@pytest.mark.parametrize(("connect", "clients"), [(_publication, 3), (DataForgeKafkaProducer, 2)])
+def test_clients_wait_for_their_tokens_at_the_same_time(connect, clients, closed_port, monkeypatch):
+    meeting = threading.Barrier(clients)
+    monkeypatch.setattr(sys.modules[__name__], "_meeting", meeting)
     oauth = {"security_protocol": "SASL_PLAINTEXT", "sasl_mechanism": "OAUTHBEARER", "connect_timeout": 0.5}
     config = KafkaProducerConfig(
         bootstrap_servers=closed_port, **oauth, sasl_oauthbearer_callback=f"{__name__}:_together"
     )
-    with (
-        pytest.raises(NoBrokersAvailable),
-        PublicationWriter(PublicationConfig(producer=config), transactional_id="t", publication_id="p", topic="t"),
-    ):
-        pass
-    assert not _three.broken
-
-
-_two = threading.Barrier(2)
-
-
-def _both(_):
-    _two.wait(5)
-    return "token", time.time() + 3600
-
-
-def test_the_clients_of_a_producer_of_single_records_wait_for_their_tokens_at_the_same_time(closed_port):
-    oauth = {"security_protocol": "SASL_PLAINTEXT", "sasl_mechanism": "OAUTHBEARER", "connect_timeout": 0.5}
-    config = KafkaProducerConfig(bootstrap_servers=closed_port, **oauth, sasl_oauthbearer_callback=f"{__name__}:_both")
     with pytest.raises(NoBrokersAvailable):
-        DataForgeKafkaProducer(config)
-    assert not _two.broken
+        connect(config)
+    assert not meeting.broken
 
 
 NEVER = 1e11

@@ -45,6 +45,7 @@ from dataforge_kafka_dagster.kafka.errors import (
     fix_for,
     from_broker,
     remedy_of,
+    remedy_of_status,
 )
 
 if TYPE_CHECKING:
@@ -96,9 +97,6 @@ _OF_BROKER: Final = re.compile(r"(?:\w+://)?([^/\s]+)/\d+: ")
 # What a token function returns: token, expiry, and if there are any, principal and extensions.
 _TOKEN: Final = (str, SupportsFloat, str, dict)
 _TOKEN_SIZES: Final = (2, 3, 4)
-# Statuses of HTTP that may be others soon: Request Timeout, Too Early, Too Many Requests, and the server's own faults.
-_PASSING: Final = frozenset({408, 425, 429})
-_SERVERS_FAULT: Final = 500
 _STATUSES: Final = range(100, 600)
 # What an error that a token function makes of it does not pass with: a file, or a certificate.
 _STAYS: Final = (
@@ -375,10 +373,10 @@ class Connection:
         """
         if self.inherited:
             keep_for_ever(*clients)
-        elif clients or self.silent or self._may_lack_token:
-            patience = _END_SECONDS if self.silent and not self._may_lack_token else _RETURN_SECONDS
+        elif (lacking := self._may_lack_token) or clients or self.silent:
+            patience = _END_SECONDS if self.silent and not lacking else _RETURN_SECONDS
             kept: list[object] = [self._admin, *clients]
-            if self.config.protocol != "PLAINTEXT" and not self._may_lack_token:
+            if self.config.protocol != "PLAINTEXT" and not lacking:
                 _kept.append(kept)
             self.aside(functools.partial(_keep, kept, patience))
         self._admin = None
@@ -466,7 +464,7 @@ class Connection:
             if self.config.sasl_oauthbearer_client_secret is None:
                 names = "the client's id, secret and scope in librdkafka_config"
             fix = f"Check this address, {names}"
-            remedy = _remedy_of_status(self._token_status)
+            remedy = remedy_of_status(self._token_status)
         return NoBrokersAvailable(
             token_server(self.config) or "OAuth in librdkafka_config",
             f"it gave no token: {self.config.redact(answer)} [{code}]",
@@ -623,10 +621,6 @@ def _unsendable(token: str, _: object, principal: str = "", extensions: Mapping[
     return next((f"an extension {name!r}" for name in wrong), "")
 
 
-def _remedy_of_status(status: int) -> Remedy:
-    return Remedy.RETRY if status in _PASSING or status >= _SERVERS_FAULT else Remedy.FAIL
-
-
 def _remedy_of_token(error: Exception) -> Remedy:
     """Whether what a token function raised may pass: what it asks was away, or has answered so (RFC 9110, 15).
 
@@ -637,7 +631,7 @@ def _remedy_of_token(error: Exception) -> Remedy:
         told = (getattr(behind, "code", None), getattr(getattr(behind, "response", None), "status_code", None))
         status = next((one for one in told if isinstance(one, int) and one in _STATUSES), None)
         if status is not None:
-            return _remedy_of_status(status)
+            return remedy_of_status(status)
         if isinstance(behind, OSError) and (behind is error or not isinstance(behind, _STAYS)):
             return Remedy.RETRY
     return Remedy.FAIL

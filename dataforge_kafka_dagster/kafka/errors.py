@@ -255,6 +255,16 @@ def remedy_of(code: str) -> Remedy:
     return REMEDIES.get(code, Remedy.FAIL)
 
 
+def remedy_of_status(status: int) -> Remedy:
+    """The remedy for an answer of HTTP: whether it may be another one soon (RFC 9110, 15)."""
+    return Remedy.RETRY if status in _PASSING or status >= _SERVERS_FAULT else Remedy.FAIL
+
+
+# Statuses of HTTP that may be others soon: Request Timeout, Too Early, Too Many Requests, and the server's own faults.
+_PASSING: Final = frozenset({408, 425, 429})
+_SERVERS_FAULT: Final = 500
+
+
 def fix_for(code: str) -> str:
     """What a user can do about an error code, as an imperative sentence without its full stop."""
     default = {

@@ -19,6 +19,7 @@ from dataforge_kafka_dagster.kafka.errors import (
     KafkaError,
     KafkaTimeoutError,
     Remedy,
+    remedy_of_status,
     without_secrets,
 )
 
@@ -31,8 +32,6 @@ _NUMBERS: Final = frozenset(
 )
 _URL: Final = re.compile(r"(?i:https?)://(?:\[[0-9A-Fa-f:.]+\]|[^\s:,/?#\[\]]+)(?::(?P<port>[0-9]+))?(?:[/?#]\S*)?")
 _CHARSETS: Final = ("utf-8", "latin-1")  # of httpx, and of authlib, which asks for OAuth tokens
-# Answers of HTTP that may be others soon, beside a server's own faults.
-_PASSING: Final = frozenset({408, 425, 429})
 OF_VARIABLES: Final = (
     "Give what os.environ has, or make it an option of a KafkaProducerResource, which takes an EnvVar for the whole of"
     " one, and whose run looks it up"
@@ -322,7 +321,7 @@ class SchemaRegistry:
         if status == 407:  # noqa: PLR2004
             fix = "Give user and password in the address of the proxy"
             return KafkaError(culprit, f"the proxy refused access: {cause}", fix)
-        if status in _PASSING or status >= 500:  # noqa: PLR2004
+        if remedy_of_status(status) is Remedy.RETRY:
             fix = "Try again; if it goes on, check the registry's health"
             return KafkaError(culprit, f"the registry failed: {cause}", fix, remedy=Remedy.RETRY)
         return KafkaError(culprit, f"the schema was refused: {cause}", "Correct the schema")
@@ -331,7 +330,7 @@ class SchemaRegistry:
         cause = self.config.redact(f"it gave no token: {type(error).__name__}: {error}").partition("\n")[0]
         answer = getattr(error, "response", None)
         if answer is not None:
-            passing = answer.status_code in _PASSING or answer.status_code >= 500  # noqa: PLR2004
+            passing = remedy_of_status(answer.status_code) is Remedy.RETRY
         else:
             passing = type(error).__module__.startswith("httpx") and not _is_refused_by_tls(cause)
         fix = (
